@@ -1,0 +1,82 @@
+"""Edit a stream of records in batches, then measure all of them; prints one JSON object.
+
+    python benchmarks/stream.py --model MODEL --data pararel_dev.json --text wikitext2_test.txt --first 2000 --count 100 --batch 20
+
+`--set name=value` overrides a setting, e.g. `--set v_lr=0.3 --set layers=[5,6,7]`.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import easyedit_rls
+from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub name of the model")
+    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
+    parser.add_argument("--text", type=Path, required=True, help="plain text for perplexity")
+    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=100, help="number of records (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=20, help="edits a batch (default: %(default)s)")
+    parser.add_argument("--ppl-tokens", type=int, default=8192, help="tokens of the text to use (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated")
+    parser.add_argument("--skip-before", action="store_true", help="do not measure the unedited model")
+    args = parser.parse_args()
+
+    settings = {**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), **OmegaConf.to_container(OmegaConf.from_dotlist(args.set))}
+    hparams = RLSEditHyperParams.from_dict(settings, source="--set")
+    records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
+    text = args.text.read_text(encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tok = AutoTokenizer.from_pretrained(args.model)
+
+    def measure() -> dict[str, float | None]:
+        return {**evaluate(model, tok, records).means(), "perplexity": perplexity(model, tok, text, max_tokens=args.ppl_tokens)}
+
+    before = None if args.skip_before else measure()
+    editor = RLSEditor(model, tok, hparams)
+    reports = []
+    for start in range(0, len(records), args.batch):
+        report = editor.edit(records[start : start + args.batch])
+        reports.append(report)
+        print(f"batch {report.batch}: {report.seconds_per_edit:.2f} s/edit", file=sys.stderr)
+    start_s = time.perf_counter()
+    after = measure()
+    facts = [fact for report in reports for fact in report.facts]
+    first_batch = evaluate(model, tok, records[: args.batch]).means()
+    result = {
+        "records": [args.first, args.first + len(records)],
+        "batch": args.batch,
+        "before": before,
+        "after": after,
+        "first_batch_after": first_batch,
+        "seconds_per_edit": sum(r.seconds_per_edit * len(r.facts) for r in reports) / len(facts),
+        "seconds_prepare": reports[0].seconds["prepare"],
+        "seconds_values_weights": [[r.seconds["values"], r.seconds["weights"]] for r in reports],
+        "seconds_evaluation": time.perf_counter() - start_s,
+        "mean_steps": sum(f.steps for f in facts) / len(facts),
+        "mean_value_change": sum(f.value_change for f in facts) / len(facts),
+        "mean_miss": sum(f.miss for f in facts) / len(facts),
+        "deviation": {layer.layer: layer.deviation for layer in reports[-1].layers},
+        "drift": {layer.layer: layer.drift for layer in reports[-1].layers},
+        "settings": hparams.to_dict(),
+        "versions": {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Anchors: what the edited layers should keep doing, as second moments of keys over text, or as explicit pairs.
+
+The anchor term of the objective is ``μ²‖K_0 W − V_0‖²``. With moments, ``K_0ᵀK_0 = n_0 · E[k kᵀ]`` over ordinary text and V_0 = K_0 W_0.
+The text comes from the model itself (the default, no data set needed), a text file, a Hugging Face dataset, or is already summed up
+in EasyEdit's cached ``.npz`` files. Moments are cached under the user's cache folder, by model fingerprint, layer, source and size.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from platformdirs import user_cache_path
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.errors import AnchorError
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.capture import tap, undisturbed
+from easyedit_rls.model.forward import chunks, device_of, pad, run
+from easyedit_rls.model.layout import Layout, find_layout
+from easyedit_rls.model.sampling import sample_texts
+from easyedit_rls.model.weights import fingerprint
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_TOKENS = 128  # length of a text sampled from the model
+_TEXT_TOKENS = 512  # longer texts are cut
+_DATASETS = {  # EasyEdit's short names
+    "wikipedia": "wikimedia/wikipedia:20231101.en",
+    "wikitext": "Salesforce/wikitext:wikitext-103-raw-v1",
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Uncentred second moment of one layer's keys.
+
+    Attributes:
+        mean: E[k kᵀ], (d_k, d_k), on the CPU.
+        n_tokens: tokens it was averaged over.
+    """
+
+    mean: Tensor
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class AnchorPairs:
+    """Explicit anchors (K_0, V_0) of the paper, by layer.
+
+    Attributes:
+        keys: layer -> K_0, (anchors, d_k).
+        values: layer -> V_0, (anchors, d_v); a layer that is missing keeps what it says now, V_0 = K_0 W_0.
+    """
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+
+
+def cache_folder() -> Path:
+    """Where moments are cached: ``$EASYEDIT_RLS_CACHE``, or the user's cache folder."""
+    given = os.environ.get("EASYEDIT_RLS_CACHE")
+    return Path(given) if given else user_cache_path("easyedit-rls", appauthor=False)
+
+
+def moments(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, *, show_progress: bool | None = None
+) -> dict[int, Moment]:
+    """Second moments of the keys at every edited layer, from the cache or from text.
+
+    Args:
+        model: the unedited model.
+        tok: its tokenizer.
+        hparams: mom2_dataset, mom2_n_samples, mom2_dtype, stats_dir, seed, layers and module names.
+        show_progress: None shows bars on a terminal only.
+
+    Raises:
+        AnchorError: the text or the cached file can't be had, or is of another width.
+    """
+    layout = find_layout(model, hparams)
+    source = hparams.mom2_dataset
+    if source.endswith(".npz"):
+        raise AnchorError(f"mom2_dataset is the file {source}. Give the name of its text, e.g. wikipedia, and set stats_dir to its folder.")
+    if source != "self" and not source.endswith(".txt"):
+        stored = _easyedit_files(model, layout, hparams)
+        if all(path.is_file() for path in stored.values()):
+            return {layer: read_npz(path, layout.edited[layer].shape[0]) for layer, path in stored.items()}
+
+    places = _cache_places(model, layout, tok, hparams)
+    found = {layer: _read_cached(path, layout.edited[layer].shape[0]) for layer, path in places.items() if path.is_file()}
+    missing = [layer for layer in places if layer not in found]
+    if missing:
+        rows = _token_rows(model, tok, hparams, show_progress)
+        fresh = sum_moments(model, layout, missing, rows, hparams, show_progress=show_progress)
+        for layer, moment in fresh.items():
+            _write_cached(places[layer], moment)
+        found.update(fresh)
+    return {layer: found[layer] for layer in places}
+
+
+def sum_moments(
+    model: PreTrainedModel,
+    layout: Layout,
+    layers: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    hparams: RLSEditHyperParams,
+    *,
+    show_progress: bool | None = None,
+) -> dict[int, Moment]:
+    """Sum ``k kᵀ`` over all tokens of the rows, at all layers in one pass.
+
+    Args:
+        model: the model; run up to the last of the layers.
+        layout: its modules.
+        layers: which edited layers.
+        rows: token ids.
+        hparams: mom2_dtype (type of the sum) and batch_tokens.
+        show_progress: None shows a bar on a terminal only.
+    """
+    modules = {layer: layout.edited[layer].module for layer in layers}
+    dtype = getattr(torch, hparams.mom2_dtype)
+    sums: dict[int, Tensor] = {}
+    n_tokens = sum(len(row) for row in rows)
+    with undisturbed(model), tqdm(total=n_tokens, desc="second moments", unit="tok", disable=_hide(show_progress)) as bar:
+        for group in chunks([len(row) for row in rows], hparams.batch_tokens):
+            batch = pad([rows[i] for i in group], "right", device_of(model))
+            with tap(inputs=modules, stop=True) as seen:
+                run(model, batch)
+            for layer, inputs in seen.items():
+                keys = inputs[batch.mask.to(inputs.device).bool()].to(dtype)
+                sums[layer] = sums.get(layer, torch.zeros(keys.shape[1], keys.shape[1]).to(keys)).addmm_(keys.T, keys)
+            bar.update(int(batch.mask.sum()))
+    return {layer: Moment((total / n_tokens).cpu(), n_tokens) for layer, total in sums.items()}
+
+
+def anchor_pairs(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, prompts: Sequence[str]
+) -> AnchorPairs:
+    """Explicit anchors from prompts whose outcome should stay: the keys of all their tokens, with what they map to now.
+
+    Args:
+        model: the unedited model.
+        tok: its tokenizer.
+        hparams: layers and module names.
+        prompts: texts to keep.
+
+    Raises:
+        AnchorError: no prompt, or an empty one.
+    """
+    rows = [tok(prompt)["input_ids"] for prompt in prompts]
+    if not rows or not all(rows):
+        raise AnchorError("Anchor prompts are missing or empty. Give at least one text, and none without tokens.")
+    layout = find_layout(model, hparams)
+    keys: dict[int, list[Tensor]] = {layer: [] for layer in layout.edited}
+    with undisturbed(model):
+        for row in rows:
+            with tap(inputs={layer: weight.module for layer, weight in layout.edited.items()}, stop=True) as seen:
+                run(model, pad([row], "right", device_of(model)))
+            for layer, inputs in seen.items():
+                keys[layer].append(inputs[0].float())
+    return AnchorPairs(keys={layer: torch.cat(parts) for layer, parts in keys.items()}, values={})
+
+
+def read_npz(path: str | Path, d_k: int) -> Moment:
+    """Read second moments in the format of EasyEdit's ``layer_stats`` (never unpickling).
+
+    Args:
+        path: the .npz file.
+        d_k: the width expected.
+
+    Raises:
+        AnchorError: unreadable, or of another width.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            total, count = torch.from_numpy(stored["mom2.mom2"]), int(stored["mom2.count"])
+    except (OSError, ValueError, KeyError) as exc:
+        raise AnchorError(f"{Path(path).absolute()} holds no second moments of EasyEdit: {exc}. Delete it or change stats_dir.") from exc
+    return _checked(Moment(total / count, count), d_k, Path(path))
+
+
+def write_npz(path: str | Path, moment: Moment, n_texts: int) -> None:
+    """Write second moments so that EasyEdit's ``layer_stats`` reads them instead of its data set.
+
+    Args:
+        path: ``<stats_dir>/<model>/<dataset>_stats/<module>_<dtype>_mom2_<n_texts>.npz`` is where EasyEdit looks.
+        moment: what to write.
+        n_texts: EasyEdit's sample_size (mom2_n_samples), which it compares.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        np.savez(
+            file,
+            **{  # type: ignore[arg-type]
+                "mom2.constructor": "easyeditor.util.runningstats.SecondMoment()",
+                "mom2.count": moment.n_tokens,
+                "mom2.mom2": (moment.mean * moment.n_tokens).numpy(),
+                "sample_size": n_texts,
+            },
+        )
+    os.replace(file.name, path)
+
+
+def _token_rows(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, show_progress: bool | None
+) -> list[list[int]]:
+    """The text behind the moments, tokenised."""
+    source, n = hparams.mom2_dataset, hparams.mom2_n_samples
+    if source == "self":
+        with tqdm(total=n, desc="sampling text", unit="text", disable=_hide(show_progress)) as bar:
+            return sample_texts(model, tok, n, _SAMPLED_TOKENS, hparams.seed, bar)
+    texts = _file_texts(Path(source)) if source.endswith(".txt") else _dataset_texts(source, n, hparams.seed)
+    rows = [row for text in texts[:n] if (row := tok(text, truncation=True, max_length=_TEXT_TOKENS)["input_ids"])]
+    if not rows:
+        raise AnchorError(f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: self.")
+    return rows
+
+
+def _file_texts(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise AnchorError(f"Text file {path.absolute()} can't be read: {exc.strerror}. Change mom2_dataset.") from exc
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _dataset_texts(source: str, n: int, seed: int) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as exc:
+        raise AnchorError(
+            f"mom2_dataset '{source}' needs the datasets package: pip install 'easyedit-rls[datasets]', or set mom2_dataset: self."
+        ) from exc
+    name, _, config = _DATASETS.get(source, source).partition(":")
+    try:
+        stream = load_dataset(name, config or None, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
+        texts: list[str] = [record["text"] for record in stream.take(n) if record["text"].strip()]
+    except (OSError, ValueError, KeyError) as exc:
+        raise AnchorError(f"Data set '{source}' can't be loaded: {exc} Check its name, its 'text' column and the network.") from exc
+    return texts
+
+
+def _easyedit_files(model: PreTrainedModel, layout: Layout, hparams: RLSEditHyperParams) -> dict[int, Path]:
+    """Where EasyEdit caches each layer's moments."""
+    model_name = (model.config._name_or_path or hparams.model_name).rstrip("/").rsplit("/")[-1]
+    folder = Path(hparams.stats_dir) / model_name / f"{hparams.mom2_dataset}_stats"
+    suffix = f"{hparams.mom2_dtype}_mom2_{hparams.mom2_n_samples}.npz"
+    return {layer: folder / f"{w.parameter_name.removesuffix('.weight')}_{suffix}" for layer, w in layout.edited.items()}
+
+
+def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams) -> dict[int, Path]:
+    """Cache file of each layer; its name changes with all that changes the moments."""
+    source = hparams.mom2_dataset
+    if source.endswith(".txt"):
+        content = Path(source).read_bytes() if Path(source).is_file() else b""
+        identity = f"file {hashlib.sha256(content).hexdigest()}"
+    else:
+        identity = f"{source} seed {hparams.seed} tokens {_SAMPLED_TOKENS} {_TEXT_TOKENS}"
+    identity = f"{identity} {hparams.mom2_dtype} vocabulary {len(tok)}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    folder = cache_folder() / "moments" / fingerprint(model)
+    name = re.sub(r"[^\w.-]+", "-", Path(source).name)
+    return {
+        layer: folder / f"{weight.parameter_name}-{name}-{digest}-{hparams.mom2_n_samples}.safetensors" for layer, weight in layout.edited.items()
+    }
+
+
+def _read_cached(path: Path, d_k: int) -> Moment:
+    with safe_open(path, framework="pt") as stored:
+        moment = Moment(stored.get_tensor("mean"), int(stored.metadata()["n_tokens"]))
+    logger.info("Second moments of %d tokens read from %s", moment.n_tokens, path)
+    return _checked(moment, d_k, path)
+
+
+def _write_cached(path: Path, moment: Moment) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        temporary = Path(file.name)
+    save_file({"mean": moment.mean.contiguous()}, temporary, metadata={"n_tokens": str(moment.n_tokens)})
+    os.replace(temporary, path)
+
+
+def _checked(moment: Moment, d_k: int, path: Path) -> Moment:
+    if tuple(moment.mean.shape) != (d_k, d_k):
+        raise AnchorError(f"{path.absolute()} holds moments of width {moment.mean.shape[0]}, but the layer's is {d_k}. Delete it, or change stats_dir.")
+    return moment
+
+
+def _hide(show_progress: bool | None) -> bool | None:
+    """tqdm's `disable`: None leaves it to the terminal."""
+    return None if show_progress is None else not show_progress

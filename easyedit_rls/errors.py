@@ -1,0 +1,52 @@
+"""Typed errors of the package and its one warning class.
+
+Every message is one sentence that says what is wrong, where, the value found, and last the cure.
+"""
+
+
+class RLSEditError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class HyperParamsError(RLSEditError, ValueError):
+    """A setting is unknown, misspelt, of the wrong type, or out of range."""
+
+
+class RequestError(RLSEditError, ValueError):
+    """An edit request is incomplete or contradicts itself.
+
+    Attributes:
+        index: position of the request in the list given, or None for a single one.
+        field: name of the offending field.
+    """
+
+    def __init__(self, message: str, *, index: int | None = None, field: str = "") -> None:
+        where = "Request" if index is None else f"Request {index}"
+        super().__init__(f"{where}, field '{field}': {message}" if field else f"{where}: {message}")
+        self.problem = message
+        self.index = index
+        self.field = field
+
+    def at(self, index: int) -> "RequestError":
+        """The same error, told of the request at this position."""
+        return RequestError(self.problem, index=index, field=self.field)
+
+
+class LayoutError(RLSEditError, LookupError):
+    """A module that the settings name is missing from the model, or is of a kind that can't be edited."""
+
+
+class AnchorError(RLSEditError, ValueError):
+    """Second moments or anchor pairs are missing, unreadable, or of another width."""
+
+
+class NumericalError(RLSEditError, ArithmeticError):
+    """A matrix is not positive definite, or a tensor holds NaN or infinity."""
+
+
+class StateMismatchError(RLSEditError, RuntimeError):
+    """The model's weights are not those that the editor's state describes."""
+
+
+class RLSEditWarning(UserWarning):
+    """The one warning class: something that works, but not as well as it should."""

@@ -1,0 +1,53 @@
+"""Perplexity on plain text."""
+
+import math
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.errors import RequestError
+from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.forward import device_of, pad, run
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int = 256,
+    max_tokens: int = 8192,
+    batch_tokens: int = 2048,
+    show_progress: bool | None = None,
+) -> float:
+    """exp of the mean next-token negative log-likelihood, over windows that don't overlap; each window's first token is not counted.
+
+    Args:
+        model: the model.
+        tok: its tokenizer.
+        text: plain text.
+        window: tokens a window.
+        max_tokens: how much of the text to use.
+        batch_tokens: tokens in one pass, at most.
+        show_progress: None shows a bar on a terminal only.
+
+    Raises:
+        RequestError: the text has fewer than two tokens.
+    """
+    ids = tok(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    rows = [row for start in range(0, len(ids), window) if len(row := ids[start : start + window]) > 1]
+    if not rows:
+        raise RequestError("has fewer than two tokens, so there is nothing to predict. Give more text.", field="text")
+    total, count, step = 0.0, 0, max(1, batch_tokens // window)
+    hidden_bar = None if show_progress is None else not show_progress
+    with undisturbed(model), tqdm(total=len(rows), desc="perplexity", unit="window", disable=hidden_bar) as bar:
+        for at in range(0, len(rows), step):
+            some = rows[at : at + step]
+            batch = pad(some, "right", device_of(model))
+            logits = run(model, batch).logits[:, :-1].float()
+            targets = batch.ids[:, 1:].masked_fill(batch.mask[:, 1:] == 0, -100)
+            total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100))
+            count += sum(len(row) - 1 for row in some)
+            bar.update(len(some))
+    return math.exp(total / count)

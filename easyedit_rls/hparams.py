@@ -1,0 +1,192 @@
+"""Settings of RLSEdit, in EasyEdit's YAML key names and order, checked field by field."""
+
+import difflib
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from easyedit_rls.errors import HyperParamsError
+
+_PACKAGED = Path(__file__).parent / "_hparams" / "RLSEdit"  # in an installed wheel
+_CHECKOUT = Path(__file__).parents[1] / "hparams" / "RLSEdit"  # in a source tree
+
+
+def _setting(help_text: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class RLSEditHyperParams:
+    """Settings of one editor. Fields without a default must be given; the first block has EasyEdit's names.
+
+    Raises:
+        HyperParamsError: a value is out of its range; the message names the field, the value and the range.
+    """
+
+    model_name: str = _setting("Hub name or folder of the model that these settings are for.")
+    layers: list[int] = _setting("Decoder layers to edit, 0-based, ascending; values are optimised at the last one.")
+    clamp_norm_factor: float = _setting("Radius of the ball that keeps the value's change δ, as a multiple of ‖h‖.")
+    v_num_grad_steps: int = _setting("Evaluations of the value's loss, at most; there is one Adam step less.")
+    v_lr: float = _setting("Learning rate of Adam on δ.")
+    v_loss_layer: int = _setting("Layer whose output goes through final norm and head for the loss; normally the last.")
+    v_weight_decay: float = _setting("Weight of ‖δ‖/‖h‖² in the value's loss.")
+    kl_factor: float = _setting("Weight of the KL divergence at the subject in '{subject} is a'.")
+    mom2_update_weight: float = _setting("n_0: how many tokens of ordinary text the anchor term stands for.")
+    rewrite_module_tmp: str = _setting("Name of the edited module, the MLP's output projection, with {} for the layer.")
+    layer_module_tmp: str = _setting("Name of a decoder layer, with {} for the layer.")
+    mlp_module_tmp: str = _setting("Name of a layer's MLP (EasyEdit's key; not used).")
+    attn_module_tmp: str = _setting("Name of a layer's attention (EasyEdit's key; not used).")
+    ln_f_module: str = _setting("Name of the final norm.")
+    lm_head_module: str = _setting("Name of the output head; for a tied head either its own name or the embedding's.")
+
+    alg_name: str = _setting("Always RLSEdit.", "RLSEdit")
+    device: Any = _setting("EasyEdit's device: cpu, or a CUDA index. The editor itself goes where the model is.", "cpu")
+    stats_dir: str = _setting("Folder with EasyEdit's cached second moments (.npz), looked at first.", "./data/stats")
+    layer_selection: str = _setting("EasyEdit's key; only 'all'.", "all")
+    fact_token: str = _setting("Where a fact sits; only 'subject_last'.", "subject_last")
+    mom2_adjustment: bool = _setting("Whether the anchor term uses second moments; False leaves λ alone.", True)
+    mom2_dataset: str = _setting(
+        "Text behind the moments: 'self' (sampled from the model), a .txt file, or a Hugging Face dataset "
+        "('wikipedia', 'wikitext', 'wikitext2', 'owner/name', 'owner/name:config').",
+        "self",
+    )
+    mom2_n_samples: int = _setting("How many texts to use, at most; a .txt file gives a text a paragraph.", 400)
+    mom2_dtype: str = _setting("Type the moments are summed in: float32 or float64.", "float32")
+    max_length: int = _setting("Longest prompt that EasyEdit's evaluation tokenises.", 40)
+    batch_size: int = _setting("Edits that EasyEdit hands over at once.", 1)
+    model_parallel: bool = _setting("EasyEdit's key.", False)
+
+    lambda_reg: float = _setting("λ: pull toward the unedited weight. λ² is also the ridge of Norm-Constrained editing.", 0.0)
+    mu_reg: float = _setting("μ: pull toward the anchor mapping.", 1.0)
+    targets: str = _setting(
+        "'residual': V = K W + (z − h)/(layers left), right. 'published': V = (z − h), divided after the old output is "
+        "subtracted, as the authors' code does; only to reproduce their figures.",
+        "residual",
+    )
+    early_stopping: str = _setting(
+        "When a fact's optimisation ends: 'argmax' (Most-Probable Early Stopping, arXiv 2502.01636: the target is the most "
+        "probable text in every template), 'loss' (total loss below 0.05, as in ROME), 'off'.",
+        "argmax",
+    )
+    early_stopping_margin: float = _setting(
+        "For 'argmax': by how many nats each target token must lead the runner-up.", 0.0
+    )
+    context_templates: list[str] | None = _setting(
+        "Texts put before each prompt; None samples 5 short ones from the model, [] uses the bare prompt only.",
+        None,
+    )
+    seed: int = _setting("Seed of everything sampled: templates and self-generated text.", 0)
+    batch_tokens: int = _setting("Tokens in one forward pass, at most: bounds memory.", 8192)
+
+    def __post_init__(self) -> None:
+        self._check("alg_name", self.alg_name == "RLSEdit", "RLSEdit")
+        self._check("layers", bool(self.layers), "at least one layer")
+        self._check("layers", list(self.layers) == sorted(set(self.layers)), "strictly ascending layer numbers")
+        self._check("layers", all(layer >= 0 for layer in self.layers), "numbers from 0")
+        self._check("v_loss_layer", self.v_loss_layer >= self.layers[-1], f"the last edited layer ({self.layers[-1]}) or above")
+        for name in ("clamp_norm_factor", "v_lr"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("v_weight_decay", "kl_factor", "mom2_update_weight", "lambda_reg", "mu_reg", "early_stopping_margin"):
+            self._check(name, getattr(self, name) >= 0, "0 or above")
+        for name in ("v_num_grad_steps", "mom2_n_samples", "batch_size", "batch_tokens", "max_length"):
+            self._check(name, getattr(self, name) >= 1, "1 or above")
+        self._check("lambda_reg", self.lambda_reg > 0 or self.mu_reg > 0, "above 0 where mu_reg is 0")
+        self._check("lambda_reg", self.lambda_reg > 0 or self.mom2_adjustment, "above 0 where mom2_adjustment is false")
+        for name, allowed in _CHOICES.items():
+            self._check(name, getattr(self, name) in allowed, " or ".join(repr(a) for a in allowed))
+        for name in ("rewrite_module_tmp", "layer_module_tmp"):
+            self._check(name, getattr(self, name).count("{}") == 1, "a module name with one {} for the layer number")
+
+    def _check(self, name: str, is_fine: bool, allowed: str) -> None:
+        if not is_fine:
+            raise HyperParamsError(f"Setting {name} is {getattr(self, name)!r}; allowed: {allowed}.")
+
+    @classmethod
+    def from_hparams(cls, path_or_name: str | Path) -> "RLSEditHyperParams":
+        """Read settings from a YAML file, or the shipped ones by name.
+
+        Args:
+            path_or_name: a YAML file, with or without its '.yaml', or a shipped name such as 'smollm2-135m' (see `shipped`).
+
+        Raises:
+            HyperParamsError: not found, not YAML, not a mapping, an unknown or missing key, a wrong type or value. The
+                message gives the absolute path.
+        """
+        path = _find(path_or_name)
+        try:
+            loaded = OmegaConf.load(path)
+        except (yaml.YAMLError, UnicodeDecodeError) as exc:
+            raise HyperParamsError(f"{path} is not YAML: {' '.join(str(exc).split())}. Mend the file.") from exc
+        except OSError as exc:
+            raise HyperParamsError(f"{path} can't be read: {exc.strerror}.") from exc
+        if not OmegaConf.is_dict(loaded):
+            raise HyperParamsError(f"{path} holds no mapping of settings. Write one 'key: value' a line.")
+        return cls.from_dict(OmegaConf.to_container(loaded, resolve=True), source=str(path))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any], source: str = "the settings") -> "RLSEditHyperParams":
+        """Build from a mapping; checks keys and types as `from_hparams` does.
+
+        Args:
+            settings: key -> value.
+            source: where they come from, for messages.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in settings if key not in known]
+        if unknown:
+            raise HyperParamsError(f"Unknown setting in {source}: {', '.join(_did_you_mean(str(key), known) for key in unknown)}.")
+        required = {f.name for f in fields(cls) if f.default is MISSING}
+        missing = sorted(required - settings.keys())
+        if missing:
+            raise HyperParamsError(f"Missing in {source}: {', '.join(missing)}. Start from a shipped file, e.g. {shipped()[0]}.")
+        try:
+            typed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(cls), settings))
+        except OmegaConfBaseException as exc:
+            raise HyperParamsError(f"In {source}, {exc.full_key or 'a setting'}: {str(exc).splitlines()[0]}.") from exc
+        try:
+            return cls(**typed)  # type: ignore[arg-type]
+        except HyperParamsError as exc:
+            raise HyperParamsError(f"In {source}: {exc}") from exc
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain Python values."""
+        return asdict(self)
+
+
+_CHOICES = {
+    "layer_selection": ("all",),
+    "fact_token": ("subject_last",),
+    "mom2_dtype": ("float32", "float64"),
+    "targets": ("residual", "published"),
+    "early_stopping": ("argmax", "loss", "off"),
+}
+
+
+def shipped() -> list[str]:
+    """Names that `RLSEditHyperParams.from_hparams` finds without a path."""
+    return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
+
+
+def _shipped_folder() -> Path:
+    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
+
+
+def _find(path_or_name: str | Path) -> Path:
+    given = Path(path_or_name).expanduser()
+    candidates = [given, given.with_name(given.name + ".yaml")]
+    if given.name == str(given):
+        candidates.append(_shipped_folder() / f"{re.sub(r'[.]yaml$', '', given.name)}.yaml")
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    raise HyperParamsError(f"No settings file at {given.absolute()}; shipped: {', '.join(shipped())}. Give a path or one of these names.")
+
+
+def _did_you_mean(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"'{key}' (did you mean '{close[0]}'?)" if close else f"'{key}'"

@@ -1,0 +1,90 @@
+"""Hooks that see and change hidden states, always removed again."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _StopForward(Exception):
+    """Raised by a hook to end a forward pass whose rest nobody needs."""
+
+
+@contextmanager
+def tap(
+    *,
+    inputs: Mapping[Any, nn.Module] | None = None,
+    outputs: Mapping[Any, nn.Module] | None = None,
+    edit: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None,
+    stop: bool = False,
+) -> Iterator[dict[Any, Tensor]]:
+    """See the inputs and outputs of modules during the forward passes run inside the block.
+
+    Args:
+        inputs: key -> module whose first positional input is wanted.
+        outputs: key -> module whose output is wanted (its first element, where it is a tuple).
+        edit: module -> function that maps its output to the one the model goes on with; runs before `outputs` sees it.
+        stop: end the pass as soon as every wanted tensor has been seen, skipping the rest of the block.
+
+    Yields:
+        key -> tensor of the last pass, not detached.
+    """
+    inputs, outputs, edit = inputs or {}, outputs or {}, edit or {}
+    seen: dict[Any, Tensor] = {}
+    handles = []
+
+    def keep(key: Any, tensor: Tensor) -> None:
+        seen[key] = tensor
+        if stop and len(seen) == len(inputs) + len(outputs):
+            raise _StopForward
+
+    def on_input(key: Any) -> Callable[..., None]:
+        return lambda module, args: keep(key, args[0])
+
+    def on_output(key: Any) -> Callable[..., None]:
+        return lambda module, args, output: keep(key, _hidden(output))
+
+    def on_edit(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        return lambda module, args, output: _with_hidden(output, change(_hidden(output)))
+
+    try:
+        for module, change in edit.items():
+            handles.append(module.register_forward_hook(on_edit(change)))
+        for key, module in outputs.items():
+            handles.append(module.register_forward_hook(on_output(key)))
+        for key, module in inputs.items():
+            handles.append(module.register_forward_pre_hook(on_input(key)))
+        yield seen
+    except _StopForward:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients to parameters, no autograd; every flag is put back, also after an exception."""
+    training = [(module, module.training) for module in model.modules()]
+    wants_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in wants_grad:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        for parameter, flag in wants_grad:
+            parameter.requires_grad_(flag)
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -1,0 +1,81 @@
+"""Text sampled from the model itself, leaving the caller's random state as it was."""
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.forward import device_of
+
+_OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
+_TEMPLATE_TOKENS = 10
+_ROWS_AT_ONCE = 64
+
+
+def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, seed: int) -> list[str]:
+    """Five short texts to put before a prompt, as MEMIT has them: an opening word, ten sampled tokens, a full stop.
+
+    Args:
+        model: any decoder with `generate`.
+        tok: its tokenizer.
+        seed: same seed, same texts.
+    """
+    texts = []
+    for i, opening in enumerate(_OPENINGS):
+        row = tok(opening)["input_ids"]
+        (ids,) = _sample(model, tok, torch.tensor([row]), _TEMPLATE_TOKENS, seed + i, top_k=5)
+        text = " ".join(tok.decode(ids, skip_special_tokens=True).split())
+        texts.append(f"{text.rstrip('.')}. ")
+    return texts
+
+
+def sample_texts(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: int, n_tokens: int, seed: int, progress: "object | None" = None
+) -> list[list[int]]:
+    """Token rows the model writes by itself, each from a random first token, at temperature 1.
+
+    Starting from a random token instead of the start token alone keeps the texts varied, as LLM-QAT (arXiv 2305.17888) found
+    for calibration without data.
+
+    Args:
+        model: any decoder with `generate`.
+        tok: its tokenizer.
+        n_texts: how many rows.
+        n_tokens: tokens sampled for each.
+        seed: same seed, same texts.
+        progress: a tqdm bar to advance by the rows done.
+    """
+    start = tok("")["input_ids"]
+    special = set(tok.all_special_ids)
+    ordinary = torch.tensor([i for i in range(len(tok)) if i not in special])
+    generator = torch.Generator().manual_seed(seed)
+    firsts = ordinary[torch.randint(len(ordinary), (n_texts,), generator=generator)]
+    rows: list[list[int]] = []
+    for at in range(0, n_texts, _ROWS_AT_ONCE):
+        some = firsts[at : at + _ROWS_AT_ONCE, None]
+        prompt = torch.cat([torch.tensor([start] * len(some), dtype=torch.long).reshape(len(some), -1), some], dim=1)
+        rows += _sample(model, tok, prompt, n_tokens, seed + 1 + at)
+        if progress is not None:
+            progress.update(len(some))  # type: ignore[attr-defined]
+    return rows
+
+
+def _sample(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, prompt: torch.Tensor, n_tokens: int, seed: int, top_k: int = 0
+) -> list[list[int]]:
+    device = device_of(model)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=top_k,
+        max_new_tokens=n_tokens,
+        min_new_tokens=n_tokens,
+        suppress_tokens=sorted(set(tok.all_special_ids)) or None,
+        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
+    )
+    prompt = prompt.to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), undisturbed(model):
+        torch.manual_seed(seed)
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    rows: list[list[int]] = out.tolist()
+    return rows

@@ -1,0 +1,85 @@
+"""Edited weights in one orientation (d_k × d_v), and the model's fingerprint."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from easyedit_rls.errors import LayoutError
+
+_SAMPLES = 4096  # values of each parameter that go into the fingerprint
+
+
+class EditedWeight:
+    """Border between a module's own weight and the package's orientation, ``output = key @ W``.
+
+    ``nn.Linear`` stores Wᵀ, GPT-2's ``Conv1D`` stores W; which one is told by the module's type, never by its shape.
+
+    Args:
+        module: the MLP's output projection.
+        name: full name of the module in the model.
+
+    Raises:
+        LayoutError: another type of module, or a quantised weight.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise LayoutError(f"Module {name} is a {type(module).__name__}; only Linear and Conv1D can be edited. Check rewrite_module_tmp.")
+        if not module.weight.is_floating_point() or module.weight.dim() != 2:
+            raise LayoutError(f"Weight {name}.weight is quantised ({module.weight.dtype}). Load the model in float32, bfloat16 or float16.")
+        self.module = module
+        self.parameter_name = f"{name}.weight"
+        self._is_transposed = isinstance(module, nn.Linear)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The live parameter, in the module's own orientation."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_k, d_v)."""
+        rows, columns = self.parameter.shape
+        return (columns, rows) if self._is_transposed else (rows, columns)
+
+    def read(self) -> Tensor:
+        """A float32 copy, (d_k, d_v)."""
+        weight = self.parameter.detach()
+        return (weight.T if self._is_transposed else weight).to(torch.float32, copy=True).contiguous()
+
+    def write(self, W: Tensor) -> None:
+        """Round W, (d_k, d_v), to the parameter's dtype and write it in place."""
+        with torch.no_grad():
+            self.parameter.copy_(W.T if self._is_transposed else W)
+
+    def holds(self, W: Tensor) -> bool:
+        """Whether the parameter is exactly W, (d_k, d_v), rounded to its dtype."""
+        weight = self.parameter.detach()
+        return torch.equal(weight.T if self._is_transposed else weight, W.to(weight.dtype))
+
+    def snapshot(self) -> Tensor:
+        """A copy of the parameter as it is, for `restore`."""
+        return self.parameter.detach().clone()
+
+    def restore(self, snapshot: Tensor) -> None:
+        """Write a snapshot back, bit for bit."""
+        with torch.no_grad():
+            self.parameter.copy_(snapshot)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and evenly spaced values of all parameters, as 16 hex digits.
+
+    Up to 4,096 values a parameter are read: an edit changes all of a weight, so it can't hide between them, and a model of
+    billions of parameters takes a moment.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        values = flat[::step][:_SAMPLES].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
