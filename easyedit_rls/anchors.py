@@ -144,9 +144,7 @@ def sum_moments(
     return {layer: Moment((total / n_tokens).cpu(), n_tokens) for layer, total in sums.items()}
 
 
-def anchor_pairs(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, prompts: Sequence[str]
-) -> AnchorPairs:
+def anchor_pairs(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, prompts: Sequence[str]) -> AnchorPairs:
     """Explicit anchors from prompts whose outcome should stay: the keys of all their tokens, with what they map to now.
 
     Args:
@@ -273,7 +271,8 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
     folder = cache_folder() / "moments" / fingerprint(model)
     name = re.sub(r"[^\w.-]+", "-", Path(source).name)
     return {
-        layer: folder / f"{weight.parameter_name}-{name}-{digest}-{hparams.mom2_n_samples}.safetensors" for layer, weight in layout.edited.items()
+        layer: folder / f"{weight.parameter_name}-{name}-{digest}-{hparams.mom2_n_samples}.safetensors"
+        for layer, weight in layout.edited.items()
     }
 
 
@@ -294,7 +293,9 @@ def _write_cached(path: Path, moment: Moment) -> None:
 
 def _checked(moment: Moment, d_k: int, path: Path) -> Moment:
     if tuple(moment.mean.shape) != (d_k, d_k):
-        raise AnchorError(f"{path.absolute()} holds moments of width {moment.mean.shape[0]}, but the layer's is {d_k}. Delete it, or change stats_dir.")
+        raise AnchorError(
+            f"{path.absolute()} holds moments of width {moment.mean.shape[0]}, but the layer's is {d_k}. Delete it, or change stats_dir."
+        )
     return moment
 
 

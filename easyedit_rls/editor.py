@@ -270,8 +270,8 @@ class RLSEditor:
         worst = max(layer_reports, key=lambda report: report.drift)
         if worst.drift > _DRIFT_TOLERANCE:
             warnings.warn(
-                f"The covariance of layer {worst.layer} has drifted by {worst.drift:.1e} (tolerance {_DRIFT_TOLERANCE:g}) after {self.n_edits} "
-                "edits; raise lambda_reg or mom2_update_weight for streams as long as this.",
+                f"The covariance of layer {worst.layer} has drifted by {worst.drift:.1e} (tolerance {_DRIFT_TOLERANCE:g}) after "
+                f"{self.n_edits} edits; raise lambda_reg or mom2_update_weight for streams as long as this.",
                 RLSEditWarning,
                 stacklevel=3,
             )
@@ -290,8 +290,8 @@ class RLSEditor:
             self._roll_state_back()
             return
         raise StateMismatchError(
-            f"The weights of layers {changed} are neither those that the last batch wrote nor those it found. Call reset() to start anew from "
-            "them, or adopt_weights() to go on from them with the edits' covariance."
+            f"The weights of layers {changed} are neither those that the last batch wrote nor those it found. Call reset() to start "
+            "anew from them, or adopt_weights() to go on from them with the edits' covariance."
         )
 
     def _roll_state_back(self) -> None:
@@ -320,10 +320,14 @@ def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> tuple[Tensor, Tens
         raise AnchorError(f"Anchor pairs have no keys for layer {layer}, only for {sorted(pairs.keys)}. Give them for every edited layer.")
     K_0 = pairs.keys[layer].to(W)
     if K_0.dim() != 2 or K_0.shape[1] != d_k:
-        raise AnchorError(f"Anchor keys of layer {layer} have shape {tuple(K_0.shape)}, but (anchors, {d_k}) is needed. Collect them from this model.")
+        raise AnchorError(
+            f"Anchor keys of layer {layer} have shape {tuple(K_0.shape)}, but (anchors, {d_k}) is needed. Collect them from this model."
+        )
     if layer not in pairs.values:
         return K_0.T @ K_0, None
     V_0 = pairs.values[layer].to(W)
     if V_0.shape != (K_0.shape[0], d_v):
-        raise AnchorError(f"Anchor values of layer {layer} have shape {tuple(V_0.shape)}, but {(K_0.shape[0], d_v)} is needed, one row a key.")
+        raise AnchorError(
+            f"Anchor values of layer {layer} have shape {tuple(V_0.shape)}, but {(K_0.shape[0], d_v)} is needed, one row a key."
+        )
     return K_0.T @ K_0, K_0.T @ V_0

@@ -73,9 +73,7 @@ class RLSEditHyperParams:
         "probable text in every template), 'loss' (total loss below 0.05, as in ROME), 'off'.",
         "argmax",
     )
-    early_stopping_margin: float = _setting(
-        "For 'argmax': by how many nats each target token must lead the runner-up.", 0.0
-    )
+    early_stopping_margin: float = _setting("For 'argmax': by how many nats each target token must lead the runner-up.", 0.0)
     context_templates: list[str] | None = _setting(
         "Texts put before each prompt; None samples 5 short ones from the model, [] uses the bare prompt only.",
         None,

@@ -1,8 +1,8 @@
 """Keys: where a fact sits (MEMIT, Meng et al. 2023, section 4).
 
 The key of a fact at a layer is the input of the MLP's output projection at the subject's last token, averaged over context
-templates: the bare prompt counts half, the templates with a text in front share the other half. Attention is causal, so prompts run only up to
-the subject.
+templates: the bare prompt counts half, the templates with a text in front share the other half. Attention is causal, so prompts
+run only up to the subject.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,8 @@ def locate_facts(tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest], 
     for index, request in enumerate(requests):
         try:
             rows = tuple(
-                tokenize_fact(tok, template + request.before, request.subject, request.after, request.target) for template in ("", *templates)
+                tokenize_fact(tok, template + request.before, request.subject, request.after, request.target)
+                for template in ("", *templates)
             )
             facts.append(Fact(request, rows, tokenize_fact(tok, "", request.subject, " is a")))
         except RequestError as exc:

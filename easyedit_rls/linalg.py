@@ -38,6 +38,7 @@ def cholesky(
     """
     if not bool(torch.isfinite(A).all()):
         raise NumericalError(f"{name} holds NaN or infinite entries. Check the model's weights and the inputs for NaN.")
+    L: Tensor
     L, info = torch.linalg.cholesky_ex(A)
     if int(info.item()) != 0:
         raise NumericalError(f"{name} is not positive definite (leading minor {int(info.item())} of {A.shape[0]}, {A.dtype}). {cure}")

@@ -99,7 +99,9 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
             raise RequestError(f"'{kind}' is no mapping. Give prompt and ground_truth.", index=index, field="locality")
         prompts, answers = _texts(pair, "prompt", index), _texts(pair, "ground_truth", index)
         if len(prompts) != len(answers):
-            raise RequestError(f"'{kind}' has {len(prompts)} prompts and {len(answers)} answers. Give one each.", index=index, field="locality")
+            raise RequestError(
+                f"'{kind}' has {len(prompts)} prompts and {len(answers)} answers. Give one each.", index=index, field="locality"
+            )
         neighbors += [Probe(p.rstrip(), a.strip()) for p, a in zip(prompts, answers)]
 
     return EditRequest(

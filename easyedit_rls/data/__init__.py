@@ -1,0 +1,1 @@
+"""Example data, written for this package."""
