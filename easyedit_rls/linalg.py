@@ -30,11 +30,11 @@ def cholesky(
     Raises:
         NumericalError: A holds NaN or infinity, or is not positive definite. Nothing is added to the diagonal in silence.
 
-    >>> A = torch.tensor([[4.0, 2.0, 0.0], [2.0, 5.0, 0.0], [0.0, 0.0, 9.0]])
+    >>> A = torch.tensor([[4.0, 2.0, 2.0], [2.0, 5.0, 3.0], [2.0, 3.0, 6.0]])
     >>> cholesky(A)
     tensor([[2., 0., 0.],
             [1., 2., 0.],
-            [0., 0., 3.]])
+            [1., 1., 2.]])
     """
     if not bool(torch.isfinite(A).all()):
         raise NumericalError(f"{name} holds NaN or infinite entries. Check the model's weights and the inputs for NaN.")

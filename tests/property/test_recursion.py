@@ -1,0 +1,223 @@
+"""The recursion against the float64 batch solution: any split, any regularisers, importances, anchors; and its memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from easyedit_rls.errors import NumericalError, StateMismatchError
+from easyedit_rls.recursion import RecursiveLeastSquares
+from tests.tolerances import FLOAT32, FLOAT64, LONG_STREAM_FLOAT32
+
+
+class Problem:
+    """One layer's whole stream, and the batch solution by a dense float64 solve."""
+
+    def __init__(self, seed, n_edits, regularisers, has_importance, anchors, d_k=12, d_v=5):
+        g = torch.Generator().manual_seed(seed)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.lam, self.mu = {"lambda": (0.7, 0.0), "mu": (0.0, 1.3), "both": (0.4, 0.9)}[regularisers]
+        self.W_0, self.K, self.V = randn(d_k, d_v), randn(n_edits, d_k), randn(n_edits, d_v)
+        self.d = torch.rand(n_edits, generator=g, dtype=torch.float64) * 3 + 0.1 if has_importance else torch.ones(n_edits, dtype=torch.float64)
+        K_0 = randn(4 * d_k, d_k)
+        self.gram, self.cross = K_0.T @ K_0, None
+        V_0 = K_0 @ self.W_0
+        if anchors == "pairs":
+            V_0 = randn(4 * d_k, d_v)
+            self.cross = K_0.T @ V_0
+        self.anchor_right = K_0.T @ V_0
+
+    def state(self, dtype=torch.float64):
+        cross = None if self.cross is None else self.cross.to(dtype)
+        return RecursiveLeastSquares(
+            self.W_0.to(dtype), self.gram.to(dtype), lambda_reg=self.lam, mu_reg=self.mu, anchor_cross=cross, name="layer 0"
+        )
+
+    def feed(self, state, start, end):
+        state.update(self.K[start:end], self.V[start:end], self.d[start:end])
+
+    def information(self, rows):
+        K, d = self.K[rows], self.d[rows]
+        return self.lam**2 * torch.eye(K.shape[1], dtype=torch.float64) + self.mu**2 * self.gram + K.T @ (d[:, None] * K)
+
+    def solution(self, rows=slice(None)):
+        right = self.lam**2 * self.W_0 + self.mu**2 * self.anchor_right + self.K[rows].T @ (self.d[rows, None] * self.V[rows])
+        return torch.linalg.solve(self.information(rows), right)
+
+
+problems = st.builds(
+    Problem,
+    seed=st.integers(0, 10_000),
+    n_edits=st.integers(2, 40),
+    regularisers=st.sampled_from(["lambda", "mu", "both"]),
+    has_importance=st.booleans(),
+    anchors=st.sampled_from(["moments", "pairs"]),
+)
+
+
+def splits(data, n):
+    cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=n - 1), label="cuts"))
+    return list(zip([0, *cuts], [*cuts, n]))
+
+
+def assert_close(actual, expected, tolerance):
+    assert float((actual.double() - expected).norm() / expected.norm()) < tolerance
+
+
+@settings(deadline=None, max_examples=150)
+@given(problem=problems, data=st.data())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FLOAT64), (torch.float32, FLOAT32)])
+def test_any_split_gives_the_batch_solution(problem, data, dtype, tolerance):
+    state = problem.state(dtype)
+    for start, end in splits(data, len(problem.K)):
+        problem.feed(state, start, end)
+        assert_close(state.weight, problem.solution(slice(0, end)), tolerance)
+    A = problem.information(slice(None))
+    assert_close(state.covariance(), torch.linalg.solve(A, torch.eye(len(A), dtype=torch.float64)), tolerance)
+    assert state.n_edits == len(problem.K)
+
+
+def test_the_batch_solution_depends_on_each_term():
+    """The twin: what the property test compares with is not insensitive to what it tests."""
+    base = Problem(0, 10, "both", True, "pairs")
+    for change in ("lam", "mu"):
+        other = Problem(0, 10, "both", True, "pairs")
+        setattr(other, change, 1.5 * getattr(other, change))
+        assert float((other.solution() - base.solution()).norm() / base.solution().norm()) > 1e-3
+    unweighted = Problem(0, 10, "both", True, "pairs")
+    unweighted.d = torch.ones_like(unweighted.d)
+    assert float((unweighted.solution() - base.solution()).norm() / base.solution().norm()) > 1e-3
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems, data=st.data())
+def test_rollback_is_exact(problem, data):
+    n = len(problem.K)
+    cut = data.draw(st.integers(1, n - 1))
+    state = problem.state(torch.float32)
+    problem.feed(state, 0, cut)
+    weight, covariance, drift = state.weight.clone(), state.covariance(), state.drift()
+    problem.feed(state, cut, n)
+    assert not torch.equal(state.weight, weight)
+    state.rollback()
+    assert torch.equal(state.weight, weight)
+    assert torch.equal(state.covariance(), covariance)
+    assert state.drift() == pytest.approx(drift, abs=1e-5)  # the probes see C − GGᵀ, folded or not
+    assert state.n_edits == cut
+    with pytest.raises(StateMismatchError, match="only the last one"):
+        state.rollback()
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems, data=st.data())
+def test_retraction_equals_never_having_edited(problem, data):
+    n = len(problem.K)
+    state = problem.state()
+    for start, end in splits(data, n):
+        problem.feed(state, start, end)
+    gone = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1), label="gone"))
+    kept = [i for i in range(n) if i not in gone]
+    for i in data.draw(st.permutations(gone), label="order"):
+        state.retract(problem.K[i : i + 1], problem.V[i : i + 1], problem.d[i : i + 1])
+    assert_close(state.weight, problem.solution(kept), 1e-7)  # each retraction costs digits: the condition of A grows by up to d
+    assert state.n_edits == len(kept)
+    assert state.drift() < 1e-7
+
+
+def test_retracting_what_was_never_edited_is_refused():
+    problem = Problem(0, 5, "lambda", False, "moments")
+    state = problem.state()
+    with pytest.raises(NumericalError, match="not part of the state"):
+        state.retract(10 * problem.K, problem.V)
+
+
+@pytest.mark.parametrize(("lam", "n_0"), [(1.0, 0.0), (0.0, 100.0), (0.1, 10.0)])
+def test_ten_thousand_batches_in_float32(lam, n_0):
+    d_k, d_v, g = 256, 8, torch.Generator().manual_seed(0)
+    spectrum = torch.logspace(0, -1.5, d_k)  # keys of real text are far from isotropic
+    text = torch.randn(2000, d_k, generator=g) * spectrum
+    gram, W_0 = n_0 * text.T @ text / len(text), torch.randn(d_k, d_v, generator=g)
+    state = RecursiveLeastSquares(W_0, gram, lambda_reg=lam, mu_reg=1.0)
+    A = lam**2 * torch.eye(d_k, dtype=torch.float64) + gram.double()
+    right = A @ W_0.double()
+    for _ in range(10_000):
+        K, V = torch.randn(2, d_k, generator=g), torch.randn(2, d_v, generator=g)
+        state.update(K, V)
+        A += K.double().T @ K.double()
+        right += K.double().T @ V.double()
+    assert_close(state.weight, torch.linalg.solve(A, right), LONG_STREAM_FLOAT32)
+    C = state.covariance()
+    assert torch.equal(C, C.T)
+    assert float(torch.linalg.eigvalsh(C.double()).min()) > 0
+    assert state.drift() < LONG_STREAM_FLOAT32
+
+
+def test_drift_rises_when_the_covariance_is_spoiled():
+    problem = Problem(1, 20, "both", False, "moments")
+    state = problem.state(torch.float32)
+    problem.feed(state, 0, 10)
+    problem.feed(state, 10, 20)
+    sound = state.drift()
+    assert sound < 1e-5
+    state._C[2, 3] += 0.05 * state._C.abs().max()
+    assert state.drift() > 100 * sound
+
+
+@pytest.mark.parametrize("field", ["K", "V", "d"])
+def test_non_finite_input_changes_nothing(field):
+    problem = Problem(2, 8, "both", True, "moments")
+    state = problem.state()
+    problem.feed(state, 0, 4)
+    weight, covariance = state.weight.clone(), state.covariance()
+    getattr(problem, field)[5] = float("nan")
+    with pytest.raises(NumericalError, match="layer 0 hold NaN"):
+        problem.feed(state, 4, 8)
+    assert torch.equal(state.weight, weight)
+    assert torch.equal(state.covariance(), covariance)
+
+
+def test_singular_prior_names_layer_and_cure():
+    keys = torch.ones(3, 6)
+    with pytest.raises(NumericalError, match=r"Prior of layer 5 \(d_k=6, lambda_reg=0.*Raise lambda_reg"):
+        RecursiveLeastSquares(torch.ones(6, 2), keys.T @ keys, lambda_reg=0.0, mu_reg=1.0, name="layer 5")
+
+
+def test_adopting_a_weight_keeps_the_covariance():
+    problem = Problem(3, 10, "both", False, "moments")
+    state = problem.state()
+    problem.feed(state, 0, 5)
+    covariance, other = state.covariance(), torch.randn_like(problem.W_0)
+    state.adopt(other)
+    torch.testing.assert_close(state.covariance(), covariance, rtol=FLOAT64, atol=0)
+    assert torch.equal(state.weight, other)
+    assert state.weight is not other
+
+
+def test_an_interrupt_while_folding_leaves_a_whole_state(monkeypatch):
+    problem = Problem(4, 12, "both", False, "moments")
+    state, undisturbed = problem.state(), problem.state()
+    problem.feed(state, 0, 6)
+    real = state._C.addmm_
+
+    class Interrupting:
+        """Stands for C; its in-place product is done when the signal arrives."""
+
+        def addmm_(self, *args, **kwargs):
+            real(*args, **kwargs)
+            state._C = C
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(C, name)
+
+    C, state._C = state._C, Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        state._fold()
+    problem.feed(state, 6, 12)
+    for part in ((0, 6), (6, 12)):
+        problem.feed(undisturbed, *part)
+    assert torch.equal(state.weight, undisturbed.weight)
+    assert torch.equal(state.covariance(), undisturbed.covariance())

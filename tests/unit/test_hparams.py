@@ -1,0 +1,106 @@
+"""Settings: the shipped files, and faults that say where and what instead."""
+
+import math
+import re
+
+import pytest
+
+from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.hparams import RLSEditHyperParams, shipped
+from tests.conftest import tiny_settings
+
+DOWN = "model.layers.{}.mlp.down_proj"
+PUBLISHED = {  # model: layers, v_lr, steps, v_loss_layer, clamp, n_0, module of the weight
+    "gpt2-xl": ([13, 14, 15, 16, 17], 0.5, 20, 47, 0.75, 20000, "transformer.h.{}.mlp.c_proj"),
+    "gpt-j-6B": ([3, 4, 5, 6, 7, 8], 0.5, 25, 27, 0.75, 15000, "transformer.h.{}.mlp.fc_out"),
+    "llama-2-7b": ([4, 5, 6, 7, 8], 0.1, 25, 31, 0.75, 15000, DOWN),
+    "llama3-8b": ([4, 5, 6, 7, 8], 0.1, 25, 31, 0.75, 15000, DOWN),
+    "llama3.2-3b": ([2, 3, 4, 5, 6], 0.1, 25, 27, 0.75, 15000, DOWN),
+    "qwen2.5-7b": ([7, 8, 9, 10, 11], 0.1, 25, 27, 0.75, 15000, DOWN),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_settings(name):
+    hp = RLSEditHyperParams.from_hparams(name)
+    found = (hp.layers, hp.v_lr, hp.v_num_grad_steps, hp.v_loss_layer, hp.clamp_norm_factor, hp.mom2_update_weight, hp.rewrite_module_tmp)
+    assert found == PUBLISHED[name]
+    assert (hp.v_weight_decay, hp.kl_factor, hp.mu_reg, hp.lambda_reg) == (0.5, 0.0625, 1, 0)
+    assert (hp.fact_token, hp.mom2_dataset, hp.mom2_n_samples) == ("subject_last", "wikipedia", 100_000)
+
+
+def test_all_shipped_files_load_and_are_named():
+    assert shipped() == sorted([*PUBLISHED, "smollm2-135m"])
+    for name in shipped():
+        assert RLSEditHyperParams.from_hparams(name).alg_name == "RLSEdit"
+
+
+def test_a_path_works_with_and_without_its_ending(tmp_path):
+    (tmp_path / "mine.yaml").write_text("\n".join(f"{k}: {v!r}" for k, v in tiny_settings("llama").to_dict().items() if v is not None))
+    for given in (tmp_path / "mine.yaml", str(tmp_path / "mine")):
+        assert RLSEditHyperParams.from_hparams(given) == tiny_settings("llama")
+
+
+def write(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_misspelt_key_suggests_the_right_one(tmp_path):
+    path = write(tmp_path, "alg_name: RLSEdit\nv_learning_rat: 1\nlamda_reg: 2\n")
+    with pytest.raises(HyperParamsError, match=r"lamda_reg' \(did you mean 'lambda_reg'\?\)") as caught:
+        RLSEditHyperParams.from_hparams(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alg_name: [", "is not YAML"),
+        ("- 1\n- 2\n", "holds no mapping"),
+        ("alg_name: RLSEdit\n", "Missing in .*layers.*v_lr"),
+    ],
+)
+def test_files_that_are_none(tmp_path, text, message):
+    with pytest.raises(HyperParamsError, match=message):
+        RLSEditHyperParams.from_hparams(write(tmp_path, text))
+
+
+def test_a_missing_file_gives_its_absolute_path_and_the_shipped_names():
+    with pytest.raises(HyperParamsError, match=r"No settings file at /.*llama9.*smollm2-135m"):
+        RLSEditHyperParams.from_hparams("llama9")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": []}, "layers is .*at least one"),
+        ({"layers": [2, 1]}, "ascending"),
+        ({"layers": [-1, 1]}, "from 0"),
+        ({"v_loss_layer": 1}, r"v_loss_layer is 1; allowed: the last edited layer \(2\) or above"),
+        ({"v_lr": 0}, "v_lr is 0.0; allowed: above 0"),
+        ({"v_lr": math.nan}, "v_lr is nan"),
+        ({"lambda_reg": -1.0}, "lambda_reg is -1.0; allowed: 0 or above"),
+        ({"lambda_reg": 0.0, "mu_reg": 0.0}, "above 0 where mu_reg is 0"),
+        ({"lambda_reg": 0.0, "mom2_adjustment": False}, "above 0 where mom2_adjustment is false"),
+        ({"v_num_grad_steps": 0}, "1 or above"),
+        ({"fact_token": "last"}, "'subject_last'"),
+        ({"targets": "paper"}, "'residual' or 'published'"),
+        ({"early_stopping": "yes"}, "'argmax' or 'loss' or 'off'"),
+        ({"alg_name": "MEMIT"}, "alg_name is 'MEMIT'; allowed: RLSEdit"),
+        ({"rewrite_module_tmp": "mlp"}, "one {} for the layer"),
+        ({"v_lr": "fast"}, "v_lr.*fast"),
+        ({"layers": "all"}, "layers"),
+    ],
+)
+def test_values_out_of_range(change, message):
+    with pytest.raises(HyperParamsError, match=message):
+        tiny_settings("llama", **change)
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    settings = {**tiny_settings("llama").to_dict(), "v_lr": "5e-1"}
+    text = "\n".join(f"{k}: {v}" for k, v in settings.items() if v is not None and not re.search("tmp|templates", k))
+    text += "".join(f'\n{k}: "{v}"' for k, v in settings.items() if k.endswith("tmp"))
+    assert RLSEditHyperParams.from_hparams(write(tmp_path, text)).v_lr == 0.5

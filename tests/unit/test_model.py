@@ -1,0 +1,181 @@
+"""What the package knows of a transformer: orientation, layout, hooks, padding, positions."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from easyedit_rls.errors import LayoutError, RequestError
+from easyedit_rls.model.capture import tap, undisturbed
+from easyedit_rls.model.forward import chunks, pad
+from easyedit_rls.model.layout import find_layout
+from easyedit_rls.model.subject import tokenize_answer, tokenize_fact
+from easyedit_rls.model.weights import EditedWeight, fingerprint
+from tests.conftest import tiny_gpt2, tiny_llama, tiny_settings
+
+
+@pytest.mark.parametrize("module", [nn.Linear(6, 4), Conv1D(4, 6), nn.Linear(5, 5, bias=False), Conv1D(5, 5)])
+def test_weights_have_one_orientation(module):
+    weight = EditedWeight(module, "m")
+    d_k, _ = weight.shape
+    key = torch.randn(3, d_k)
+    bias = 0 if module.bias is None else module.bias
+    torch.testing.assert_close(key @ weight.read() + bias, module(key))
+    W = torch.randn(*weight.shape)
+    weight.write(W)
+    torch.testing.assert_close(key @ W + bias, module(key))
+    assert torch.equal(weight.read(), W)
+    assert weight.holds(W)
+    assert not weight.holds(W + 1e-3)
+
+
+def test_low_precision_weights_are_the_rounding_of_what_is_written():
+    weight = EditedWeight(nn.Linear(6, 4).to(torch.bfloat16), "m")
+    W = torch.randn(6, 4)
+    weight.write(W)
+    assert torch.equal(weight.read(), W.bfloat16().float())
+    assert weight.holds(W)
+
+
+def test_what_cannot_be_edited_is_named():
+    with pytest.raises(LayoutError, match="Module m is a Embedding; only Linear and Conv1D"):
+        EditedWeight(nn.Embedding(3, 3), "m")
+    module = nn.Linear(3, 3)
+    module.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(LayoutError, match=r"quantised \(torch.int8\).*Load the model"):
+        EditedWeight(module, "m")
+
+
+def test_fingerprints_tell_models_apart():
+    model = tiny_llama()
+    first = fingerprint(model)
+    assert fingerprint(tiny_llama()) == first
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[3, 5] += 1e-3
+    assert fingerprint(model) != first
+    assert fingerprint(tiny_gpt2()) != first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": [1, 7], "v_loss_layer": 7}, "no layer 7: its 4 layers are 0 to 3. Change layers"),
+        ({"v_loss_layer": 9}, "no layer 9.*v_loss_layer"),
+        ({"rewrite_module_tmp": "model.layers.{}.mlp.down_projj"}, "no module.*close names: model.layers.1.mlp.down_proj.*rewrite_module_tmp"),
+        ({"layer_module_tmp": "transformer.h.{}"}, "no module 'transformer.h.0'.*layer_module_tmp"),
+        ({"ln_f_module": "model.normm"}, "close names: model.norm.*ln_f_module"),
+        ({"lm_head_module": "head"}, "lm_head_module"),
+    ],
+)
+def test_layout_errors_say_what_there_is(change, message):
+    with pytest.raises(LayoutError, match=message):
+        find_layout(tiny_llama(), tiny_settings("llama", **change))
+
+
+@pytest.mark.parametrize("head", ["lm_head", "transformer.wte"])
+def test_logits_are_the_models_own(head):
+    model = tiny_gpt2()
+    layout = find_layout(model, tiny_settings("gpt2", lm_head_module=head))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), tap(outputs={"end": layout.loss_layer}) as seen:
+        logits = model(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(layout.logits(seen["end"]), logits)
+
+
+def test_taps_are_removed_also_after_an_exception():
+    model = tiny_llama()
+    layer = model.model.layers[1]
+
+    def n_hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    before = n_hooks()
+    with pytest.raises(ZeroDivisionError), tap(inputs={"a": layer}, outputs={"b": layer}, edit={layer: lambda h: h}):
+        assert n_hooks() == before + 3
+        raise ZeroDivisionError
+    assert n_hooks() == before
+
+
+def test_stopping_skips_the_rest():
+    model, reached = tiny_llama(), []
+    model.model.layers[3].register_forward_hook(lambda *args: reached.append(3))
+    with torch.no_grad(), tap(outputs={"h": model.model.layers[1]}, stop=True) as seen:
+        model(torch.tensor([[5, 6]]))
+    assert reached == []
+    assert seen["h"].shape == (1, 2, 32)
+
+
+def test_undisturbed_puts_every_flag_back():
+    model = tiny_llama().train()
+    model.model.layers[0].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    flags = [(m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ZeroDivisionError), torch.inference_mode(), undisturbed(model):
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not torch.is_inference_mode_enabled()
+        raise ZeroDivisionError
+    assert ([(m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()]) == flags
+
+
+def test_padding():
+    left = pad([[1, 2, 3], [4]], "left", torch.device("cpu"))
+    right = pad([[1, 2, 3], [4]], "right", torch.device("cpu"), after=torch.tensor([[0, 1], [1, 1]]))
+    assert left.ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert left.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert left.positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert right.ids.tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert right.mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert right.positions.tolist() == [[1, 2, 3], [2, 2, 2]]
+
+
+def test_chunks_cover_everything_within_the_limit():
+    lengths = [3, 50, 7, 7, 1, 20, 9]
+    groups = list(chunks(lengths, 24))
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 24
+    assert [1] in groups  # longer than the limit: alone
+
+
+@pytest.mark.parametrize(
+    ("before", "subject", "after"),
+    [
+        ("The owner of ", "Yahoo!", " is"),  # ends in punctuation
+        ("The owner of ", "Yahoo!", ", once known to all, is"),  # punctuation that joins what follows
+        ("The mayor of ", "Zürich–Österreich", " is"),  # letters of several bytes
+        ("", "東京", "の知事は"),  # starts the prompt; each letter is several tokens
+        ("Paris, Texas is not ", "Paris", " in"),  # occurs twice
+        ("A well known kind of bread is ", "rye", ""),  # ends the prompt
+        ("The sign reads ", "{}", " to all"),
+    ],
+)
+def test_the_subjects_last_token(tok, before, subject, after):
+    row = tokenize_fact(tok, before, subject, after, "Lima")
+    decoded = [tok.decode(row.ids[: i + 1]) for i in range(len(row.ids))]
+    end = before + subject
+    assert decoded[row.subject_last].startswith(end)
+    assert not decoded[row.subject_last - 1].startswith(end) or row.subject_last == 0
+    assert tok.decode(row.target).strip() == "Lima"
+    assert tok.decode(row.ids[: row.target_start]) == before + subject + after
+
+
+def test_the_answers_tokens(tok):
+    row = tokenize_answer(tok, "Bread is made of", "flour and water")
+    assert tok.decode(row.target).strip() == "flour and water"
+    assert tok.decode(row.ids[: row.target_start]) == "Bread is made of"
+
+
+@pytest.mark.parametrize("target", ["<unk>", "salt <unk>"])
+def test_a_target_with_the_unknown_token_is_refused(tok, target):
+    with pytest.raises(RequestError, match="target_new.*unknown token '<unk>'.*characters the model knows"):
+        tokenize_fact(tok, "Bread and ", "butter", " need", target)
+
+
+def test_slow_tokenizers_are_refused():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(LayoutError, match="Load the fast tokenizer"):
+        tokenize_fact(Slow(), "a ", "b", " c")
