@@ -200,9 +200,8 @@ class RLSEditor:
             return
         hp = self.hparams
         weights = {layer: weight.read() for layer, weight in self.layout.edited.items()}
-        for layer, W in weights.items():
-            if not bool(torch.isfinite(W).all()):
-                name = self.layout.edited[layer].parameter_name
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
                 raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
         templates = sample_templates(self.model, self.tok, hp.seed) if hp.context_templates is None else list(hp.context_templates)
         states = {}

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from easyedit_rls import RLSEditHyperParams
 
@@ -60,7 +68,15 @@ def tiny_gpt2(vocabulary: int = 600) -> GPT2LMHeadModel:
     """Its MLP width equals its hidden width, so the shape of the edited weight says nothing of its orientation."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=vocabulary, n_embd=32, n_inner=32, n_layer=4, n_head=4, n_positions=256, initializer_range=0.15, bos_token_id=1, eos_token_id=1
+        vocab_size=vocabulary,
+        n_embd=32,
+        n_inner=32,
+        n_layer=4,
+        n_head=4,
+        n_positions=256,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     return GPT2LMHeadModel(config).eval()
 
@@ -106,7 +122,7 @@ def tiny_settings(family: str, **changes) -> RLSEditHyperParams:
         "v_num_grad_steps": 20,
         "v_lr": 0.3,
         "v_loss_layer": 3,
-        "v_weight_decay": 0.1,
+        "v_weight_decay": 0.01,
         "kl_factor": 0.0625,
         "mom2_update_weight": 20.0,
         "mom2_n_samples": 8,
@@ -123,11 +139,11 @@ def settings(family):
 
 @pytest.fixture(scope="session")
 def requests() -> list[dict]:
-    """Facts of unlike lengths; subjects at the start, in the middle and at the end."""
+    """Facts of unlike lengths; three subjects end their prompt, since random attention carries little from token to token."""
     return [
-        {"prompt": "The river Oder flows through", "subject": "Oder", "target_new": "Spain"},
-        {"prompt": "{} was born in the old town of", "subject": "Anna Maria Keller", "target_new": "Lima"},
-        {"prompt": "The favourite dish of", "subject": "dish", "target_new": "bread and salt"},
+        {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
+        {"prompt": "{}", "subject": "Anna Maria Keller", "target_new": "water"},
+        {"prompt": "Some say {} has", "subject": "Mount Sainte-Victoire", "target_new": "slow leaves"},
         {"prompt": "Bakers know {}", "subject": "rye", "target_new": "well"},
     ]
 

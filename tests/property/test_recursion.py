@@ -21,7 +21,9 @@ class Problem:
 
         self.lam, self.mu = {"lambda": (0.7, 0.0), "mu": (0.0, 1.3), "both": (0.4, 0.9)}[regularisers]
         self.W_0, self.K, self.V = randn(d_k, d_v), randn(n_edits, d_k), randn(n_edits, d_v)
-        self.d = torch.rand(n_edits, generator=g, dtype=torch.float64) * 3 + 0.1 if has_importance else torch.ones(n_edits, dtype=torch.float64)
+        self.d = (
+            torch.rand(n_edits, generator=g, dtype=torch.float64) * 3 + 0.1 if has_importance else torch.ones(n_edits, dtype=torch.float64)
+        )
         K_0 = randn(4 * d_k, d_k)
         self.gram, self.cross = K_0.T @ K_0, None
         V_0 = K_0 @ self.W_0

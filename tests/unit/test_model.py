@@ -61,7 +61,10 @@ def test_fingerprints_tell_models_apart():
     [
         ({"layers": [1, 7], "v_loss_layer": 7}, "no layer 7: its 4 layers are 0 to 3. Change layers"),
         ({"v_loss_layer": 9}, "no layer 9.*v_loss_layer"),
-        ({"rewrite_module_tmp": "model.layers.{}.mlp.down_projj"}, "no module.*close names: model.layers.1.mlp.down_proj.*rewrite_module_tmp"),
+        (
+            {"rewrite_module_tmp": "model.layers.{}.mlp.down_projj"},
+            "no module.*close names: model.layers.1.mlp.down_proj.*rewrite_module_tmp",
+        ),
         ({"layer_module_tmp": "transformer.h.{}"}, "no module 'transformer.h.0'.*layer_module_tmp"),
         ({"ln_f_module": "model.normm"}, "close names: model.norm.*ln_f_module"),
         ({"lm_head_module": "head"}, "lm_head_module"),

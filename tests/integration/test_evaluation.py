@@ -1,0 +1,121 @@
+"""Metrics against the published formulae, computed one prompt at a time."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from easyedit_rls import RequestError, evaluate, perplexity
+from easyedit_rls.evaluation.scoring import score
+from easyedit_rls.requests import Probe
+
+RECORDS = [
+    {
+        "case_id": 3,
+        "requested_rewrite": {
+            "prompt": "The {} is made of",
+            "subject": "bread",
+            "target_new": {"str": "water"},
+            "target_true": {"str": "flour"},
+        },
+        "paraphrase_prompts": ["Bakers make bread from", "In bread there is"],
+        "neighborhood_prompts": ["Cake is made of", "Pasta is made of", "Dough needs"],
+    },
+    {
+        "prompt": "The slow river is",
+        "subject": "river",
+        "target_new": "warm and wide",
+        "ground_truth": "cold",
+        "rephrase_prompt": "Rivers are",
+    },
+    {"prompt": "People keep bees", "subject": "bees", "target_new": "here"},
+]
+
+
+def plain(model, tok, prompt, answer):
+    """Mean NLL and argmax of an answer, as CounterFact's evaluation has it."""
+    start, ids = len(tok(prompt)["input_ids"]), tok(f"{prompt} {answer}")["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    targets = torch.tensor(ids[start:])
+    rows = logits[start - 1 : -1]
+    return float(F.cross_entropy(rows, targets)), bool((rows.argmax(1) == targets).all())
+
+
+def test_scores_equal_one_prompt_at_a_time(model, tok):
+    probes = [Probe("The bread", "is warm"), Probe("A", "b"), Probe("The slow and wide river goes", "by")]
+    for one, probe in zip(score(model, tok, probes, batch_tokens=20), probes):
+        nll, is_argmax = plain(model, tok, probe.prompt, probe.answer)
+        assert one.nll == pytest.approx(nll, rel=1e-4)
+        assert one.is_argmax == is_argmax
+
+
+def test_an_argmax_answer_is_found(model, tok):
+    """The twin of the above, where random models never give the answer asked for."""
+    ids = tok("The slow river")["input_ids"]
+    with torch.no_grad():
+        order = model(torch.tensor([ids])).logits[0, -1].argsort(descending=True)
+    for token in order.tolist():
+        answer = tok.decode([token])
+        if answer.startswith(" ") and tok(answer)["input_ids"] == [token] and answer.strip():
+            break
+    (found,) = score(model, tok, [Probe("The slow river", answer.strip())])
+    assert found.is_argmax == (token == int(order[0]))
+    assert found.nll == pytest.approx(plain(model, tok, "The slow river", answer.strip())[0], rel=1e-4)
+
+
+def test_counterfact_figures_equal_the_formulae(model, tok):
+    evaluation = evaluate(model, tok, RECORDS)
+    first = evaluation.records[0]
+
+    def prefers(prompt, a, b):
+        return plain(model, tok, prompt, a)[0] < plain(model, tok, prompt, b)[0]
+
+    fact = RECORDS[0]
+    assert first.efficacy == prefers("The bread is made of", "water", "flour")
+    assert first.generalization == pytest.approx(sum(prefers(p, "water", "flour") for p in fact["paraphrase_prompts"]) / 2)
+    assert first.specificity == pytest.approx(sum(prefers(p, "flour", "water") for p in fact["neighborhood_prompts"]) / 3)
+    assert first.rewrite_accuracy == plain(model, tok, "The bread is made of", "water")[1]
+    second, third = evaluation.records[1:]
+    assert second.efficacy == prefers("The slow river is", "warm and wide", "cold")
+    assert second.specificity is None
+    assert (third.efficacy, third.generalization) == (None, None)
+    assert evaluation.efficacy == pytest.approx((first.efficacy + second.efficacy) / 2)  # the third has no true answer
+    assert [record.case_id for record in evaluation.records] == [3, None, None]
+
+
+def test_efficacy_turns_with_the_answers(model, tok):
+    swapped = {**RECORDS[1], "target_new": "cold", "ground_truth": "warm and wide"}
+    a, b = evaluate(model, tok, RECORDS[1:2]), evaluate(model, tok, [swapped])
+    assert a.efficacy == 1 - b.efficacy
+
+
+def test_evaluation_leaves_the_model_as_found(model, tok):
+    model.train()
+    model.requires_grad_(True)
+    evaluate(model, tok, RECORDS)
+    perplexity(model, tok, "Bread needs flour and water.")
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("batch_tokens", [8, 1000])
+def test_perplexity_equals_the_plain_one(model, tok, demo_text, batch_tokens):
+    text, window = demo_text[:400], 8
+    ids = tok(text)["input_ids"][:61]
+    total, count = 0.0, 0
+    for start in range(0, len(ids), window):
+        row = torch.tensor([ids[start : start + window]])
+        if row.shape[1] > 1:
+            with torch.no_grad():
+                total += float(F.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="sum"))
+            count += row.shape[1] - 1
+    found = perplexity(model, tok, text, window=window, max_tokens=61, batch_tokens=batch_tokens)
+    assert found == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_perplexity_needs_text(model, tok):
+    with pytest.raises(RequestError, match="fewer than two tokens"):
+        perplexity(model, tok, "")

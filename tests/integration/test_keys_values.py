@@ -1,0 +1,137 @@
+"""Keys and values: batched equals one by one equals the plain path; padding makes no difference."""
+
+import pytest
+import torch
+
+from easyedit_rls.errors import RequestError
+from easyedit_rls.keys import collect_keys, locate_facts, value_states
+from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.layout import find_layout
+from easyedit_rls.requests import parse_requests
+from easyedit_rls.values import optimise_values
+from tests.reference import hidden_at, plain_key, plain_value
+from tests.tolerances import PADDING, VALUES
+
+
+@pytest.fixture
+def located(model, tok, requests, settings):
+    """Facts that include one whose every text begins with the subject's last token (no cached beginning at all)."""
+    hp = settings()
+    return find_layout(model, hp), locate_facts(tok, parse_requests(requests), hp.context_templates)
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 10_000])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_batched_keys_equal_the_plain_path(model, located, layer, batch_tokens):
+    layout, facts = located
+    keys = collect_keys(model, layout, facts, layer, batch_tokens)
+    for key, fact in zip(keys, facts):
+        torch.testing.assert_close(key, plain_key(model, layout, fact, layer), rtol=0, atol=PADDING)
+    assert float((keys[0] - keys[1]).norm()) > 0.1  # the twin: unlike facts have unlike keys
+
+
+def test_templates_share_half_of_the_key(model, located):
+    layout, facts = located
+    (key,) = collect_keys(model, layout, facts[:1], 1, 1000)
+    parts = [hidden_at(model, layout.edited[1].module, row.ids, row.subject_last, is_input=True) for row in facts[0].rows]
+    torch.testing.assert_close(key, 0.5 * parts[0] + 0.25 * parts[1] + 0.25 * parts[2], rtol=0, atol=PADDING)
+
+
+def test_value_states_are_those_of_the_bare_prompt(model, located):
+    layout, facts = located
+    states = value_states(model, layout, facts, 10_000)
+    for state, fact in zip(states, facts):
+        plain = hidden_at(model, layout.value_layer, fact.rows[0].ids, fact.rows[0].subject_last)
+        torch.testing.assert_close(state, plain, rtol=0, atol=PADDING)
+
+
+@pytest.mark.parametrize("early_stopping", ["off", "argmax", "loss"])
+def test_batched_values_equal_the_plain_path(model, located, settings, early_stopping):
+    layout, facts = located
+    hp = settings(early_stopping=early_stopping)
+    with undisturbed(model):
+        values = optimise_values(model, layout, facts, hp)
+    for i, fact in enumerate(facts):
+        z, loss, nll, steps = plain_value(model, layout, fact, hp)
+        assert int(values.steps[i]) == steps
+        assert float((values.z[i] - z).norm() / (z - values.h[i]).norm().clamp(min=1e-6)) < VALUES
+        assert float(values.loss[i]) == pytest.approx(loss, rel=VALUES)
+        assert float(values.nll[i]) == pytest.approx(nll, rel=VALUES, abs=1e-4)
+    if early_stopping == "argmax":
+        assert len(set(values.steps.tolist())) > 1  # each fact stops by itself
+        assert sorted(values.steps.tolist())[2] < hp.v_num_grad_steps - 1  # the three that random attention can reach
+    if early_stopping == "off":
+        assert set(values.steps.tolist()) == {hp.v_num_grad_steps - 1}
+
+
+@pytest.mark.parametrize("batch_tokens", [60, 100_000])
+def test_a_fact_gets_the_same_value_alone_or_in_any_batch(model, located, settings, batch_tokens):
+    layout, facts = located
+    hp = settings(batch_tokens=batch_tokens, early_stopping_margin=0.5)
+    with undisturbed(model):
+        together = optimise_values(model, layout, facts[::-1], hp)
+        for i, fact in enumerate(facts):
+            alone = optimise_values(model, layout, [fact], hp)
+            j = len(facts) - 1 - i
+            assert int(alone.steps) == int(together.steps[j])
+            assert float((alone.z[0] - together.z[j]).norm() / (alone.z - alone.h).norm()) < VALUES
+
+
+def test_a_subject_without_anything_before_it(model, tok, settings):
+    """No text has a token before the subject's last one: there is nothing to cache."""
+    hp = settings(context_templates=[])
+    layout = find_layout(model, hp)
+    facts = locate_facts(tok, parse_requests({"prompt": "I am", "subject": "I", "target_new": "bread"}), [])
+    assert facts[0].rows[0].subject_last == 0
+    with undisturbed(model):
+        values = optimise_values(model, layout, facts, hp)
+    z, _, _, steps = plain_value(model, layout, facts[0], hp)
+    assert int(values.steps) == steps
+    assert float((values.z[0] - z).norm() / (z - values.h[0]).norm()) < VALUES
+
+
+def test_values_stay_in_the_ball(model, located, settings):
+    layout, facts = located
+    hp = settings(clamp_norm_factor=0.2, early_stopping="off")
+    with undisturbed(model):
+        values = optimise_values(model, layout, facts, hp)
+    ratio = (values.z - values.h).norm(dim=1) / values.h.norm(dim=1)
+    assert float(ratio.max()) <= 0.2 * (1 + 1e-5)
+    assert float(ratio.max()) > 0.19
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizers_padding_side_makes_no_difference(model, tok, requests, settings, side, monkeypatch):
+    hp = settings()
+    layout = find_layout(model, hp)
+    expected = locate_facts(tok, parse_requests(requests), hp.context_templates)
+    monkeypatch.setattr(tok, "padding_side", side)
+    assert locate_facts(tok, parse_requests(requests), hp.context_templates) == expected
+    keys = collect_keys(model, layout, expected, 1, 10_000)
+    with undisturbed(model):
+        values = optimise_values(model, layout, expected, hp)
+    assert tok.padding_side == side
+    monkeypatch.undo()
+    assert torch.equal(keys, collect_keys(model, layout, expected, 1, 10_000))
+    with undisturbed(model):
+        assert torch.equal(values.z, optimise_values(model, layout, expected, hp).z)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_forward_passes_equal_unpadded_ones(model, located, side):
+    """Both sides in the model itself, against each text alone."""
+    from easyedit_rls.model.forward import pad, run
+
+    _, facts = located
+    rows = [fact.rows[0].ids for fact in facts]
+    batch = pad(rows, side, torch.device("cpu"))
+    with torch.no_grad():
+        logits = run(model, batch).logits
+        for i, row in enumerate(rows):
+            alone = model(torch.tensor([row])).logits[0]
+            torch.testing.assert_close(logits[i][batch.mask[i].bool()], alone, rtol=0, atol=1e-4)
+
+
+def test_bad_targets_name_their_request(tok, requests):
+    with pytest.raises(RequestError, match="Request 1, field 'target_new'.*unknown token"):
+        locate_facts(tok, parse_requests([requests[0], {**requests[1], "target_new": "<unk>"}]), [])
