@@ -64,7 +64,7 @@ METRICS = ("efficacy", "rewrite_accuracy", "generalization", "paraphrase_accurac
 def evaluate(
     model: PreTrainedModel,
     tok: PreTrainedTokenizerBase,
-    records: Sequence[Mapping[str, Any] | EditRequest],
+    records: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest,
     *,
     batch_tokens: int = 8192,
     show_progress: bool | None = None,
@@ -74,11 +74,11 @@ def evaluate(
     Args:
         model: edited or not.
         tok: its tokenizer.
-        records: EasyEdit's dicts or CounterFact records.
+        records: one or a list: EasyEdit's dicts or CounterFact records.
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
     """
-    requests = parse_requests(list(records))
+    requests = parse_requests(records)
     probes = list(dict.fromkeys(probe for request in requests for probe in _probes(request)))
     scores = dict(zip(probes, score(model, tok, probes, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)))
     return summarise([_record_scores(request, scores) for request in requests])

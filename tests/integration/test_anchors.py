@@ -88,7 +88,7 @@ def test_a_cached_file_of_another_width_is_refused(model, tok, settings, text_fi
     (place,) = anchors._cache_places(model, find_layout(model, hp), tok, hp).values()
     anchors._write_cached(place, anchors.Moment(torch.eye(7), 5))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(AnchorError, match="width 7, but the layer's is .*Delete it"):
+    with pytest.raises(AnchorError, match=r"width 7, but the layer's is .*Delete it"):
         RLSEditor(model, tok, hp).edit(requests)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -133,5 +133,5 @@ def test_padded_forward_passes_equal_unpadded_ones(model, located, side):
 
 
 def test_bad_targets_name_their_request(tok, requests):
-    with pytest.raises(RequestError, match="Request 1, field 'target_new'.*unknown token"):
+    with pytest.raises(RequestError, match=r"Request 1, field 'target_new'.*unknown token"):
         locate_facts(tok, parse_requests([requests[0], {**requests[1], "target_new": "<unk>"}]), [])

@@ -172,7 +172,7 @@ def test_the_answers_tokens(tok):
 
 @pytest.mark.parametrize("target", ["<unk>", "salt <unk>"])
 def test_a_target_with_the_unknown_token_is_refused(tok, target):
-    with pytest.raises(RequestError, match="target_new.*unknown token '<unk>'.*characters the model knows"):
+    with pytest.raises(RequestError, match=r"target_new.*unknown token '<unk>'.*characters the model knows"):
         tokenize_fact(tok, "Bread and ", "butter", " need", target)
 
 
