@@ -16,7 +16,7 @@ _ROWS = (
     ("neighborhood_accuracy", "Neighbourhood accuracy: argmax"),
     ("perplexity", "Perplexity on plain text"),
 )
-_PLOTTED = (("rewrite_accuracy", "Rewrite accuracy"), ("paraphrase_accuracy", "Paraphrase accuracy"), ("efficacy", "Efficacy"))
+_PLOTTED = (("rewrite_accuracy", "Rewrite accuracy"), ("generalization", "Generalization"), ("paraphrase_accuracy", "Paraphrase accuracy"))
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
