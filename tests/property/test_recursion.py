@@ -157,6 +157,17 @@ def test_ten_thousand_batches_in_float32(lam, n_0):
     assert state.drift() < LONG_STREAM_FLOAT32
 
 
+def test_each_downdate_makes_the_covariance_symmetric():
+    problem = Problem(5, 8, "both", False, "moments")
+    state = problem.state(torch.float32)
+    state._C[0, 1] += 1e-6  # what a matrix product that rounds its two triangles differently would leave
+    problem.feed(state, 0, 4)
+    C = state.covariance()
+    assert torch.equal(C, C.T)
+    problem.feed(state, 4, 8)
+    assert torch.equal(state._C, state._C.T)
+
+
 def test_drift_rises_when_the_covariance_is_spoiled():
     problem = Problem(1, 20, "both", False, "moments")
     state = problem.state(torch.float32)

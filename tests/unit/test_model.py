@@ -152,6 +152,7 @@ def test_chunks_cover_everything_within_the_limit():
         ("Paris, Texas is not ", "Paris", " in"),  # occurs twice
         ("A well known kind of bread is ", "rye", ""),  # ends the prompt
         ("The sign reads ", "{}", " to all"),
+        ("They ", "re", "ad books"),  # shares its only token with what follows
     ],
 )
 def test_the_subjects_last_token(tok, before, subject, after):
