@@ -20,7 +20,6 @@ from platformdirs import user_cache_path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import AnchorError
@@ -30,6 +29,7 @@ from easyedit_rls.model.forward import chunks, device_of, pad, run
 from easyedit_rls.model.layout import Layout, find_layout
 from easyedit_rls.model.sampling import sample_texts
 from easyedit_rls.model.weights import fingerprint
+from easyedit_rls.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def sum_moments(
     dtype = getattr(torch, hparams.mom2_dtype)
     sums: dict[int, Tensor] = {}
     n_tokens = sum(len(row) for row in rows)
-    with undisturbed(model), tqdm(total=n_tokens, desc="second moments", unit="tok", disable=_hide(show_progress)) as bar:
+    with undisturbed(model), progress_bar(n_tokens, "second moments", "tok", show_progress) as bar:
         for group in chunks([len(row) for row in rows], hparams.batch_tokens):
             batch = pad([rows[i] for i in group], "right", device_of(model))
             with tap(inputs=modules, stop=True) as seen:
@@ -217,7 +217,7 @@ def _token_rows(
     """The text behind the moments, tokenised."""
     source, n = hparams.mom2_dataset, hparams.mom2_n_samples
     if source == "self":
-        with tqdm(total=n, desc="sampling text", unit="text", disable=_hide(show_progress)) as bar:
+        with progress_bar(n, "sampling text", "text", show_progress) as bar:
             return sample_texts(model, tok, n, _SAMPLED_TOKENS, hparams.seed, bar)
     texts = _file_texts(Path(source)) if source.endswith(".txt") else _dataset_texts(source, n, hparams.seed)
     rows = [row for text in texts[:n] if (row := tok(text, truncation=True, max_length=_TEXT_TOKENS)["input_ids"])]
@@ -297,8 +297,3 @@ def _checked(moment: Moment, d_k: int, path: Path) -> Moment:
             f"{path.absolute()} holds moments of width {moment.mean.shape[0]}, but the layer's is {d_k}. Delete it, or change stats_dir."
         )
     return moment
-
-
-def _hide(show_progress: bool | None) -> bool | None:
-    """tqdm's `disable`: None leaves it to the terminal."""
-    return None if show_progress is None else not show_progress

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors import AnchorPairs, anchor_pairs, moments
@@ -19,6 +18,7 @@ from easyedit_rls.keys import Fact, collect_keys, locate_facts, value_states
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
+from easyedit_rls.progress import progress_bar
 from easyedit_rls.recursion import RecursiveLeastSquares
 from easyedit_rls.requests import EditRequest, parse_requests
 from easyedit_rls.values import Values, optimise_values
@@ -225,8 +225,7 @@ class RLSEditor:
         return {layer: _pair_terms(pairs, layer, W) for layer, W in weights.items()}
 
     def _optimise(self, facts: Sequence[Fact]) -> Values:
-        hidden = None if self._show_progress is None else not self._show_progress
-        with tqdm(total=len(facts), desc=f"batch {self._n_batches + 1}: values", unit="fact", disable=hidden) as bar:
+        with progress_bar(len(facts), f"batch {self._n_batches + 1}: values", "fact", self._show_progress) as bar:
             return optimise_values(self.model, self.layout, facts, self.hparams, bar)
 
     def _write(self, facts: Sequence[Fact], values: Values) -> dict[int, float]:

@@ -3,12 +3,12 @@
 import math
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RequestError
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import device_of, pad, run
+from easyedit_rls.progress import progress_bar
 
 
 def perplexity(
@@ -40,8 +40,7 @@ def perplexity(
     if not rows:
         raise RequestError("has fewer than two tokens, so there is nothing to predict. Give more text.", field="text")
     total, count, step = 0.0, 0, max(1, batch_tokens // window)
-    hidden_bar = None if show_progress is None else not show_progress
-    with undisturbed(model), tqdm(total=len(rows), desc="perplexity", unit="window", disable=hidden_bar) as bar:
+    with undisturbed(model), progress_bar(len(rows), "perplexity", "window", show_progress) as bar:
         for at in range(0, len(rows), step):
             some = rows[at : at + step]
             batch = pad(some, "right", device_of(model))

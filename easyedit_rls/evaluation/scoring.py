@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import chunks, device_of, pad, run
 from easyedit_rls.model.subject import tokenize_answer
+from easyedit_rls.progress import progress_bar
 from easyedit_rls.requests import Probe
 
 
@@ -51,8 +51,7 @@ def score(
     rows = [tokenize_answer(tok, probe.prompt, probe.answer) for probe in probes]
     scores: list[Score | None] = [None] * len(rows)
     head = model.get_output_embeddings()
-    hidden_bar = None if show_progress is None else not show_progress
-    with undisturbed(model), tqdm(total=len(rows), desc=desc, unit="text", disable=hidden_bar) as bar:
+    with undisturbed(model), progress_bar(len(rows), desc, "text", show_progress) as bar:
         for group in chunks([len(row.ids) for row in rows], batch_tokens):
             places = [
                 (r, row.target_start - 1 + j, token) for r, i in enumerate(group) for row in [rows[i]] for j, token in enumerate(row.target)
