@@ -4,6 +4,7 @@ from easyedit_rls.anchors import AnchorPairs, anchor_pairs
 from easyedit_rls.editor import EditReport, RLSEditor
 from easyedit_rls.errors import (
     AnchorError,
+    HostError,
     HyperParamsError,
     LayoutError,
     NumericalError,
@@ -13,6 +14,7 @@ from easyedit_rls.errors import (
     StateMismatchError,
 )
 from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
+from easyedit_rls.host import register, unregister
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.requests import EditRequest, parse_requests
 
@@ -24,6 +26,7 @@ __all__ = [
     "EditReport",
     "EditRequest",
     "Evaluation",
+    "HostError",
     "HyperParamsError",
     "LayoutError",
     "NumericalError",
@@ -37,4 +40,6 @@ __all__ = [
     "evaluate",
     "parse_requests",
     "perplexity",
+    "register",
+    "unregister",
 ]

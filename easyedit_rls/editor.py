@@ -21,6 +21,7 @@ from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.progress import progress_bar
 from easyedit_rls.recursion import RecursiveLeastSquares
 from easyedit_rls.requests import EditRequest, parse_requests
+from easyedit_rls.state import EditorState
 from easyedit_rls.values import Values, optimise_values
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class EditReport:
 class RLSEditor:
     """Edits facts into a causal language model, batch after batch, by recursive least squares (RLSEdit, arXiv 2601.15686).
 
-    Weights are written in place. The editor owns the state (a covariance and a float32 master weight for each edited layer) and
+    Weights are written in place. The editor keeps a state (a covariance and a float32 master weight for each edited layer) and
     checks before each batch that the model's weights are those it left.
 
     Args:
@@ -109,7 +110,11 @@ class RLSEditor:
         tok: its fast tokenizer; its settings are not touched.
         hparams: settings.
         anchors: explicit anchors instead of second moments: `AnchorPairs`, or prompts whose outcome should stay.
+        state: the state of an earlier editor of this model under the same objective; a fresh one if None.
         show_progress: None shows progress bars on a terminal only.
+
+    Attributes:
+        state: what is remembered of the edits so far.
 
     Raises:
         LayoutError: the settings name a layer or module that the model lacks.
@@ -122,6 +127,7 @@ class RLSEditor:
         hparams: RLSEditHyperParams,
         *,
         anchors: AnchorPairs | Sequence[str] | None = None,
+        state: EditorState | None = None,
         show_progress: bool | None = None,
     ) -> None:
         self.model = model
@@ -130,7 +136,7 @@ class RLSEditor:
         self.layout = find_layout(model, hparams)
         self._anchors = anchors
         self._show_progress = show_progress
-        self.reset()
+        self.state = EditorState() if state is None else state
 
     def edit(self, requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest) -> EditReport:
         """Edit one batch of facts into the model: all of it, or nothing.
@@ -148,18 +154,18 @@ class RLSEditor:
             AnchorError: the second moments can't be had.
         """
         parsed = parse_requests(requests)
-        self._follow_weights()
+        self.state.follow(self.layout.edited)
         with undisturbed(self.model):
             locate_facts(self.tok, parsed, [])  # bad requests fail here, before the long work
             start = time.perf_counter()
             self._prepare()
             prepared = time.perf_counter()
-            facts = locate_facts(self.tok, parsed, self._templates)
+            facts = locate_facts(self.tok, parsed, self.state.templates)
             values = self._optimise(facts)
             optimised = time.perf_counter()
             steps = self._write(facts, values)
             written = time.perf_counter()
-            self._n_batches += 1
+            self.state.n_batches += 1
             seconds = {"prepare": prepared - start, "values": optimised - prepared, "weights": written - optimised}
             return self._report(facts, values, steps, seconds)
 
@@ -169,34 +175,30 @@ class RLSEditor:
         Raises:
             StateMismatchError: there is no batch to take back, or somebody else changed the weights since.
         """
-        self._follow_weights()
-        if self._found is None:
+        self.state.follow(self.layout.edited)
+        if self.state.found is None:
             raise StateMismatchError("No batch can be rolled back: only the last one can, and only once.")
-        self._restore(self._found)
-        self._roll_state_back()
+        self._restore(self.state.found)
+        self.state.roll_back()
 
     def reset(self) -> None:
         """Forget all edits and start anew from the weights as they are now; they count as unedited from here on."""
-        self._states: dict[int, RecursiveLeastSquares] = {}
-        self._unedited: dict[int, Tensor] = {}
-        self._templates: list[str] = []
-        self._found: dict[int, Tensor] | None = None  # parameters as found before the last batch
-        self._n_batches = 0
+        self.state.clear()
 
     def adopt_weights(self) -> None:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""
-        for layer, state in self._states.items():
-            state.adopt(self.layout.edited[layer].read())
-        self._found = None
+        for layer, solution in self.state.layers.items():
+            solution.adopt(self.layout.edited[layer].read())
+        self.state.found = None
 
     @property
     def n_edits(self) -> int:
         """Edits in the state."""
-        return next((state.n_edits for state in self._states.values()), 0)
+        return self.state.n_edits
 
     def _prepare(self) -> None:
         """Before the first batch: context templates, and the prior of each layer."""
-        if self._states:
+        if self.state.layers:
             return
         hp = self.hparams
         weights = {layer: weight.read() for layer, weight in self.layout.edited.items()}
@@ -204,12 +206,12 @@ class RLSEditor:
             if not bool(torch.isfinite(parameter).all()):
                 raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
         templates = sample_templates(self.model, self.tok, hp.seed) if hp.context_templates is None else list(hp.context_templates)
-        states = {}
+        solutions = {}
         for layer, (gram, cross) in self._anchor_terms(weights).items():
-            states[layer] = RecursiveLeastSquares(
+            solutions[layer] = RecursiveLeastSquares(
                 weights[layer], gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, name=f"layer {layer}"
             )
-        self._states, self._unedited, self._templates = states, weights, templates
+        self.state.layers, self.state.unedited, self.state.templates = solutions, weights, templates
         logger.info("Prepared layers %s of %s", hp.layers, hp.model_name)
 
     def _anchor_terms(self, weights: Mapping[int, Tensor]) -> dict[int, tuple[Tensor | None, Tensor | None]]:
@@ -225,32 +227,32 @@ class RLSEditor:
         return {layer: _pair_terms(pairs, layer, W) for layer, W in weights.items()}
 
     def _optimise(self, facts: Sequence[Fact]) -> Values:
-        with progress_bar(len(facts), f"batch {self._n_batches + 1}: values", "fact", self._show_progress) as bar:
+        with progress_bar(len(facts), f"batch {self.state.n_batches + 1}: values", "fact", self._show_progress) as bar:
             return optimise_values(self.model, self.layout, facts, self.hparams, bar)
 
     def _write(self, facts: Sequence[Fact], values: Values) -> dict[int, float]:
         """Write the values into all layers, lowest first; returns the size of each layer's step."""
         hp, tokens = self.hparams, self.hparams.batch_tokens
         found = {layer: weight.snapshot() for layer, weight in self.layout.edited.items()}
-        counts = {layer: state.n_edits for layer, state in self._states.items()}
+        counts = {layer: solution.n_edits for layer, solution in self.state.layers.items()}
         importance = torch.tensor([fact.request.importance for fact in facts])
         steps = {}
-        self._found = None  # from the first update on, the batch before this one is final
+        self.state.found = None  # from the first update on, the batch before this one is final
         try:
             for i, (layer, weight) in enumerate(self.layout.edited.items()):
-                state, layers_left = self._states[layer], len(hp.layers) - i
-                W = state.weight
+                solution, layers_left = self.state.layers[layer], len(hp.layers) - i
+                W = solution.weight
                 K = collect_keys(self.model, self.layout, facts, layer, tokens).to(W)
                 missing = values.z - value_states(self.model, self.layout, facts, tokens)
-                state.update(K, _targets(K, W, missing.to(W), layers_left, hp.targets), importance)
-                weight.write(state.weight)
-                steps[layer] = float((state.weight - W).norm() / self._unedited[layer].norm())
-            self._found = found
+                solution.update(K, _targets(K, W, missing.to(W), layers_left, hp.targets), importance)
+                weight.write(solution.weight)
+                steps[layer] = float((solution.weight - W).norm() / self.state.unedited[layer].norm())
+            self.state.found = found
         except BaseException:
             self._restore(found)
-            for layer, state in self._states.items():
-                if state.n_edits != counts[layer]:
-                    state.rollback()
+            for layer, solution in self.state.layers.items():
+                if solution.n_edits != counts[layer]:
+                    solution.rollback()
             raise
         return steps
 
@@ -262,9 +264,9 @@ class RLSEditor:
         numbers = zip(values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss)
         fact_reports = [FactReport(f.request.prompt, f.request.target, f.request.case_id, *row) for f, row in zip(facts, numbers)]
         layer_reports = []
-        for layer, state in self._states.items():
-            W_0 = self._unedited[layer]
-            layer_reports.append(LayerReport(layer, steps[layer], float((state.weight - W_0).norm() / W_0.norm()), state.drift()))
+        for layer, solution in self.state.layers.items():
+            W_0 = self.state.unedited[layer]
+            layer_reports.append(LayerReport(layer, steps[layer], float((solution.weight - W_0).norm() / W_0.norm()), solution.drift()))
         worst = max(layer_reports, key=lambda report: report.drift)
         if worst.drift > _DRIFT_TOLERANCE:
             warnings.warn(
@@ -273,30 +275,7 @@ class RLSEditor:
                 RLSEditWarning,
                 stacklevel=3,
             )
-        return EditReport(self._n_batches, self.n_edits, fact_reports, layer_reports, seconds)
-
-    def _follow_weights(self) -> None:
-        """State follows weights: go on, roll back with the host, or refuse."""
-        if not self._states:
-            return
-        edited = self.layout.edited
-        changed = [layer for layer, state in self._states.items() if not edited[layer].holds(state.weight)]
-        if not changed:
-            return
-        if self._found is not None and all(torch.equal(edited[layer].parameter, found) for layer, found in self._found.items()):
-            logger.info("The weights are those from before batch %d: it was rolled back, and so is the state", self._n_batches)
-            self._roll_state_back()
-            return
-        raise StateMismatchError(
-            f"The weights of layers {changed} are neither those that the last batch wrote nor those it found. Call reset() to start "
-            "anew from them, or adopt_weights() to go on from them with the edits' covariance."
-        )
-
-    def _roll_state_back(self) -> None:
-        for state in self._states.values():
-            state.rollback()
-        self._found = None
-        self._n_batches -= 1
+        return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, seconds)
 
     def _restore(self, found: Mapping[int, Tensor]) -> None:
         for layer, parameter in found.items():

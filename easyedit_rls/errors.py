@@ -48,5 +48,9 @@ class StateMismatchError(RLSEditError, RuntimeError):
     """The model's weights are not those that the editor's state describes."""
 
 
+class HostError(RLSEditError, ImportError):
+    """EasyEdit is missing, can't be imported, or has no place for RLSEdit."""
+
+
 class RLSEditWarning(UserWarning):
     """The one warning class: something that works, but not as well as it should."""

@@ -117,14 +117,20 @@ class RLSEditHyperParams:
         """
         path = _find(path_or_name)
         try:
-            loaded = OmegaConf.load(path)
+            loaded = cls._load(path)
         except (yaml.YAMLError, UnicodeDecodeError) as exc:
             raise HyperParamsError(f"{path} is not YAML: {' '.join(str(exc).split())}. Mend the file.") from exc
         except OSError as exc:
             raise HyperParamsError(f"{path} can't be read: {exc.strerror}.") from exc
-        if not OmegaConf.is_dict(loaded):
+        if not isinstance(loaded, dict):
             raise HyperParamsError(f"{path} holds no mapping of settings. Write one 'key: value' a line.")
-        return cls.from_dict(OmegaConf.to_container(loaded, resolve=True), source=str(path))  # type: ignore[arg-type]
+        return cls.from_dict(loaded, source=str(path))
+
+    @classmethod
+    def _load(cls, path: Path) -> Any:
+        """What a settings file holds, as plain values."""
+        loaded = OmegaConf.load(path)
+        return OmegaConf.to_container(loaded, resolve=True) if OmegaConf.is_dict(loaded) else loaded
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], source: str = "the settings") -> "RLSEditHyperParams":
@@ -155,6 +161,25 @@ class RLSEditHyperParams:
         """All settings as plain Python values."""
         return asdict(self)
 
+    def objective(self) -> dict[str, Any]:
+        """The settings that define the least-squares problem: what is edited, both regularisers, and where a fact sits."""
+        return {name: getattr(self, name) for name in _OBJECTIVE}
+
+
+_OBJECTIVE = (
+    "layers",
+    "rewrite_module_tmp",
+    "lambda_reg",
+    "mu_reg",
+    "mom2_adjustment",
+    "mom2_update_weight",
+    "mom2_dataset",
+    "mom2_n_samples",
+    "mom2_dtype",
+    "stats_dir",
+    "context_templates",
+    "seed",
+)
 
 _CHOICES = {
     "layer_selection": ("all",),

@@ -1,21 +1,27 @@
 """Edit requests and evaluation records: parse, validate, name the fault.
 
-Two formats are understood everywhere:
+These formats are understood everywhere:
 
 * EasyEdit's dict: ``prompt`` (with the subject in it, or with ``{}`` in its place), ``subject``, ``target_new``, and for evaluation
-  ``ground_truth``, ``rephrase_prompt``, ``locality``;
+  ``ground_truth``, ``rephrase_prompt``, ``locality`` (or ``locality_prompt`` and ``locality_ground_truth``);
+* items of EasyEdit's data sets as they come. Its ``ZsreDataset`` drops the subject, which is then found as the one name that prompt and
+  rewording share (`subjects.find_subject`), or else the request is refused;
 * a CounterFact record: ``requested_rewrite`` with ``prompt``, ``subject``, ``target_new.str``, ``target_true.str``, and for
   evaluation ``paraphrase_prompts``, ``neighborhood_prompts``.
 
 Nothing is mutated, and text is never passed through ``str.format``: braces in it are just characters.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from easyedit_rls.errors import RequestError
+from easyedit_rls.subjects import find_subject
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,22 +84,25 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
     if not isinstance(raw, Mapping):
         raise RequestError(f"is a {type(raw).__name__}, not a mapping. Give EasyEdit's dict or a CounterFact record.", index=index)
     fact = {**raw, **_mapping(raw, "requested_rewrite", index)}
-    subject = _text(fact, "subject", index)
+    subject = _zsre_subject(fact, index) if "cond" in fact and "subject" not in fact else _text(fact, "subject", index)
     before, after = _split_prompt(_text(fact, "prompt", index), subject, index)
     target = _text(fact, "target_new", index)
     true_key = "target_true" if fact.get("target_true") is not None else "ground_truth"
-    target_true = _text(fact, true_key, index) if fact.get(true_key) is not None else None
+    answers = fact.get(true_key)
+    if isinstance(answers, (list, tuple)) and len(answers) > 1:  # KnowEdit lists every right answer
+        fact[true_key] = answers[0]
+    target_true = _text(fact, true_key, index) if answers is not None else None
 
     importance = fact.get("importance", 1.0)
     if isinstance(importance, bool) or not isinstance(importance, (int, float)) or not 0 < importance < float("inf"):
         raise RequestError(f"is {importance!r}. Give a positive number; 1 is the usual weight.", index=index, field="importance")
 
     paraphrases = _texts(fact, "paraphrase_prompts", index) + _texts(fact, "rephrase_prompt", index)
-    neighbors: list[Probe] = []
-    for prompt in _texts(fact, "neighborhood_prompts", index):
-        if target_true is None:
-            raise RequestError("is missing, but neighborhood_prompts need it as their answer. Add it.", index=index, field="target_true")
-        neighbors.append(Probe(prompt.rstrip(), target_true))
+    neighbors = [Probe(prompt.rstrip(), str(target_true)) for prompt in _texts(fact, "neighborhood_prompts", index)]
+    if neighbors and target_true is None:
+        raise RequestError("is missing, but neighborhood_prompts need it as their answer. Add it.", index=index, field="target_true")
+    if fact.get("locality_prompt") is not None:
+        neighbors.append(Probe(_text(fact, "locality_prompt", index).rstrip(), _text(fact, "locality_ground_truth", index)))
     for kind, pair in _mapping(fact, "locality", index).items():
         if not isinstance(pair, Mapping):
             raise RequestError(f"'{kind}' is no mapping. Give prompt and ground_truth.", index=index, field="locality")
@@ -115,6 +124,15 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
         neighbors=tuple(neighbors),
         case_id=raw.get("case_id"),
     )
+
+
+def _zsre_subject(fact: Mapping[str, Any], index: int) -> str:
+    try:
+        subject = find_subject(_text(fact, "prompt", index), _text(fact, "rephrase_prompt", index))
+    except RequestError as exc:
+        raise exc.at(index) from None
+    logger.info("Request %d comes without a subject; taken from its rewording: %r", index, subject)
+    return subject
 
 
 def _split_prompt(prompt: str, subject: str, index: int) -> tuple[str, str]:

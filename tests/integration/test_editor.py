@@ -74,7 +74,7 @@ def test_the_weights_are_the_batch_solution_of_keys_and_targets(model, tok, requ
     for layer, parts in given.items():
         K, V, d = (torch.cat(column) for column in zip(*parts))
         assert d.tolist() == [0.5, 1.5, 2.5, 3.5]
-        state = editor._states[layer]
+        state = editor.state.layers[layer]
         A = torch.linalg.inv(state.covariance().double())
         prior = A - K.T @ (d[:, None] * K)
         solution = torch.linalg.solve(A, prior @ W_0[layer] + K.T @ (d[:, None] * V))
@@ -120,7 +120,7 @@ def test_two_runs_with_one_seed_are_identical(family, tok, requests, settings):
         editor = RLSEditor(model, tok, settings(context_templates=None, seed=seed))
         editor.edit(requests[:2])
         editor.edit(requests[2:])
-        results.append((weights(model), editor._templates))
+        results.append((weights(model), editor.state.templates))
     assert results[0][1] == results[1][1] != results[2][1]
     assert same(results[0][0], results[1][0])
     assert not same(results[0][0], results[2][0])
@@ -155,12 +155,12 @@ def test_rollback_is_bit_for_bit_and_once(model, tok, requests, settings):
     with pytest.raises(StateMismatchError, match="No batch"):
         editor.rollback()
     editor.edit(requests[:2])
-    kept, covariance = weights(model), editor._states[1].covariance()
+    kept, covariance = weights(model), editor.state.layers[1].covariance()
     editor.edit(requests[2:])
     assert not same(weights(model), kept)
     editor.rollback()
     assert same(weights(model), kept)
-    assert torch.equal(editor._states[1].covariance(), covariance)
+    assert torch.equal(editor.state.layers[1].covariance(), covariance)
     assert editor.n_edits == 2
     with pytest.raises(StateMismatchError, match="only once"):
         editor.rollback()
@@ -291,13 +291,13 @@ def test_what_fails_changes_nothing(model, tok, requests, settings, monkeypatch,
     with monkeypatch.context() as patch:
         given = spoil(editor, requests, patch)
         before = weights(model)
-        n_edits, covariances = editor.n_edits, {layer: state.covariance() for layer, state in editor._states.items()}
+        n_edits, covariances = editor.n_edits, {layer: state.covariance() for layer, state in editor.state.layers.items()}
         with pytest.raises(error, match=message):
             editor.edit(given)
     after = weights(model)
     assert all(torch.equal(before[name].nan_to_num(123.0), after[name].nan_to_num(123.0)) for name in before)
     assert editor.n_edits == n_edits
-    assert all(torch.equal(editor._states[layer].covariance(), covariance) for layer, covariance in covariances.items())
+    assert all(torch.equal(editor.state.layers[layer].covariance(), covariance) for layer, covariance in covariances.items())
     if error is KeyboardInterrupt:  # and the same call goes through afterwards, as if nothing had happened
         twin = copy.deepcopy(model)
         assert editor.edit(requests).n_edits == n_edits + len(requests)
@@ -330,7 +330,7 @@ def test_low_precision_models_keep_an_exact_master(model, tok, requests, setting
     editor = RLSEditor(model, tok, settings())
     editor.edit(requests[:2])
     editor.edit(requests[2:])
-    for layer, state in editor._states.items():
+    for layer, state in editor.state.layers.items():
         weight = editor.layout.edited[layer]
         assert state.weight.dtype == torch.float32
         assert weight.parameter.dtype == dtype
@@ -390,6 +390,6 @@ def test_a_singular_prior_names_the_cure(model, tok, requests, settings):
 def test_drift_past_the_tolerance_is_told(model, tok, requests, settings):
     editor = RLSEditor(model, tok, settings())
     editor.edit(requests[:1])
-    editor._states[2]._C[0, 1] += 10 * editor._states[2]._C.abs().max()
+    editor.state.layers[2]._C[0, 1] += 10 * editor.state.layers[2]._C.abs().max()
     with pytest.warns(RLSEditWarning, match="covariance of layer 2 has drifted.*raise lambda_reg"):
         editor.edit(requests[1:2])
