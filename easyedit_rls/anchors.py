@@ -93,7 +93,7 @@ def moments(
     if source.endswith(".npz"):
         raise AnchorError(f"mom2_dataset is the file {source}. Give the name of its text, e.g. wikipedia, and set stats_dir to its folder.")
     if source != "self" and not source.endswith(".txt"):
-        stored = _easyedit_files(model, layout, hparams)
+        stored = easyedit_files(model, layout, hparams)
         if all(path.is_file() for path in stored.values()):
             return {layer: read_npz(path, layout.edited[layer].shape[0]) for layer, path in stored.items()}
 
@@ -192,7 +192,7 @@ def write_npz(path: str | Path, moment: Moment, n_texts: int) -> None:
     """Write second moments so that EasyEdit's ``layer_stats`` reads them instead of its data set.
 
     Args:
-        path: ``<stats_dir>/<model>/<dataset>_stats/<module>_<dtype>_mom2_<n_texts>.npz`` is where EasyEdit looks.
+        path: see `easyedit_files` for where EasyEdit looks.
         moment: what to write.
         n_texts: EasyEdit's sample_size (mom2_n_samples), which it compares.
     """
@@ -250,8 +250,8 @@ def _dataset_texts(source: str, n: int, seed: int) -> list[str]:
     return texts
 
 
-def _easyedit_files(model: PreTrainedModel, layout: Layout, hparams: RLSEditHyperParams) -> dict[int, Path]:
-    """Where EasyEdit caches each layer's moments."""
+def easyedit_files(model: PreTrainedModel, layout: Layout, hparams: RLSEditHyperParams) -> dict[int, Path]:
+    """Where EasyEdit caches each layer's moments: ``<stats_dir>/<model>/<dataset>_stats/<module>_<dtype>_mom2_<n_samples>.npz``."""
     model_name = (model.config._name_or_path or hparams.model_name).rstrip("/").rsplit("/")[-1]
     folder = Path(hparams.stats_dir) / model_name / f"{hparams.mom2_dataset}_stats"
     suffix = f"{hparams.mom2_dtype}_mom2_{hparams.mom2_n_samples}.npz"

@@ -59,7 +59,7 @@ class EditorState:
             return
         raise StateMismatchError(
             f"The weights of layers {changed} are neither those that the last batch wrote nor those it found. Call reset() to start "
-            "anew from them, or adopt_weights() to go on from them with the edits' covariance."
+            "anew from them (in EasyEdit: reset_cache=True), or adopt_weights() to go on from them with the edits' covariance."
         )
 
     def roll_back(self) -> None:

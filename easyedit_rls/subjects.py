@@ -6,7 +6,27 @@ from easyedit_rls.errors import RequestError
 
 _WORD = re.compile(r"\w+(?:[-'’.&/]\w+)*")
 _NAME = re.compile(r"[A-Z0-9À-ÖØ-Þ]|[^\x00-\u024f]")  # a capital or a digit somewhere (iPad, d'Adda), or another script
-_OPENERS = {"a", "at", "by", "for", "from", "how", "in", "is", "of", "on", "the", "to", "was", "what", "when", "where", "which", "who", "whose"}
+_OPENERS = {
+    "a",
+    "at",
+    "by",
+    "for",
+    "from",
+    "how",
+    "in",
+    "is",
+    "of",
+    "on",
+    "the",
+    "to",
+    "was",
+    "what",
+    "when",
+    "where",
+    "which",
+    "who",
+    "whose",
+}
 
 
 def find_subject(prompt: str, rewording: str) -> str:
