@@ -11,9 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/smollm2-135m
 ARGS ?=
+HOST_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow test-host lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
@@ -26,6 +27,12 @@ test: $(MODEL)/config.json  ## run the tests; ARGS="tests/unit -x" narrows them
 
 test-slow: $(MODEL)/config.json  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-host: $(MODEL)/config.json  ## run the tests against EasyEdit: EASYEDIT_HOME=its checkout HOST_PYTHON=a Python with its requirements
+	@test -n "$(EASYEDIT_HOME)" || { echo "Set EASYEDIT_HOME to a checkout of https://github.com/zjunlp/EasyEdit"; exit 2; }
+	@EASYEDIT_HOME="$(EASYEDIT_HOME)" $(HOST_PYTHON) -c "import pytest, hypothesis, easyedit_rls.host.find as find; find.easyeditor()" \
+		|| { echo "HOST_PYTHON=$(HOST_PYTHON) needs EasyEdit's requirements and: pip install -e '.[dev]'"; exit 2; }
+	EASYEDIT_HOME="$(EASYEDIT_HOME)" $(HOST_PYTHON) -m pytest tests/host $(ARGS)
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(BIN)/ruff check .

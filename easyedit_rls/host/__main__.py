@@ -20,8 +20,8 @@ _MOMENTS = """Compute the second moments of keys that MEMIT, AlphaEdit and other
 data set, and write them where EasyEdit looks before it downloads Wikipedia. Prints the files written."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; exits with 1 and a sentence if it fails, with 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m easyedit_rls.host", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
@@ -41,9 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _moments(args)
     except RLSEditError as exc:
-        print(f"{type(exc).__name__}: {exc}", file=sys.stderr)
-        return 1
-    return 0
+        parser.exit(1, f"{type(exc).__name__}: {exc}\n")
 
 
 def _moments(args: argparse.Namespace) -> None:
@@ -56,8 +54,8 @@ def _moments(args: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(hparams.model_name, dtype="float32")
     tok = AutoTokenizer.from_pretrained(hparams.model_name)
     for path in write_moments(model, tok, hparams, dataset=args.dataset):
-        print(path)
+        sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -118,6 +118,8 @@ def test_generate_edit(easyeditor, hparams, edits, sequential, monkeypatch):
     hp, seen = hparams(), []
     editor = new_editor(easyeditor, hp, seen)
     before = weights(editor.model, hp)
+    generate = editor.model.generate  # it asks for 512 tokens of each answer
+    monkeypatch.setattr(editor.model, "generate", lambda **kwargs: generate(**{**kwargs, "max_new_tokens": 4}))
     hop = {"por_hop": {"prompt": [["Bread is made of"]] * 2, "ground_truth": [["rye"]] * 2}}
     two = reordered(edits, [0, 1])
     editor.generate_edit(**two, portability_inputs=hop, sequential_edit=sequential, verbose=False)

@@ -1,0 +1,194 @@
+"""The EasyEdit side without EasyEdit: a stand-in of its tables and helpers, and its way of handing over edits.
+
+`tests/host` runs the same contracts against a real checkout.
+"""
+
+import copy
+import gc
+import sys
+import weakref
+from dataclasses import asdict, dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+import easyedit_rls
+from easyedit_rls import HostError, RequestError, RLSEditor, RLSEditWarning, StateMismatchError
+from easyedit_rls.host import apply_rls_to_model, is_registered
+from easyedit_rls.host.find import easyeditor
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """Modules with the names that the package imports from EasyEdit."""
+
+    @dataclass
+    class HyperParams:
+        def to_dict(self):
+            return asdict(self)
+
+    class BatchEditor:
+        @staticmethod
+        def is_batchable_method(name):
+            return name == "MEMIT"
+
+    parts = {
+        "easyeditor": {"__file__": str(tmp_path / "easyeditor" / "__init__.py")},
+        "easyeditor.util": {},
+        "easyeditor.util.nethook": {"get_parameter": lambda model, name: model.get_parameter(name)},
+        "easyeditor.util.hparams": {
+            "HyperParams": HyperParams,
+            "load_hparams_config": dict,
+            "normalize_alg_name": lambda config, name: config,
+        },
+        "easyeditor.util.alg_dict": {"ALG_DICT": {"MEMIT": print}},
+        "easyeditor.editors": {},
+        "easyeditor.editors.batch_editor": {"BatchEditor": BatchEditor},
+    }
+    for name, content in parts.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    return sys.modules["easyeditor"]
+
+
+def weights(model, hp):
+    return [model.get_parameter(f"{hp.rewrite_module_tmp.format(layer)}.weight").detach().clone() for layer in hp.layers]
+
+
+def same(these, those):
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+def edit_alone(model, tok, hp, *batches):
+    twin = copy.deepcopy(model)
+    editor = RLSEditor(twin, tok, hp)
+    for batch in batches:
+        editor.edit(batch)
+    return weights(twin, hp)
+
+
+def put_back(model, originals):
+    with torch.no_grad():
+        for name, value in originals.items():
+            model.get_parameter(name)[...] = value
+
+
+def test_edits_that_are_taken_back_leave_no_trace(host, model, tok, requests, settings):
+    hp, unedited = settings(), copy.deepcopy(model)
+    for request in requests:
+        edited, originals = apply_rls_to_model(
+            model, tok, [request], hp, return_orig_weights=True, keep_original_weight=False, train_ds=None
+        )
+        assert edited is model
+        assert same(weights(model, hp), edit_alone(unedited, tok, hp, [request]))
+        put_back(model, originals)
+    assert same(weights(model, hp), weights(unedited, hp))
+
+
+def test_edits_that_stay_are_one_stream(host, model, tok, requests, settings):
+    hp, unedited = settings(), copy.deepcopy(model)
+    for request in requests:
+        _, originals = apply_rls_to_model(model, tok, [request], hp)
+        assert originals == {}
+    assert same(weights(model, hp), edit_alone(unedited, tok, hp, *([request] for request in requests)))
+
+
+def test_two_models_share_nothing(host, model, tok, requests, settings):
+    hp, unedited, other = settings(), copy.deepcopy(model), copy.deepcopy(model)
+    apply_rls_to_model(model, tok, requests[:1], hp)
+    apply_rls_to_model(other, tok, requests[1:2], hp)
+    apply_rls_to_model(model, tok, requests[2:3], hp)
+    assert same(weights(other, hp), edit_alone(unedited, tok, hp, requests[1:2]))
+    assert same(weights(model, hp), edit_alone(unedited, tok, hp, requests[:1], requests[2:3]))
+
+
+def test_a_copy_takes_the_state_along(host, model, tok, requests, settings):
+    hp, unedited = settings(), copy.deepcopy(model)
+    apply_rls_to_model(model, tok, requests[:1], hp)
+    copied, originals = apply_rls_to_model(model, tok, requests[1:2], hp, copy=True, return_orig_weights=True)
+    assert same(originals.values(), weights(model, hp))
+    apply_rls_to_model(model, tok, requests[2:3], hp)
+    assert same(weights(copied, hp), edit_alone(unedited, tok, hp, requests[:1], requests[1:2]))
+    assert same(weights(model, hp), edit_alone(unedited, tok, hp, requests[:1], requests[2:3]))
+
+
+def test_reset_cache_starts_anew(host, model, tok, requests, settings):
+    hp = settings()
+    apply_rls_to_model(model, tok, requests[:2], hp)
+    with torch.no_grad():
+        model.get_parameter(f"{hp.rewrite_module_tmp.format(hp.layers[0])}.weight")[0, 0] += 1
+    as_found = copy.deepcopy(model)
+    with pytest.raises(StateMismatchError, match="reset_cache=True"):
+        apply_rls_to_model(model, tok, requests[2:], hp)
+    apply_rls_to_model(model, tok, requests[2:], hp, reset_cache=True)
+
+    del as_found._easyedit_rls_states
+    assert same(weights(model, hp), edit_alone(as_found, tok, hp, requests[2:]))
+
+
+def test_another_objective_has_its_own_state(host, model, tok, requests, settings):
+    hp, other, unedited = settings(), settings(lambda_reg=2.0), copy.deepcopy(model)
+    for _ in range(2):  # each taken back before the other comes
+        for some in (hp, other):
+            _, originals = apply_rls_to_model(model, tok, requests[:1], some, return_orig_weights=True)
+            assert same(weights(model, hp), edit_alone(unedited, tok, some, requests[:1]))
+            put_back(model, originals)
+    assert len(model._easyedit_rls_states) == 1  # an empty state is not kept: it is as large as all covariances
+
+    apply_rls_to_model(model, tok, requests[:1], hp)
+    with pytest.warns(RLSEditWarning, match=r"1 edits made under other settings \(lambda_reg 0\.1 -> 2\.0\)"):
+        apply_rls_to_model(model, tok, requests[1:2], other)
+
+
+def test_the_state_ends_with_its_model(host, model, tok, requests, settings):
+    apply_rls_to_model(model, tok, requests[:1], settings())
+    (kept,) = model._easyedit_rls_states.values()
+    state = weakref.ref(kept.state)
+    gc.disable()  # a model on a GPU must go at once, not when the collector comes round
+    try:
+        del kept, model._easyedit_rls_states
+        assert state() is None
+    finally:
+        gc.enable()
+
+
+def test_a_lost_subject_is_explained(host, model, tok, settings):
+    with pytest.raises(RequestError, match=r"Request 0, field 'subject'.*normal_edit can't pass one"):
+        apply_rls_to_model(model, tok, [{"prompt": "A", "target_new": "b", "ground_truth": None}], settings())
+
+
+def test_registration_and_its_end(host):
+    hyperparams = easyedit_rls.register()
+    assert easyedit_rls.register() is hyperparams is host.RLSEditHyperParams
+    assert issubclass(hyperparams, sys.modules["easyeditor.util.hparams"].HyperParams)
+    batchable = sys.modules["easyeditor.editors.batch_editor"].BatchEditor.is_batchable_method
+    assert [batchable(name) for name in ("RLSEdit", "MEMIT", "ROME")] == [True, True, False]
+
+    easyedit_rls.unregister()
+    assert not is_registered()
+    assert [batchable(name) for name in ("RLSEdit", "MEMIT", "ROME")] == [False, True, False]
+    assert not hasattr(host, "apply_rls_to_model")
+    sys.modules["easyeditor.util.alg_dict"].ALG_DICT["RLSEdit"] = print
+    with pytest.raises(HostError, match="taken by something else"):
+        easyedit_rls.register()
+
+
+def test_a_missing_host_is_said_with_the_cure(monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not path.endswith("EasyEdit")])
+    monkeypatch.delenv("EASYEDIT_HOME", raising=False)
+    with pytest.raises(HostError, match=r"EASYEDIT_HOME is not set.*git clone"):
+        easyeditor()
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
+    with pytest.raises(HostError, match=r"holds no EasyEdit"):
+        easyedit_rls.register()
+    (tmp_path / "easyeditor").mkdir()
+    (tmp_path / "easyeditor" / "__init__.py").write_text("import a_package_that_is_not_there")
+    with pytest.raises(HostError, match=r"can't be imported: No module named 'a_package_that_is_not_there'.*requirements\.txt"):
+        easyedit_rls.register()
