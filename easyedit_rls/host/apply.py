@@ -18,6 +18,7 @@ from easyedit_rls.requests import EditRequest, parse_requests
 logger = logging.getLogger(__name__)
 
 _KNOWN_EXTRAS = ("train_ds",)  # what EasyEdit's paths hand to every method
+_EDIT_FIELDS = ("prompt", "subject", "target_new", "requested_rewrite", "importance", "case_id", "cond")
 _LOST_SUBJECT = (
     "RLSEdit edits at a subject: pass subject=[...] to edit, batch_edit or generate_edit. normal_edit can't pass one, and always puts the "
     "weights back; use batch_edit instead."
@@ -81,15 +82,17 @@ def apply_rls_to_model(
 
 
 def _parse(requests: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> list[EditRequest]:
-    """Parse, and say where a missing subject was lost."""
-    listed = [requests] if isinstance(requests, Mapping) else list(requests)
+    """Parse what is to be edited, and say where a missing subject was lost."""
+    listed = [_edit_only(request) for request in ([requests] if isinstance(requests, Mapping) else requests)]
     try:
         return parse_requests(listed)
     except RequestError as exc:
-        if (
-            exc.field == "subject"
-            and exc.index is not None
-            and "subject" not in {*listed[exc.index], *listed[exc.index].get("requested_rewrite", ())}
-        ):
+        if exc.field == "subject" and "subject" not in listed[exc.index or 0]:
             raise RequestError(f"{exc.problem} {_LOST_SUBJECT}", index=exc.index, field="subject") from exc
         raise
+
+
+def _edit_only(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The request without what only EasyEdit's evaluation reads: odd data there is no reason to refuse an edit."""
+    fields = (*_EDIT_FIELDS, "rephrase_prompt") if "cond" in request else _EDIT_FIELDS  # the latter: an item of ZsreDataset
+    return {field: request[field] for field in fields if field in request}

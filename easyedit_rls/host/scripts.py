@@ -65,7 +65,7 @@ def compile_with_rlsedit(path: Path, arguments: Sequence[str] = ()) -> tuple[Cod
             f"{path} offers no choice of methods by their settings' class that {ALG_NAME} could join. Choose another script, or call "
             "easyedit_rls.register() in it and set the hparams yourself."
         )
-    return compile(tree, str(path), "exec"), _result_folder(tree, arguments)
+    return compile(tree, str(path), "exec", dont_inherit=True), _result_folder(tree, arguments)
 
 
 class _Branches(ast.NodeTransformer):

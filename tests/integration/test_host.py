@@ -162,6 +162,15 @@ def test_a_lost_subject_is_explained(host, model, tok, settings):
         apply_rls_to_model(model, tok, [{"prompt": "A", "target_new": "b", "ground_truth": None}], settings())
 
 
+def test_data_for_evaluation_is_no_reason_to_refuse_an_edit(host, model, tok, requests, settings):
+    hp, unedited = settings(), copy.deepcopy(model)
+    odd = {"ground_truth": [["a", "b"], "c"], "rephrase_prompt": 3, "locality": {"near": {"prompt": ["x", "y"], "ground_truth": [["z"]]}}}
+    given = [{**requests[0], **odd}]
+    apply_rls_to_model(model, tok, given, hp)
+    assert same(weights(model, hp), edit_alone(unedited, tok, hp, requests[:1]))
+    assert given == [{**requests[0], **odd}]
+
+
 def test_registration_and_its_end(host):
     hyperparams = easyedit_rls.register()
     assert easyedit_rls.register() is hyperparams is host.RLSEditHyperParams
