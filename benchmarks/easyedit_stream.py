@@ -45,7 +45,8 @@ def main() -> None:
         settings_class = easyeditor.AlphaEditHyperParams
     hparams = settings_class.from_hparams(args.hparams if args.alg == "RLSEdit" else args.alpha_hparams)
     overrides = OmegaConf.to_container(OmegaConf.from_dotlist(args.set))
-    hparams = type(hparams)(**{**hparams.to_dict(), **overrides, "model_name": args.model, "batch_size": args.batch})
+    settings = {**hparams.to_dict(), **overrides, "model_name": args.model, "batch_size": args.batch}
+    hparams = settings_class.from_dict(settings) if args.alg == "RLSEdit" else settings_class(**settings)
     records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
     with contextlib.redirect_stdout(sys.stderr):  # EasyEdit prints a lot
         result = run_stream(easyeditor, hparams, records)

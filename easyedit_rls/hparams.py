@@ -148,6 +148,8 @@ class RLSEditHyperParams:
         missing = sorted(required - settings.keys())
         if missing:
             raise HyperParamsError(f"Missing in {source}: {', '.join(missing)}. Start from a shipped file, e.g. {shipped()[0]}.")
+        if settings.get("early_stopping") is False:  # what YAML makes of a bare off
+            settings = {**settings, "early_stopping": "off"}
         try:
             typed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(cls), settings))
         except OmegaConfBaseException as exc:

@@ -114,7 +114,6 @@ def test_layer_stats_reads_what_we_write(easyeditor, hparams, name, tmp_path):
             ["mom2"],
             sample_size=hp.mom2_n_samples,
             precision=hp.mom2_dtype,
-            progress=None,
             hparams=hp,
         )
         torch.testing.assert_close(found.mom2.moment().float(), ours[layer].mean, rtol=1e-5, atol=1e-7)

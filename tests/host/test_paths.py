@@ -206,7 +206,7 @@ def test_another_objective_has_a_state_of_its_own_and_says_what_it_forgets(easye
     editor = new_editor(easyeditor, hp)
     apply, model, tok = easyeditor.apply_rls_to_model, editor.model, editor.tok
     _, originals = apply(model, tok, requests[:1], hp, return_orig_weights=True)
-    with pytest.warns(RLSEditWarning, match=r"1 edits made under other settings \(lambda_reg 0.1 -> 2.0\)"):
+    with pytest.warns(RLSEditWarning, match=r"1 edits made under other settings \(lambda_reg .* -> 2\.0\)"):
         apply(model, tok, requests[1:2], other)
     for key, value in originals.items():
         easyeditor.copy_to_param(model.get_parameter(key), value)

@@ -104,3 +104,20 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     text = "\n".join(f"{k}: {v}" for k, v in settings.items() if v is not None and not re.search("tmp|templates", k))
     text += "".join(f'\n{k}: "{v}"' for k, v in settings.items() if k.endswith("tmp"))
     assert RLSEditHyperParams.from_hparams(write(tmp_path, text)).v_lr == 0.5
+
+
+def test_yamls_bare_off_is_off(tmp_path):
+    path = tmp_path / "hp.yaml"
+    path.write_text(
+        "\n".join(f"{key}: {value!r}" for key, value in tiny_settings("llama", early_stopping="loss").to_dict().items() if value)
+    )
+    path.write_text(path.read_text().replace("early_stopping: 'loss'", "early_stopping: off").replace("True", "true"))
+    assert RLSEditHyperParams.from_hparams(path).early_stopping == "off"
+
+
+def test_the_objective_is_what_is_edited_and_regularised_not_how_values_are_found():
+    base = tiny_settings("llama")
+    for change in ({"layers": [1, 3]}, {"lambda_reg": 2.0}, {"mom2_update_weight": 7.0}, {"seed": 1}, {"context_templates": []}):
+        assert tiny_settings("llama", **change).objective() != base.objective(), change
+    for change in ({"v_lr": 0.9}, {"batch_size": 7}, {"kl_factor": 0.5}, {"batch_tokens": 9}):
+        assert tiny_settings("llama", **change).objective() == base.objective(), change
