@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from easyedit_rls import HostError
 from easyedit_rls.host.scripts import compile_with_rlsedit
+from tests.conftest import REPOSITORY
 from tests.host.conftest import host_settings
 
 ZSRE = [
@@ -73,6 +74,24 @@ def test_unmodified_scripts_run_to_the_end(easyeditor, examples, model_folder, t
     assert [metric["requested_rewrite"]["target_new"] for metric in metrics] == [record["alt"] for record in ZSRE]
     assert all(0 <= metric["post"]["rewrite_acc"][0] <= 1 for metric in metrics)
     assert (examples / script).read_bytes() == untouched
+
+
+def test_the_documented_two_lines_do_the_same(easyeditor, examples, model_folder, tmp_path):
+    (tmp_path / "zsre_mend_eval_portability_gpt4.json").write_text(json.dumps(ZSRE[:1]))
+    OmegaConf.save(host_settings(easyeditor, "tiny-llama").to_dict(), tmp_path / "hp.yaml")
+    documented = (REPOSITORY / "docs" / "easyedit.md").read_text(encoding="utf-8").split("settings' class.\n\n")[1].splitlines()[:2]
+    source = (examples / "run_zsre_llama2.py").read_text(encoding="utf-8")
+    changed = source.replace(
+        "    else:\n        raise NotImplementedError", "\n".join([*documented, "    else:", "        raise NotImplementedError"]), 1
+    )
+    assert changed != source
+    (tmp_path / "script.py").write_text(changed, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "script.py"), "--editing_method", "RLSEdit", "--hparams_dir", str(tmp_path / "hp.yaml")]
+    command += ["--data_dir", str(tmp_path), "--metrics_save_dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=model_folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads((tmp_path / "RLSEdit_results.json").read_text())) == 1
 
 
 def test_other_methods_still_run_their_own_branch(examples, tmp_path):
