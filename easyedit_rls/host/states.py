@@ -4,6 +4,7 @@ EasyEdit's apply functions get nothing but the model, so the state has to be fou
 model object: two models never share anything, a deep copy of a model gets a deep copy of its state, and both end together.
 """
 
+import copy
 import json
 import warnings
 from dataclasses import dataclass
@@ -33,9 +34,13 @@ def state_of(model: PreTrainedModel, hparams: RLSEditHyperParams) -> EditorState
         model: the model to be edited.
         hparams: `RLSEditHyperParams.objective` of them tells states apart.
 
+    Raises:
+        LayoutError: the settings name a module that the model lacks.
+
     Warns:
         RLSEditWarning: the model holds edits that were made under another objective, which the new state knows nothing of.
     """
+    find_layout(model, hparams)  # settings that don't fit the model leave nothing behind
     kept: dict[str, _Kept] = model.__dict__.setdefault(_ATTRIBUTE, {})
     key = json.dumps(hparams.objective(), sort_keys=True)
     if key not in kept:
@@ -44,7 +49,7 @@ def state_of(model: PreTrainedModel, hparams: RLSEditHyperParams) -> EditorState
                 del kept[other_key]  # each state is as large as the covariances of all its layers
             else:
                 warnings.warn(_other_objective(other, hparams), RLSEditWarning, stacklevel=4)
-        kept[key] = _Kept(hparams, EditorState())
+        kept[key] = _Kept(copy.deepcopy(hparams), EditorState())  # the caller may change its own in place
     return kept[key].state
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import easyedit_rls
-from easyedit_rls import HostError, RequestError, RLSEditor, RLSEditWarning, StateMismatchError
+from easyedit_rls import HostError, LayoutError, RequestError, RLSEditor, RLSEditWarning, StateMismatchError
 from easyedit_rls.host import apply_rls_to_model, is_registered
 from easyedit_rls.host.find import easyeditor
 
@@ -143,6 +143,22 @@ def test_another_objective_has_its_own_state(host, model, tok, requests, setting
     apply_rls_to_model(model, tok, requests[:1], hp)
     with pytest.warns(RLSEditWarning, match=r"1 edits made under other settings \(lambda_reg 0\.1 -> 2\.0\)"):
         apply_rls_to_model(model, tok, requests[1:2], other)
+
+
+def test_settings_that_do_not_fit_leave_nothing_behind(host, model, tok, requests, settings):
+    hp, unedited = settings(), copy.deepcopy(model)
+    with pytest.raises(LayoutError):
+        apply_rls_to_model(model, tok, requests[:1], settings(rewrite_module_tmp="no.such.{}.module"))
+    apply_rls_to_model(model, tok, requests[:1], hp)
+    assert same(weights(model, hp), edit_alone(unedited, tok, hp, requests[:1]))
+
+
+def test_settings_changed_in_place_are_another_objective(host, model, tok, requests, settings):
+    hp = settings()
+    apply_rls_to_model(model, tok, requests[:1], hp)
+    hp.layers.remove(1)
+    with pytest.warns(RLSEditWarning, match=r"layers \[1, 2\] -> \[2\]"):
+        apply_rls_to_model(model, tok, requests[1:2], hp)
 
 
 def test_the_state_ends_with_its_model(host, model, tok, requests, settings):
