@@ -1,12 +1,14 @@
 """easyedit-rls: lifelong editing of language models by recursive least squares (RLSEdit, arXiv 2601.15686)."""
 
+from easyedit_rls._version import __version__
 from easyedit_rls.anchors import AnchorPairs, anchor_pairs
-from easyedit_rls.editor import EditReport, RLSEditor
+from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import (
     AnchorError,
     HostError,
     HyperParamsError,
     LayoutError,
+    LedgerError,
     NumericalError,
     RequestError,
     RLSEditError,
@@ -16,9 +18,8 @@ from easyedit_rls.errors import (
 from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
 from easyedit_rls.host import register, unregister
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.reports import EditReport, RetractReport
 from easyedit_rls.requests import EditRequest, parse_requests
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AnchorError",
@@ -29,13 +30,16 @@ __all__ = [
     "HostError",
     "HyperParamsError",
     "LayoutError",
+    "LedgerError",
     "NumericalError",
     "RLSEditError",
     "RLSEditHyperParams",
     "RLSEditWarning",
     "RLSEditor",
     "RequestError",
+    "RetractReport",
     "StateMismatchError",
+    "__version__",
     "anchor_pairs",
     "evaluate",
     "parse_requests",

@@ -3,8 +3,10 @@
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors import AnchorPairs, anchor_pairs, moments
-from easyedit_rls.errors import AnchorError, NumericalError, RLSEditWarning, StateMismatchError
+from easyedit_rls.errors import AnchorError, NumericalError, RequestError, RLSEditWarning, StateMismatchError
+from easyedit_rls.forgetting import ForgettingLeastSquares
+from easyedit_rls.history import Edit, Entry, Solution
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.keys import Fact, collect_keys, locate_facts, value_states
 from easyedit_rls.model.capture import undisturbed
@@ -20,8 +24,10 @@ from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.progress import progress_bar
 from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.reports import EditReport, FactReport, LayerReport, RetractReport
 from easyedit_rls.requests import EditRequest, parse_requests
-from easyedit_rls.state import EditorState
+from easyedit_rls.resume import attach, identify
+from easyedit_rls.state import EditorState, fingerprint_of
 from easyedit_rls.values import Values, optimise_values
 
 logger = logging.getLogger(__name__)
@@ -29,81 +35,13 @@ logger = logging.getLogger(__name__)
 _DRIFT_TOLERANCE = 1e-2
 
 
-@dataclass(frozen=True)
-class FactReport:
-    """How one fact fared.
-
-    Attributes:
-        prompt: the prompt.
-        target: what the model shall say.
-        case_id: the caller's own number, if any.
-        steps: Adam steps its value took.
-        loss: the value's loss at the end, nats.
-        nll: the target's negative log-likelihood with the value put in by hand, nats a token.
-        value_change: ‖z − h‖/‖h‖ before the weights were written.
-        miss: ‖z − h‖ after they were written, as a fraction of the same before; 0 is a perfect write.
-    """
-
-    prompt: str
-    target: str
-    case_id: int | str | None
-    steps: int
-    loss: float
-    nll: float
-    value_change: float
-    miss: float
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """State of one edited layer after the batch.
-
-    Attributes:
-        layer: its number.
-        step: ‖W_t − W_{t−1}‖/‖W_0‖.
-        deviation: ‖W_t − W_0‖/‖W_0‖.
-        drift: relative error of the covariance (see `RecursiveLeastSquares.drift`).
-    """
-
-    layer: int
-    step: float
-    deviation: float
-    drift: float
-
-
-@dataclass(frozen=True)
-class EditReport:
-    """What one call of `RLSEditor.edit` did.
-
-    Attributes:
-        batch: number of the batch, from 1.
-        n_edits: edits in the state after it.
-        facts: a report each request, in order.
-        layers: a report each edited layer.
-        seconds: time in 'prepare' (templates, anchors; first batch only), 'values', and 'weights' (keys and updates).
-    """
-
-    batch: int
-    n_edits: int
-    facts: list[FactReport]
-    layers: list[LayerReport]
-    seconds: dict[str, float]
-
-    @property
-    def seconds_per_edit(self) -> float:
-        """Seconds an edit, without the one-time preparation."""
-        return (self.seconds["values"] + self.seconds["weights"]) / len(self.facts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {**asdict(self), "seconds_per_edit": self.seconds_per_edit}
-
-
 class RLSEditor:
     """Edits facts into a causal language model, batch after batch, by recursive least squares (RLSEdit, arXiv 2601.15686).
 
     Weights are written in place. The editor keeps a state (a covariance and a float32 master weight for each edited layer) and
-    checks before each batch that the model's weights are those it left.
+    checks before each batch that the model's weights are those it left. With `state_dir`, every batch that `edit` reports is on disk,
+    and a new editor of the unedited model (or of the edited one, saved) with the same folder goes on where this one ended. Use it as a
+    context manager, or `close` it at the end.
 
     Args:
         model: a Hugging Face causal language model in float32, bfloat16 or float16.
@@ -111,6 +49,7 @@ class RLSEditor:
         hparams: settings.
         anchors: explicit anchors instead of second moments: `AnchorPairs`, or prompts whose outcome should stay.
         state: the state of an earlier editor of this model under the same objective; a fresh one if None.
+        state_dir: folder of the ledger; None takes the setting of that name.
         show_progress: None shows progress bars on a terminal only.
 
     Attributes:
@@ -118,6 +57,8 @@ class RLSEditor:
 
     Raises:
         LayoutError: the settings name a layer or module that the model lacks.
+        LedgerError: the ledger is held by another editor, is damaged, or can't be written.
+        StateMismatchError: the ledger belongs to another model or other settings; lists every difference.
     """
 
     def __init__(
@@ -128,6 +69,7 @@ class RLSEditor:
         *,
         anchors: AnchorPairs | Sequence[str] | None = None,
         state: EditorState | None = None,
+        state_dir: str | Path | None = None,
         show_progress: bool | None = None,
     ) -> None:
         self.model = model
@@ -137,6 +79,9 @@ class RLSEditor:
         self._anchors = anchors
         self._show_progress = show_progress
         self.state = EditorState() if state is None else state
+        folder = state_dir or hparams.state_dir
+        if folder is not None and self.state.ledger is None:
+            attach(self.state, folder, model, self.layout, hparams, anchors)
 
     def edit(self, requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest) -> EditReport:
         """Edit one batch of facts into the model: all of it, or nothing.
@@ -148,38 +93,62 @@ class RLSEditor:
             What happened to each fact and each layer.
 
         Raises:
-            RequestError: a request is incomplete or contradicts itself.
+            RequestError: a request is incomplete, contradicts itself, another one, or (on_conflict: error) an earlier edit.
             StateMismatchError: somebody else changed the edited weights.
             NumericalError: NaN in the weights, or a prior that is not positive definite.
             AnchorError: the second moments can't be had.
+            LedgerError: the batch can't be written to disk.
         """
         parsed = parse_requests(requests)
         self.state.follow(self.layout.edited)
-        with undisturbed(self.model):
-            locate_facts(self.tok, parsed, [])  # bad requests fail here, before the long work
-            start = time.perf_counter()
-            self._prepare()
-            prepared = time.perf_counter()
-            facts = locate_facts(self.tok, parsed, self.state.templates)
-            values = self._optimise(facts)
-            optimised = time.perf_counter()
-            steps = self._write(facts, values)
-            written = time.perf_counter()
-            self.state.n_batches += 1
-            seconds = {"prepare": prepared - start, "values": optimised - prepared, "weights": written - optimised}
-            return self._report(facts, values, steps, seconds)
+        return self._edit(parsed, self._superseded(parsed))
 
-    def rollback(self) -> None:
-        """Take the last batch back: weights and state are bit for bit those before it.
+    def retract(self, edit_ids: Iterable[int] | int) -> RetractReport:
+        """Take edits out of the objective exactly, as if they had never been made; the others stay where they are.
+
+        Args:
+            edit_ids: their numbers, from `FactReport.edit_id` or ``easyedit-rls state log``.
 
         Raises:
-            StateMismatchError: there is no batch to take back, or somebody else changed the weights since.
+            RequestError: one of them names no edit that stands.
+            StateMismatchError: somebody else changed the edited weights.
+            LedgerError: the change can't be written to disk.
         """
         self.state.follow(self.layout.edited)
-        if self.state.found is None:
+        wanted = self.state.history.check([edit_ids] if isinstance(edit_ids, int) else edit_ids)
+        self._upkeep()
+        with self._change():
+            steps = self._take_out(wanted)
+            self.state.record(Entry("retract", removed=tuple(wanted), weights=fingerprint_of(self.layout.edited)), {})
+        return RetractReport(wanted, self.n_edits, self._layer_reports(steps))
+
+    def amend(self, edit_id: int, request: Mapping[str, Any] | EditRequest) -> EditReport:
+        """Replace one edit by another: the old one is taken out exactly, then the new one edited in, as one change.
+
+        Args:
+            edit_id: number of the old one.
+            request: the new one.
+
+        Raises:
+            RLSEditError: see `edit` and `retract`.
+        """
+        parsed = parse_requests(request)
+        self.state.follow(self.layout.edited)
+        return self._edit(parsed, self.state.history.check({edit_id, *self._superseded(parsed)}))
+
+    def rollback(self) -> None:
+        """Take the last change back: weights and state are bit for bit those before it.
+
+        Raises:
+            StateMismatchError: there is no change to take back, or somebody else changed the weights since.
+            LedgerError: it can't be written down; nothing was changed.
+        """
+        self.state.follow(self.layout.edited)
+        found = self.state.found
+        if found is None:
             raise StateMismatchError("No batch can be rolled back: only the last one can, and only once.")
-        self._restore(self.state.found)
         self.state.roll_back()
+        self._restore(found)
 
     def reset(self) -> None:
         """Forget all edits and start anew from the weights as they are now; they count as unedited from here on."""
@@ -187,14 +156,90 @@ class RLSEditor:
 
     def adopt_weights(self) -> None:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""
-        for layer, solution in self.state.layers.items():
-            solution.adopt(self.layout.edited[layer].read())
-        self.state.found = None
+        if self.state.layers:
+            self.state.adopt(self.layout.edited)
+
+    def close(self) -> None:
+        """Store the whole state in the ledger and let other editors have it. Without a ledger, nothing happens."""
+        self.state.close()
+
+    def __enter__(self) -> "RLSEditor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     @property
     def n_edits(self) -> int:
         """Edits in the state."""
         return self.state.n_edits
+
+    def _edit(self, requests: Sequence[EditRequest], superseded: list[int]) -> EditReport:
+        with undisturbed(self.model):
+            locate_facts(self.tok, requests, [])  # bad requests fail here, before the long work
+            self._upkeep()
+            clock = [time.perf_counter()]
+            self._prepare()
+            clock.append(time.perf_counter())
+            facts = locate_facts(self.tok, requests, self.state.templates)
+            values = None if superseded else self._optimise(facts)
+            with self._change():
+                if values is None:  # what the new facts contradict goes first, so that their values start without it
+                    self._take_out(superseded)
+                    values = self._optimise(facts)
+                clock.append(time.perf_counter())
+                steps, factors, data = self._write(facts, values)
+                edits = tuple(Edit(self.state.history.next_id + row, fact.request, row) for row, fact in enumerate(facts))
+                fact_reports, layer_reports = self._fact_reports(edits, facts, values), self._layer_reports(steps)
+                clock.append(time.perf_counter())
+                self.state.record(Entry("edit", edits, tuple(superseded), factors, fingerprint_of(self.layout.edited)), data)
+                clock.append(time.perf_counter())  # from here on the batch is done
+        self._warn_of_drift(layer_reports)
+        seconds = {name: b - a for name, a, b in zip(("prepare", "values", "weights", "ledger"), clock, clock[1:])}
+        return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, superseded, seconds)
+
+    def _superseded(self, requests: Sequence[EditRequest]) -> list[int]:
+        """Earlier edits that the requests contradict, to be taken out first."""
+        if self.hparams.on_conflict == "keep":
+            return []
+        targets: dict[tuple[str, str, str], EditRequest] = {}
+        for index, request in enumerate(requests):
+            if targets.setdefault(request.question, request).target != request.target:
+                other = targets[request.question].target
+                raise RequestError(
+                    f"gives {request.prompt!r} the target {request.target!r}, but another request of this batch {other!r}. "
+                    "Keep one of them, or set on_conflict: keep.",
+                    index=index,
+                )
+        found = self.state.history.conflicts(requests)
+        if found and self.hparams.on_conflict == "error":
+            numbers = ", ".join(map(str, found))
+            raise RequestError(f"the same prompts were edited before, as edits {numbers}. Amend those, or set on_conflict: supersede.")
+        return found
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """All or nothing: what happens inside can be rolled back as one change, and is undone if it fails."""
+        found = {layer: weight.snapshot() for layer, weight in self.layout.edited.items()}
+        try:
+            self.state.commit()
+            yield
+            self.state.found = found
+        except BaseException:
+            self._restore(found)
+            for solution in self.state.layers.values():
+                if solution.has_pending:
+                    solution.rollback()
+            raise
+
+    def _upkeep(self) -> None:
+        """Before a change, while nothing is at stake: store the state if it is time, and mend a covariance that has drifted."""
+        self.state.checkpoint(self.hparams.checkpoint_every)
+        if self.state.journal is not None:
+            drift, layer = max((solution.drift(), layer) for layer, solution in self.state.layers.items())
+            if drift > _DRIFT_TOLERANCE:
+                logger.warning("The covariance of layer %d has drifted by %.1e: all are rebuilt from the ledger", layer, drift)
+                self.state.rebuild(self.layout.edited)
 
     def _prepare(self) -> None:
         """Before the first batch: context templates, and the prior of each layer."""
@@ -206,22 +251,23 @@ class RLSEditor:
             if not bool(torch.isfinite(parameter).all()):
                 raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
         templates = sample_templates(self.model, self.tok, hp.seed) if hp.context_templates is None else list(hp.context_templates)
-        solutions = {}
-        for layer, (gram, cross) in self._anchor_terms(weights).items():
-            solutions[layer] = RecursiveLeastSquares(
-                weights[layer], gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, name=f"layer {layer}"
-            )
-        self.state.layers, self.state.unedited, self.state.templates = solutions, weights, templates
+        solutions: dict[int, Solution] = {}
+        energies = {}
+        for layer, (gram, cross, energies[layer]) in self._anchor_terms(weights).items():
+            solutions[layer] = _new_solution(hp, weights[layer], gram, cross, f"layer {layer}")
+        self.state.begin(solutions, weights, templates)
+        if self.state.ledger is not None:
+            self.state.begin_ledger(identify(self.model, self.layout, hp, self._anchors, templates), energies)
         logger.info("Prepared layers %s of %s", hp.layers, hp.model_name)
 
-    def _anchor_terms(self, weights: Mapping[int, Tensor]) -> dict[int, tuple[Tensor | None, Tensor | None]]:
-        """``K_0ᵀK_0`` of each layer, and ``K_0ᵀV_0`` where the anchors say something else than W_0."""
+    def _anchor_terms(self, weights: Mapping[int, Tensor]) -> dict[int, tuple[Tensor | None, Tensor | None, float | None]]:
+        """``K_0ᵀK_0`` of each layer, and ``K_0ᵀV_0`` and ‖V_0‖² where the anchors say something else than W_0."""
         hp, pairs = self.hparams, self._anchors
         if pairs is None:
             if not hp.mom2_adjustment or hp.mu_reg == 0:
-                return {layer: (None, None) for layer in weights}
+                return {layer: (None, None, None) for layer in weights}
             found = moments(self.model, self.tok, hp, show_progress=self._show_progress)
-            return {layer: (found[layer].mean.to(W.device) * hp.mom2_update_weight, None) for layer, W in weights.items()}
+            return {layer: (found[layer].mean.to(W.device) * hp.mom2_update_weight, None, None) for layer, W in weights.items()}
         if not isinstance(pairs, AnchorPairs):
             pairs = anchor_pairs(self.model, self.tok, hp, pairs)
         return {layer: _pair_terms(pairs, layer, W) for layer, W in weights.items()}
@@ -230,52 +276,63 @@ class RLSEditor:
         with progress_bar(len(facts), f"batch {self.state.n_batches + 1}: values", "fact", self._show_progress) as bar:
             return optimise_values(self.model, self.layout, facts, self.hparams, bar)
 
-    def _write(self, facts: Sequence[Fact], values: Values) -> dict[int, float]:
-        """Write the values into all layers, lowest first; returns the size of each layer's step."""
-        hp, tokens = self.hparams, self.hparams.batch_tokens
-        found = {layer: weight.snapshot() for layer, weight in self.layout.edited.items()}
-        counts = {layer: solution.n_edits for layer, solution in self.state.layers.items()}
-        importance = torch.tensor([fact.request.importance for fact in facts])
-        steps = {}
-        self.state.found = None  # from the first update on, the batch before this one is final
-        try:
-            for i, (layer, weight) in enumerate(self.layout.edited.items()):
-                solution, layers_left = self.state.layers[layer], len(hp.layers) - i
-                W = solution.weight
-                K = collect_keys(self.model, self.layout, facts, layer, tokens).to(W)
-                missing = values.z - value_states(self.model, self.layout, facts, tokens)
-                solution.update(K, _targets(K, W, missing.to(W), layers_left, hp.targets), importance)
-                weight.write(solution.weight)
-                steps[layer] = float((solution.weight - W).norm() / self.state.unedited[layer].norm())
-            self.state.found = found
-        except BaseException:
-            self._restore(found)
-            for layer, solution in self.state.layers.items():
-                if solution.n_edits != counts[layer]:
-                    solution.rollback()
-            raise
-        return steps
+    def _take_out(self, edit_ids: Sequence[int]) -> dict[int, float]:
+        """Remove edits from the solutions and write the weights; returns the size of each layer's step."""
+        before = {layer: solution.weight for layer, solution in self.state.layers.items()}
+        self.state.take_out(edit_ids)
+        for layer, weight in self.layout.edited.items():
+            weight.write(self.state.layers[layer].weight)
+        return {layer: self._step(layer, W) for layer, W in before.items()}
 
-    def _report(self, facts: Sequence[Fact], values: Values, steps: Mapping[int, float], seconds: dict[str, float]) -> EditReport:
+    def _write(self, facts: Sequence[Fact], values: Values) -> tuple[dict[int, float], dict[int, float], dict[str, Tensor]]:
+        """Write the values into all layers, lowest first; returns the size of each layer's step, γ, and what each was given."""
+        hp, tokens = self.hparams, self.hparams.batch_tokens
+        data = {"importance": torch.tensor([fact.request.importance for fact in facts])}
+        steps, factors = {}, {}
+        for i, (layer, weight) in enumerate(self.layout.edited.items()):
+            solution, layers_left = self.state.layers[layer], len(hp.layers) - i
+            W = solution.weight
+            K = collect_keys(self.model, self.layout, facts, layer, tokens).to(W)
+            missing = values.z - value_states(self.model, self.layout, facts, tokens)
+            V = _targets(K, W, missing.to(W), layers_left, hp.targets)
+            factors[layer] = solution.update(K, V, data["importance"], joins_last=True)
+            weight.write(solution.weight)
+            steps[layer] = self._step(layer, W)
+            data |= {f"K.{layer}": K, f"V.{layer}": V}
+        return steps, factors, data
+
+    def _step(self, layer: int, before: Tensor) -> float:
+        return float((self.state.layers[layer].weight - before).norm() / self.state.unedited[layer].norm())
+
+    def _fact_reports(self, edits: Sequence[Edit], facts: Sequence[Fact], values: Values) -> list[FactReport]:
         wanted = (values.z - values.h).norm(dim=1)
         missed = (values.z - value_states(self.model, self.layout, facts, self.hparams.batch_tokens)).norm(dim=1)
         change = (wanted / values.h.norm(dim=1)).tolist()
         miss = (missed / wanted.clamp(min=1e-12)).tolist()
         numbers = zip(values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss)
-        fact_reports = [FactReport(f.request.prompt, f.request.target, f.request.case_id, *row) for f, row in zip(facts, numbers)]
-        layer_reports = []
-        for layer, solution in self.state.layers.items():
-            W_0 = self.state.unedited[layer]
-            layer_reports.append(LayerReport(layer, steps[layer], float((solution.weight - W_0).norm() / W_0.norm()), solution.drift()))
-        worst = max(layer_reports, key=lambda report: report.drift)
-        if worst.drift > _DRIFT_TOLERANCE:
+        return [
+            FactReport(edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id, *row)
+            for edit, row in zip(edits, numbers)
+        ]
+
+    def _warn_of_drift(self, reports: Sequence[LayerReport]) -> None:
+        worst = max(reports, key=lambda report: report.drift)
+        if worst.drift > _DRIFT_TOLERANCE and self.state.journal is None:
             warnings.warn(
                 f"The covariance of layer {worst.layer} has drifted by {worst.drift:.1e} (tolerance {_DRIFT_TOLERANCE:g}) after "
-                f"{self.n_edits} edits; raise lambda_reg or mom2_update_weight for streams as long as this.",
+                f"{self.n_edits} edits; raise lambda_reg or mom2_update_weight for streams as long as this, or set state_dir: a ledger "
+                "lets it be rebuilt.",
                 RLSEditWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, seconds)
+
+    def _layer_reports(self, steps: Mapping[int, float]) -> list[LayerReport]:
+        reports = []
+        for layer, solution in self.state.layers.items():
+            W_0 = self.state.unedited[layer]
+            deviation = float((solution.weight - W_0).norm() / W_0.norm())
+            reports.append(LayerReport(layer, steps.get(layer, 0.0), deviation, solution.drift()))
+        return reports
 
     def _restore(self, found: Mapping[int, Tensor]) -> None:
         for layer, parameter in found.items():
@@ -290,8 +347,19 @@ def _targets(K: Tensor, W: Tensor, missing: Tensor, layers_left: int, kind: str)
     return output + missing / layers_left
 
 
-def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``K_0ᵀK_0`` and, for anchors with values of their own, ``K_0ᵀV_0``."""
+def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> Solution:
+    """The state of one layer before the first edit."""
+    if hp.forgetting_factor == 1:
+        return RecursiveLeastSquares(W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, name=name)
+    factor = None if hp.forgetting_factor == "adaptive" else float(hp.forgetting_factor)
+    memory = hp.forgetting_memory
+    return ForgettingLeastSquares(
+        W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, factor=factor, memory=memory, name=name
+    )
+
+
+def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
+    """``K_0ᵀK_0`` and, for anchors with values of their own, ``K_0ᵀV_0`` and ‖V_0‖²."""
     d_k, d_v = W.shape
     if layer not in pairs.keys:
         raise AnchorError(f"Anchor pairs have no keys for layer {layer}, only for {sorted(pairs.keys)}. Give them for every edited layer.")
@@ -301,10 +369,10 @@ def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> tuple[Tensor, Tens
             f"Anchor keys of layer {layer} have shape {tuple(K_0.shape)}, but (anchors, {d_k}) is needed. Collect them from this model."
         )
     if layer not in pairs.values:
-        return K_0.T @ K_0, None
+        return K_0.T @ K_0, None, None
     V_0 = pairs.values[layer].to(W)
     if V_0.shape != (K_0.shape[0], d_v):
         raise AnchorError(
             f"Anchor values of layer {layer} have shape {tuple(V_0.shape)}, but {(K_0.shape[0], d_v)} is needed, one row a key."
         )
-    return K_0.T @ K_0, K_0.T @ V_0
+    return K_0.T @ K_0, K_0.T @ V_0, float(V_0.double().square().sum())

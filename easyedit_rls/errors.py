@@ -45,7 +45,11 @@ class NumericalError(RLSEditError, ArithmeticError):
 
 
 class StateMismatchError(RLSEditError, RuntimeError):
-    """The model's weights are not those that the editor's state describes."""
+    """The model, its weights or the settings are not those that the editor's state describes."""
+
+
+class LedgerError(RLSEditError, OSError):
+    """The ledger on disk can't be read or written, is damaged, or is held by another editor."""
 
 
 class HostError(RLSEditError, ImportError):

@@ -74,6 +74,19 @@ class RLSEditHyperParams:
         "argmax",
     )
     early_stopping_margin: float = _setting("For 'argmax': by how many nats each target token must lead the runner-up.", 0.0)
+    forgetting_factor: Any = _setting(
+        "γ in (0, 1]: by how much each batch fades the edits before it; 'adaptive' fades more after surprising batches "
+        "(Fortescue et al. 1981). Anything but 1 costs O(d_k³) a batch.",
+        1.0,
+    )
+    forgetting_memory: float = _setting("For 'adaptive': how many edits' worth of information to remember.", 1000.0)
+    on_conflict: str = _setting(
+        "When the same prompt of the same subject is edited again: 'supersede' takes the older edit out first, 'keep' fits both, "
+        "'error' refuses.",
+        "supersede",
+    )
+    state_dir: str | None = _setting("Folder of the ledger, which keeps every edit on disk; None keeps them in memory.", None)
+    checkpoint_every: int = _setting("Batches after which the ledger stores the whole state again.", 20)
     context_templates: list[str] | None = _setting(
         "Texts put before each prompt; None samples 5 short ones from the model, [] uses the bare prompt only.",
         None,
@@ -91,10 +104,14 @@ class RLSEditHyperParams:
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("v_weight_decay", "kl_factor", "mom2_update_weight", "lambda_reg", "mu_reg", "early_stopping_margin"):
             self._check(name, getattr(self, name) >= 0, "0 or above")
-        for name in ("v_num_grad_steps", "mom2_n_samples", "batch_size", "batch_tokens", "max_length"):
+        for name in ("v_num_grad_steps", "mom2_n_samples", "batch_size", "batch_tokens", "max_length", "checkpoint_every"):
             self._check(name, getattr(self, name) >= 1, "1 or above")
         self._check("lambda_reg", self.lambda_reg > 0 or self.mu_reg > 0, "above 0 where mu_reg is 0")
         self._check("lambda_reg", self.lambda_reg > 0 or self.mom2_adjustment, "above 0 where mom2_adjustment is false")
+        gamma = self.forgetting_factor
+        is_number = isinstance(gamma, (int, float)) and not isinstance(gamma, bool)
+        self._check("forgetting_factor", 0 < gamma <= 1 if is_number else gamma == "adaptive", "above 0 and up to 1, or 'adaptive'")
+        self._check("forgetting_memory", self.forgetting_memory >= 1, "1 or above")
         for name, allowed in _CHOICES.items():
             self._check(name, getattr(self, name) in allowed, " or ".join(repr(a) for a in allowed))
         for name in ("rewrite_module_tmp", "layer_module_tmp"):
@@ -181,6 +198,8 @@ _OBJECTIVE = (
     "stats_dir",
     "context_templates",
     "seed",
+    "forgetting_factor",
+    "forgetting_memory",
 )
 
 _CHOICES = {
@@ -189,6 +208,7 @@ _CHOICES = {
     "mom2_dtype": ("float32", "float64"),
     "targets": ("residual", "published"),
     "early_stopping": ("argmax", "loss", "off"),
+    "on_conflict": ("supersede", "keep", "error"),
 }
 
 

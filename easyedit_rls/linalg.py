@@ -9,6 +9,7 @@ from torch import Tensor
 
 from easyedit_rls.errors import NumericalError
 
+_STRIP = 64  # rows of a strip in `pack_symmetric`
 _BLOCK = 1024  # rows of a block in `symmetrize_`: two float32 blocks are 8 MB
 
 
@@ -96,6 +97,49 @@ def symmetrize_(M: Tensor) -> Tensor:  # shape: (n, n)
             lower.copy_(mean)
             upper.copy_(mean.T)
     return M
+
+
+def row_major(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy in another tensor's dtype and device, laid out row by row: products come out bit for bit whatever the layout was.
+
+    >>> row_major(torch.ones(2, 1).T, torch.ones(1)).stride()
+    (2, 1)
+    """
+    return tensor.to(like).clone(memory_format=torch.contiguous_format)
+
+
+def pack_symmetric(C: Tensor) -> Tensor:  # shape: (n, n), symmetric
+    """About half of a symmetric matrix: its lower triangle, in strips of 64 rows cut off behind the diagonal block.
+
+    Args:
+        C: exactly symmetric, (n, n).
+
+    Returns:
+        A new vector of n(n + 64)/2 entries at most, from which `unpack_symmetric` makes C again, bit for bit.
+
+    >>> pack_symmetric(torch.eye(2))
+    tensor([1., 0., 0., 1.])
+    """
+    n = len(C)
+    return torch.cat([C[i : i + _STRIP, : i + _STRIP].reshape(-1) for i in range(0, n, _STRIP)])
+
+
+def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
+    """The (n, n) matrix that `pack_symmetric` was given.
+
+    >>> unpack_symmetric(torch.tensor([1.0, 2.0, 2.0, 5.0]), 2)
+    tensor([[1., 2.],
+            [2., 5.]])
+    """
+    C = torch.empty(n, n, dtype=packed.dtype, device=packed.device)
+    start = 0
+    for i in range(0, n, _STRIP):
+        rows, columns = min(_STRIP, n - i), min(i + _STRIP, n)
+        strip = packed[start : start + rows * columns].reshape(rows, columns)
+        C[i : i + rows, :columns] = strip
+        C[:i, i : i + rows] = strip[:, :i].T
+        start += rows * columns
+    return C
 
 
 def innovation_factor(

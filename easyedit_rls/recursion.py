@@ -17,26 +17,49 @@ and Woodbury's identity gives the step, whose cost does not depend on t:
     F = C Kᵀ                   S = D^-1 + K F = L Lᵀ      G = F L^-T
     C ← C − G Gᵀ               W ← W + G L^-1 (V − K W)                 since C_t KᵀD = F S^-1
 
-The last batch's downdate G stays *pending* until the next batch comes. So the last batch can be taken back bit for bit, without a
-second (d_k, d_k) matrix: drop G.
+Edits leave the objective by the same step with negative weight:
+
+    F = C Kᵀ                   D^-1 − K F = L Lᵀ          H = F L^-T
+    C ← C + H Hᵀ               W ← W − H L^-1 (V − K W)
+
+What the last change adds to C, G or H or both, stays *pending* until the next change comes. So the last change can be taken back
+bit for bit, without a second (d_k, d_k) matrix: drop it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError, StateMismatchError
-from easyedit_rls.linalg import information_drift, innovation_factor, spd_inverse, symmetrize_
+from easyedit_rls.linalg import (
+    cholesky,
+    information_drift,
+    innovation_factor,
+    pack_symmetric,
+    row_major,
+    spd_inverse,
+    symmetrize_,
+    unpack_symmetric,
+)
 
 N_PROBES = 8
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """What the last batch changes, not yet folded into the committed state."""
+class _Term:
+    """One change of the covariance, ``C ← C + sign · G Gᵀ``."""
 
     G: Tensor  # shape: (d_k, u)
+    sign: float
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """What the last change does, not yet folded into the committed state."""
+
+    terms: tuple[_Term, ...]
     W: Tensor  # shape: (d_k, d_v)
     Y: Tensor  # shape: (d_k, p)
     n_edits: int
@@ -70,29 +93,31 @@ class RecursiveLeastSquares:
         anchor_cross: Tensor | None = None,
         name: str = "layer",
     ) -> None:
-        d_k = W_0.shape[0]
-        wide = _widest_dtype(W_0.device)
-        A = torch.zeros(d_k, d_k, dtype=wide, device=W_0.device)
-        if gram is not None:
-            A.add_(gram.to(A), alpha=mu_reg**2)
-        A.diagonal().add_(lambda_reg**2)
-        C = spd_inverse(
-            A,
-            f"Prior of {name} (d_k={d_k}, lambda_reg={lambda_reg:g}, mu_reg={mu_reg:g})",
-            "Raise lambda_reg, or use more text for the second moments (mom2_n_samples).",
-        )
-        W = W_0.to(wide)
-        if anchor_cross is not None:
-            W = C @ (W * lambda_reg**2 + anchor_cross.to(A) * mu_reg**2)
+        A, C, W = prior(W_0, gram, lambda_reg=lambda_reg, mu_reg=mu_reg, anchor_cross=anchor_cross, name=name)
+        self._assemble(C.to(W_0.dtype), W.to(W_0.dtype).clone(), A, 0, name)
 
+    def _assemble(self, C: Tensor, W: Tensor, A: Tensor, n_edits: int, name: str) -> None:
         self.name = name
-        self._n_edits = 0
-        self._C = C.to(W_0.dtype)
-        self._W = W.to(W_0.dtype).clone()
-        generator = torch.Generator().manual_seed(0)  # fixed: two states of the same stream are comparable
-        self._Z = torch.randn(d_k, N_PROBES, generator=generator, dtype=torch.float64).to(W_0)
-        self._Y = (A @ self._Z.to(wide)).to(W_0.dtype)
+        self._n_edits = n_edits
+        self._C, self._W, self._Z = C.contiguous(), W.contiguous(), probes(W)
+        self._Y = (A @ self._Z.to(A)).to(W.dtype)
         self._pending: _Pending | None = None
+        self._unfolded: tuple[_Term, ...] = ()  # what an interrupted `_fold` left over
+
+    @classmethod
+    def assemble(cls, C: Tensor, W: Tensor, A: Tensor, n_edits: int, name: str) -> "RecursiveLeastSquares":
+        """A state from its parts, which it owns from then on.
+
+        Args:
+            C: covariance, (d_k, d_k), in the state's dtype.
+            W: solution, (d_k, d_v), in the state's dtype.
+            A: information matrix, (d_k, d_k), in any dtype; not kept.
+            n_edits: edits that are in it.
+            name: of the layer, for messages.
+        """
+        state = cls.__new__(cls)
+        state._assemble(C, W, A, n_edits, name)
+        return state
 
     @property
     def weight(self) -> Tensor:
@@ -100,118 +125,229 @@ class RecursiveLeastSquares:
         return self._W if self._pending is None else self._pending.W
 
     @property
+    def weight_before(self) -> Tensor | None:
+        """What `rollback` would make of `weight`; None where nothing can be rolled back."""
+        return None if self._pending is None else self._W
+
+    @property
     def n_edits(self) -> int:
-        """Edits taken in so far."""
+        """Edits taken in and not retracted."""
         return self._n_edits if self._pending is None else self._pending.n_edits
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether there is a change that `rollback` would take back."""
+        return self._pending is not None
 
     def covariance(self) -> Tensor:
         """C_t as a new (d_k, d_k) tensor."""
         C = self._C.clone()
-        if self._pending is not None:
-            _downdate_(C, self._pending.G)
+        for term in self._terms():
+            _change_(C, term)
         return C
 
-    def update(self, K: Tensor, V: Tensor, importance: Tensor | None = None) -> None:
-        """Take in one batch of edits. Until the next call, `rollback` undoes it exactly.
+    def update(
+        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False, factor: float | None = None
+    ) -> float:
+        """Take in one batch of edits. Until the next change, `rollback` undoes it exactly.
 
         Args:
             K: keys, (u, d_k).
             V: target outputs, (u, d_v).
             importance: diagonal of D, (u,), positive; ones if None.
+            joins_last: make it part of the change before, so that `rollback` undoes both.
+            factor: 1 or None; only `ForgettingLeastSquares` can let older edits fade.
+
+        Returns:
+            1.0, the forgetting factor.
 
         Raises:
             NumericalError: a non-finite input, or S not positive definite. The state is then as before.
         """
-        K, V = K.to(self._C), V.to(self._C)
-        D = torch.ones(K.shape[0]).to(self._C) if importance is None else importance.to(self._C)
-        for label, tensor in (("Keys", K), ("Target outputs", V), ("Importances", D)):
-            if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(f"{label} of {self.name} hold NaN or infinite entries. Check the model's weights for NaN.")
-
-        self._fold()
-        W, Y, n = self._W, self._Y, self._n_edits
-        F = self._C @ K.T
+        if factor not in (None, 1.0):
+            raise NumericalError(f"The covariance of {self.name} can't forget (factor {factor}). Set forgetting_factor.")
+        K, V, D = self._checked(K, V, importance)
+        if not joins_last:
+            self.commit()
+        F = self._times(K.T)
         L = innovation_factor(K, F, D)
-        G = torch.linalg.solve_triangular(L, F.T, upper=False).T  # F L^-T
-        step = torch.linalg.solve_triangular(L, V - K @ W, upper=False)  # L^-1 (V − K W)
-        W_new = torch.addmm(W, G, step)
-        if not bool(torch.isfinite(W_new).all()):
-            raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
-        self._pending = _Pending(G=G, W=W_new, Y=torch.addmm(Y, K.T, D[:, None] * (K @ self._Z)), n_edits=n + K.shape[0])
+        G = torch.linalg.solve_triangular(L, F.T, upper=False).T.contiguous()  # F L^-T
+        step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)  # L^-1 (V − K W)
+        self._add(_Term(G, -1.0), torch.addmm(self.weight, G, step), K, D)
+        return 1.0
 
-    def rollback(self) -> None:
-        """Take the last batch back: weight and covariance are bit for bit those before it.
-
-        Raises:
-            StateMismatchError: there is no batch, or it was taken back already.
-        """
-        if self._pending is None:
-            raise StateMismatchError(f"No batch of {self.name} can be rolled back: only the last one can, and only once.")
-        self._pending = None
-
-    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None) -> None:
+    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> None:
         """Remove edits from the objective exactly, as if they had never been made: ``W = argmin J`` without them.
 
-        A downdate with negative weight, ``C' = C + F (D^-1 − K F)^-1 Fᵀ``, ``W' = W − C' KᵀD (V − K W)``.
+        Until the next change, `rollback` undoes it exactly.
 
         Args:
             K: keys that were given to `update`, (u, d_k).
             V: their target outputs, (u, d_v).
             importance: their importances, (u,); ones if None.
+            joins_last: make it part of the change before, so that `rollback` undoes both.
 
         Raises:
-            NumericalError: the edits are not in the state (``D^-1 − K C Kᵀ`` is not positive definite).
+            NumericalError: the edits are not in the state (``D^-1 − K C Kᵀ`` is not positive definite). The state is then as before.
         """
-        K, V = K.to(self._C), V.to(self._C)
-        D = torch.ones(K.shape[0]).to(self._C) if importance is None else importance.to(self._C)
-        C = self.covariance()
-        F = C @ K.T
-        # D^-1 − K F is SPD exactly if the edits' information is contained in A
-        core = symmetrize_(-(K @ F))
-        core.diagonal().add_(D.reciprocal())
-        middle = spd_inverse(core, f"Retraction core of {self.name}", "These edits are not part of the state: give those that were made.")
-        C_new = symmetrize_(torch.addmm(C, F @ middle, F.T))
-        W_new = self.weight - C_new @ (K.T @ (D[:, None] * (V - K @ self.weight)))
-        Y = self._Y if self._pending is None else self._pending.Y
-        Y_new = Y - K.T @ (D[:, None] * (K @ self._Z))
-        n_edits = self.n_edits - K.shape[0]
-        self._C, self._W, self._Y, self._n_edits, self._pending = C_new, W_new, Y_new, n_edits, None
+        K, V, D = self._checked(K, V, importance)
+        if not joins_last:
+            self.commit()
+        F = self._times(K.T)
+        core = -symmetrize_(K.to(widest_dtype(K.device)) @ F.to(widest_dtype(K.device)))
+        core.diagonal().add_(D.to(core).reciprocal())  # SPD exactly if the edits' information is contained in A
+        cure = "These edits are not part of the state: give those that were made."
+        L = cholesky(core, f"Retraction core of {self.name}", cure).to(F)
+        H = torch.linalg.solve_triangular(L, F.T, upper=False).T.contiguous()
+        step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)
+        self._add(_Term(H, 1.0), torch.addmm(self.weight, H, step, alpha=-1.0), K, -D)
+
+    def commit(self) -> None:
+        """Make the last change permanent: `rollback` can't undo it any more."""
+        self._fold()
+
+    def rollback(self) -> None:
+        """Take the last change back: weight and covariance are bit for bit those before it.
+
+        Raises:
+            StateMismatchError: there is no change, or it was taken back already.
+        """
+        if self._pending is None:
+            raise StateMismatchError(f"No batch of {self.name} can be rolled back: only the last one can, and only once.")
+        self._pending = None
 
     def adopt(self, W: Tensor) -> None:
-        """Go on from a weight that somebody else wrote, (d_k, d_v), keeping the covariance. The last batch becomes final."""
+        """Go on from a weight that somebody else wrote, (d_k, d_v), keeping the covariance. The last change becomes final."""
         self._fold()
         self._W = W.to(self._W, copy=True)
 
     def drift(self) -> float:
         """Relative error of C as the inverse of A, seen through fixed random probes (see `linalg.information_drift`)."""
-        if self._pending is None:
-            return information_drift(self._C @ self._Y, self._Z)
-        Y, G = self._pending.Y, self._pending.G
-        return information_drift(self._C @ Y - G @ (G.T @ Y), self._Z)
+        return information_drift(self._times(self._Y if self._pending is None else self._pending.Y), self._Z)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state as tensors that `from_tensors` takes, the pending change included; C is stored by half."""
+        self._finish_folding()
+        stored = {"C": pack_symmetric(self._C), "W": self._W, "Y": self._Y, "Z": self._Z, "n_edits": torch.tensor([self._n_edits])}
+        if self._pending is not None:
+            stored |= {"pending.W": self._pending.W, "pending.Y": self._pending.Y, "pending.n_edits": torch.tensor([self._pending.n_edits])}
+            for i, term in enumerate(self._pending.terms):
+                stored[f"pending.{'plus' if term.sign > 0 else 'minus'}.{i}"] = term.G
+        return stored
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor], name: str) -> "RecursiveLeastSquares":
+        """The state that `tensors` was taken from, bit for bit; owns what it is given.
+
+        Args:
+            stored: what `tensors` returned, all on one device.
+            name: of the layer, for messages.
+        """
+        state = cls.__new__(cls)
+        state.name = name
+        state._W, state._Y, state._Z = stored["W"], stored["Y"], stored["Z"]
+        state._C = unpack_symmetric(stored["C"], len(state._W))
+        state._n_edits = int(stored["n_edits"])
+        state._pending, state._unfolded = None, ()
+        if "pending.W" in stored:
+            terms = sorted((int(key.rsplit(".", 1)[1]), key) for key in stored if key.startswith(("pending.plus", "pending.minus")))
+            state._pending = _Pending(
+                terms=tuple(_Term(stored[key], 1.0 if ".plus." in key else -1.0) for _, key in terms),
+                W=stored["pending.W"],
+                Y=stored["pending.Y"],
+                n_edits=int(stored["pending.n_edits"]),
+            )
+        return state
+
+    def _checked(self, K: Tensor, V: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs in the state's dtype and memory layout."""
+        K, V = row_major(K, self._C), row_major(V, self._C)
+        D = torch.ones(K.shape[0]).to(self._C) if importance is None else importance.to(self._C)
+        for label, tensor in (("Keys", K), ("Target outputs", V), ("Importances", D)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericalError(f"{label} of {self.name} hold NaN or infinite entries. Check the model's weights for NaN.")
+        return K, V, D
+
+    def _times(self, X: Tensor) -> Tensor:
+        """``C X`` with the pending change."""
+        out = self._C @ X
+        for term in self._terms():
+            out = torch.addmm(out, term.G, term.G.T @ X, alpha=term.sign)
+        return out
+
+    def _add(self, term: _Term, W: Tensor, K: Tensor, D: Tensor) -> None:
+        """Put a step into the pending change."""
+        if not bool(torch.isfinite(W).all()):
+            raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
+        before = () if self._pending is None else self._pending.terms
+        Y = self._Y if self._pending is None else self._pending.Y
+        n_edits = self.n_edits + (len(K) if term.sign < 0 else -len(K))
+        self._pending = _Pending((*before, term), W, torch.addmm(Y, K.T, D[:, None] * (K @ self._Z)), n_edits)
 
     def _fold(self) -> None:
-        """Make the pending batch permanent."""
+        """Make the pending change permanent. An interrupt comes through when C is whole, or leaves the rest to the next call."""
         pending = self._pending
-        if pending is None:
-            return
-        G, GT = pending.G, pending.G.T
-        interrupt = None
-        try:
-            self._C.addmm_(G, GT, alpha=-1.0)
-        except KeyboardInterrupt as exc:  # Python delivers the signal only after the in-place kernel has returned
-            interrupt = exc
-        self._W, self._Y, self._n_edits, self._pending = pending.W, pending.Y, pending.n_edits, None
-        symmetrize_(self._C)
-        if interrupt is not None:
-            raise interrupt
+        if pending is not None:
+            self._W, self._Y, self._n_edits, self._pending = pending.W, pending.Y, pending.n_edits, None
+            self._unfolded = pending.terms
+        self._finish_folding()
+
+    def _finish_folding(self) -> None:
+        while self._unfolded:
+            term, rest = self._unfolded[0], self._unfolded[1:]
+            G, GT = term.G, term.G.T
+            interrupt = None
+            try:
+                self._C.addmm_(G, GT, alpha=term.sign)
+            except KeyboardInterrupt as exc:  # Python delivers the signal only after the in-place kernel has returned
+                interrupt = exc
+            self._unfolded = rest
+            symmetrize_(self._C)
+            if interrupt is not None:
+                raise interrupt
+
+    def _terms(self) -> tuple[_Term, ...]:
+        """What is to be added to the stored C to give C_t."""
+        return self._unfolded if self._pending is None else (*self._unfolded, *self._pending.terms)
 
 
-def _downdate_(C: Tensor, G: Tensor) -> Tensor:
-    """``C ← C − G Gᵀ`` in place, kept exactly symmetric."""
-    C.addmm_(G, G.T, alpha=-1.0)
+def prior(
+    W_0: Tensor, gram: Tensor | None, *, lambda_reg: float, mu_reg: float, anchor_cross: Tensor | None, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``A_0``, ``C_0`` and the weight that both soft constraints alone give, in the widest dtype of the device.
+
+    Raises:
+        NumericalError: ``A_0`` is not positive definite or not finite.
+    """
+    d_k = W_0.shape[0]
+    wide = widest_dtype(W_0.device)
+    A = torch.zeros(d_k, d_k, dtype=wide, device=W_0.device)
+    if gram is not None:
+        A.add_(gram.to(A), alpha=mu_reg**2)
+    A.diagonal().add_(lambda_reg**2)
+    C = spd_inverse(
+        A,
+        f"Prior of {name} (d_k={d_k}, lambda_reg={lambda_reg:g}, mu_reg={mu_reg:g})",
+        "Raise lambda_reg, or use more text for the second moments (mom2_n_samples).",
+    )
+    W = W_0.to(wide)
+    if anchor_cross is not None:
+        W = C @ (W * lambda_reg**2 + anchor_cross.to(A) * mu_reg**2)
+    return A, C, W
+
+
+def probes(like: Tensor) -> Tensor:
+    """Fixed random probes Z, (d_k, p), so that two states of the same stream are comparable."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(len(like), N_PROBES, generator=generator, dtype=torch.float64).to(like)
+
+
+def _change_(C: Tensor, term: _Term) -> Tensor:
+    """``C ← C + sign · G Gᵀ`` in place, kept exactly symmetric."""
+    C.addmm_(term.G, term.G.T, alpha=term.sign)
     return symmetrize_(C)
 
 
-def _widest_dtype(device: torch.device) -> torch.dtype:
+def widest_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that lack it (Apple's MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64

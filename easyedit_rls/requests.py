@@ -15,7 +15,7 @@ Nothing is mutated, and text is never passed through ``str.format``: braces in i
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from easyedit_rls.errors import RequestError
@@ -62,6 +62,25 @@ class EditRequest:
     def prompt(self) -> str:
         """The whole prompt."""
         return self.before + self.subject + self.after
+
+    @property
+    def question(self) -> tuple[str, str, str]:
+        """What is asked of which subject, whatever the spacing: two requests with the same question contradict each other or agree."""
+        before, subject, after = (" ".join(text.split()) for text in (self.before, self.subject, self.after))
+        return before, subject, after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, defaults left out; `from_dict` makes the request again."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.neighbors:
+            values["neighbors"] = [[probe.prompt, probe.answer] for probe in self.neighbors]
+        return values | ({"paraphrases": list(self.paraphrases)} if self.paraphrases else {})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EditRequest":
+        """The request that `to_dict` was called on."""
+        neighbors = tuple(Probe(prompt, answer) for prompt, answer in values.get("neighbors", ()))
+        return cls(**{**values, "neighbors": neighbors, "paraphrases": tuple(values.get("paraphrases", ()))})
 
 
 def parse_requests(requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest) -> list[EditRequest]:

@@ -1,6 +1,7 @@
 """Edited weights in one orientation (d_k × d_v), and the model's fingerprint."""
 
 import hashlib
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,16 @@ class EditedWeight:
 
     def read(self) -> Tensor:
         """A float32 copy, (d_k, d_v)."""
+        return self.oriented().to(torch.float32, copy=True).contiguous()
+
+    def oriented(self) -> Tensor:
+        """A view of the parameter as (d_k, d_v), in its own dtype."""
         weight = self.parameter.detach()
-        return (weight.T if self._is_transposed else weight).to(torch.float32, copy=True).contiguous()
+        return weight.T if self._is_transposed else weight
+
+    def snapshot_of(self, W: Tensor) -> Tensor:
+        """What `snapshot` would return if W, (d_k, d_v), had been written."""
+        return (W.T if self._is_transposed else W).to(self.parameter.dtype, copy=True).contiguous()
 
     def write(self, W: Tensor) -> None:
         """Round W, (d_k, d_v), to the parameter's dtype and write it in place."""
@@ -58,8 +67,7 @@ class EditedWeight:
 
     def holds(self, W: Tensor) -> bool:
         """Whether the parameter is exactly W, (d_k, d_v), rounded to its dtype."""
-        weight = self.parameter.detach()
-        return torch.equal(weight.T if self._is_transposed else weight, W.to(weight.dtype))
+        return torch.equal(self.oriented(), W.to(self.parameter.dtype))
 
     def snapshot(self) -> Tensor:
         """A copy of the parameter as it is, for `restore`."""
@@ -71,17 +79,30 @@ class EditedWeight:
             self.parameter.copy_(snapshot)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
     """SHA-256 over names, shapes, dtypes and evenly spaced values of all parameters, as 16 hex digits.
 
     Up to 4,096 values a parameter are read: an edit changes all of a weight, so it can't hide between them, and a model of
     billions of parameters takes a moment.
+
+    Args:
+        model: any module.
+        leave_out: names of parameters that don't count.
     """
+    return _digest((name, parameter) for name, parameter in sorted(model.named_parameters()) if name not in leave_out)
+
+
+def weights_fingerprint(weights: Mapping[int, Tensor]) -> str:
+    """The same over edited weights, layer -> (d_k, d_v), in the model's dtype."""
+    return _digest((str(layer), weight) for layer, weight in sorted(weights.items()))
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
+    for name, tensor in tensors:
+        flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         values = flat[::step][:_SAMPLES].to("cpu", torch.float64)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,0 +1,113 @@
+"""Coming back to a ledger: is this its model, and which of its weights does the model hold?"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from easyedit_rls._version import __version__
+from easyedit_rls.anchors import AnchorPairs
+from easyedit_rls.errors import StateMismatchError
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.ledger import Ledger
+from easyedit_rls.ledger.manifest import Manifest, describe, describe_anchors
+from easyedit_rls.ledger.snapshot import read_manifest
+from easyedit_rls.model.layout import Layout
+from easyedit_rls.state import EditorState, fingerprint_of
+
+logger = logging.getLogger(__name__)
+
+
+def attach(
+    state: EditorState,
+    folder: str | Path,
+    model: PreTrainedModel,
+    layout: Layout,
+    hparams: RLSEditHyperParams,
+    anchors: AnchorPairs | Sequence[str] | None,
+) -> None:
+    """Keep a state in a ledger from now on; if there are edits in it already, bring state and model to where they were.
+
+    Args:
+        state: a fresh one.
+        folder: the ledger's.
+        model: unedited, or edited up to some batch of this ledger; its edited weights are written.
+        layout: its modules.
+        hparams: settings.
+        anchors: explicit anchors, if any.
+
+    Raises:
+        LedgerError: the ledger is held by another editor, damaged, or can't be written.
+        StateMismatchError: it belongs to another model or other settings; lists every difference. Nothing was changed.
+    """
+    if state.layers:
+        raise StateMismatchError(
+            f"The state holds {state.n_edits} edits that are not in the ledger {folder}; it may be a deep copy's. "
+            "Make a new editor from the unedited model, or do without state_dir."
+        )
+    ledger = Ledger(Path(folder))
+    try:
+        journal = ledger.open()
+        if journal is not None:
+            manifest = read_manifest(journal)
+            differences = manifest.differences(identify(model, layout, hparams, anchors, manifest.templates))
+            if not any(text.startswith(("widths", "parameters", "layers")) for text in differences):
+                devices = {layer: weight.parameter.device for layer, weight in layout.edited.items()}
+                state.resume(journal, manifest, devices)
+                differences += _foreign_weights(state, layout)
+            if differences:
+                raise StateMismatchError(
+                    f"The ledger in {ledger.folder} is of another model or other settings: {'; '.join(differences)}. Load the model "
+                    "that it was made with (unedited, or saved by this editor) and the same settings, or choose another state_dir."
+                )
+            _write(state, layout)
+    except BaseException:
+        ledger.close()
+        state.forget()
+        raise
+    state.ledger = ledger
+
+
+def identify(
+    model: PreTrainedModel,
+    layout: Layout,
+    hparams: RLSEditHyperParams,
+    anchors: AnchorPairs | Sequence[str] | None,
+    templates: Sequence[str],
+) -> Manifest:
+    """What a ledger of this model under these settings would say of itself."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return describe(model, layout, hparams, describe_anchors(anchors, hparams), templates, now, __version__)
+
+
+def _foreign_weights(state: EditorState, layout: Layout) -> list[str]:
+    """What is wrong with the model's edited weights, if anything: they may be unedited, current, or those of an earlier batch."""
+    current = [layer for layer, solution in state.layers.items() if layout.edited[layer].holds(solution.weight)]
+    unedited = [layer for layer, W_0 in state.unedited.items() if layout.edited[layer].holds(W_0)]
+    if len(current) == len(state.layers) or len(unedited) == len(state.layers):
+        return []
+    found = fingerprint_of(layout.edited)
+    if any(entry.weights == found for entry in state.history.entries):
+        logger.info("The model was saved at an earlier batch of this ledger; it is brought up to date")
+        return []
+    foreign = sorted(set(state.layers) - set(current) - set(unedited)) or sorted(state.layers)
+    return [f"edited weights of layers {foreign}: neither unedited nor as any batch of the ledger left them"]
+
+
+def _write(state: EditorState, layout: Layout) -> None:
+    """Write the state's weights; the last change can be rolled back as if it had been made here."""
+    before: Mapping[int, torch.Tensor | None] = {layer: solution.weight_before for layer, solution in state.layers.items()}
+    found = {layer: layout.edited[layer].snapshot_of(W) for layer, W in before.items() if W is not None}
+    as_found = {layer: weight.snapshot() for layer, weight in layout.edited.items()}
+    try:
+        for layer, solution in state.layers.items():
+            layout.edited[layer].write(solution.weight)
+    except BaseException:
+        for layer, snapshot in as_found.items():
+            layout.edited[layer].restore(snapshot)
+        raise
+    state.found = found if len(found) == len(state.layers) else None
+    logger.info("Resumed %d edits in %d batches", state.n_edits, state.n_batches)
