@@ -16,6 +16,7 @@ from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.manifest import Manifest, describe, describe_anchors
 from easyedit_rls.ledger.snapshot import read_manifest
 from easyedit_rls.model.layout import Layout
+from easyedit_rls.model.weights import EditedWeight
 from easyedit_rls.state import EditorState, fingerprint_of
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def attach(
             if not any(text.startswith(("widths", "parameters", "layers")) for text in differences):
                 devices = {layer: weight.parameter.device for layer, weight in layout.edited.items()}
                 state.resume(journal, manifest, devices)
-                differences += _foreign_weights(state, layout)
+                differences += foreign_weights(state, layout.edited)
             if differences:
                 raise StateMismatchError(
                     f"The ledger in {ledger.folder} is of another model or other settings: {'; '.join(differences)}. Load the model "
@@ -83,13 +84,13 @@ def identify(
     return describe(model, layout, hparams, describe_anchors(anchors, hparams), templates, now, __version__)
 
 
-def _foreign_weights(state: EditorState, layout: Layout) -> list[str]:
+def foreign_weights(state: EditorState, edited: Mapping[int, EditedWeight]) -> list[str]:
     """What is wrong with the model's edited weights, if anything: they may be unedited, current, or those of an earlier batch."""
-    current = [layer for layer, solution in state.layers.items() if layout.edited[layer].holds(solution.weight)]
-    unedited = [layer for layer, W_0 in state.unedited.items() if layout.edited[layer].holds(W_0)]
+    current = [layer for layer, solution in state.layers.items() if edited[layer].holds(solution.weight)]
+    unedited = [layer for layer, W_0 in state.unedited.items() if edited[layer].holds(W_0)]
     if len(current) == len(state.layers) or len(unedited) == len(state.layers):
         return []
-    found = fingerprint_of(layout.edited)
+    found = fingerprint_of(edited)
     if any(entry.weights == found for entry in state.history.entries):
         logger.info("The model was saved at an earlier batch of this ledger; it is brought up to date")
         return []

@@ -1,6 +1,7 @@
 """Every tolerance of the tests, with its cause."""
 
 FLOAT64 = 1e-9  # relative; the recursion against the batch solution, conditioning included
+RETRACTION = 1e-8  # relative, float64; a downdate with negative weight costs digits, the condition of A grows by up to d
 FLOAT32 = 1e-4  # relative; the same in float32, for priors of condition number up to about 1e3
 LONG_STREAM_FLOAT32 = 1e-3  # relative; 10,000 batches in float32
 PADDING = 1e-5  # absolute, on states of order 1: other padding means another order of summation

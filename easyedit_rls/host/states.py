@@ -7,12 +7,16 @@ model object: two models never share anything, a deep copy of a model gets a dee
 import copy
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from easyedit_rls.errors import RLSEditWarning, StateMismatchError
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.ledger import Ledger
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.state import EditorState
 
@@ -25,6 +29,30 @@ class _Kept:
 
     hparams: RLSEditHyperParams
     state: EditorState
+
+
+@contextmanager
+def forgotten(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Iterator[None]:
+    """Forget all edits of this model, so that its weights as they are now count as unedited; but only if the block succeeds."""
+    kept: dict[str, _Kept] = model.__dict__.pop(_ATTRIBUTE, {})
+    ledgers = [old.state.ledger for old in kept.values() if old.state.ledger is not None]
+    ours = next((ledger for ledger in ledgers if hparams.state_dir is not None and ledger.is_at(hparams.state_dir)), None)
+    try:
+        if hparams.state_dir is not None:
+            ledger = Ledger(Path(hparams.state_dir)) if ours is None else ours
+            _keep(model, hparams, EditorState(ledger=ledger))  # has no journal, so the first batch begins one
+        yield
+    except BaseException:
+        failed: dict[str, _Kept] = model.__dict__.pop(_ATTRIBUTE, {})
+        for one in failed.values():
+            if one.state.ledger not in (None, ours):
+                one.state.ledger.close()
+        if kept:
+            model.__dict__[_ATTRIBUTE] = kept
+        raise
+    for ledger in ledgers:
+        if ledger is not ours:
+            ledger.close()
 
 
 def state_of(model: PreTrainedModel, hparams: RLSEditHyperParams) -> EditorState:
@@ -42,20 +70,44 @@ def state_of(model: PreTrainedModel, hparams: RLSEditHyperParams) -> EditorState
     """
     find_layout(model, hparams)  # settings that don't fit the model leave nothing behind
     kept: dict[str, _Kept] = model.__dict__.setdefault(_ATTRIBUTE, {})
-    key = json.dumps(hparams.objective(), sort_keys=True)
+    key = _key(hparams)
     if key not in kept:
         for other_key, other in list(kept.items()):
             if _is_empty(model, other):
+                other.state.close()
                 del kept[other_key]  # each state is as large as the covariances of all its layers
             else:
                 warnings.warn(_other_objective(other, hparams), RLSEditWarning, stacklevel=4)
-        kept[key] = _Kept(copy.deepcopy(hparams), EditorState())  # the caller may change its own in place
+        _keep(model, hparams, EditorState())
     return kept[key].state
 
 
-def forget_states(model: PreTrainedModel) -> None:
-    """Forget all edits of this model: its weights as they are now count as unedited."""
-    model.__dict__.pop(_ATTRIBUTE, None)
+@contextmanager
+def resumed(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorState) -> Iterator[None]:
+    """If the block fails, weights that it brought back from a ledger are taken out again, and the ledger is let go."""
+    if hparams.state_dir is None or state.ledger is not None:
+        yield
+        return
+    edited = find_layout(model, hparams).edited
+    found = {layer: weight.snapshot() for layer, weight in edited.items()}
+    try:
+        yield
+    except BaseException:
+        if state.ledger is not None:
+            state.ledger.close()
+            model.__dict__[_ATTRIBUTE].pop(_key(hparams))
+        for layer, snapshot in found.items():
+            edited[layer].restore(snapshot)
+        raise
+
+
+def _key(hparams: RLSEditHyperParams) -> str:
+    return json.dumps(hparams.objective(), sort_keys=True)
+
+
+def _keep(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorState) -> None:
+    kept: dict[str, _Kept] = model.__dict__.setdefault(_ATTRIBUTE, {})
+    kept[_key(hparams)] = _Kept(copy.deepcopy(hparams), state)  # the caller may change its own in place
 
 
 def _is_empty(model: PreTrainedModel, kept: _Kept) -> bool:

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from easyedit_rls.errors import LedgerError
 from easyedit_rls.history import Entry
-from easyedit_rls.ledger.files import Stamp, pack, read_file, sync_folder, unpack, write_all, write_file
+from easyedit_rls.ledger.files import Stamp, pack, read_file, unpack, write_all, write_file
 
 INDEX, HEAD, MANIFEST = "index.jsonl", "head.json", "manifest.json"
 
@@ -88,25 +89,20 @@ class Journal:
         self._is_broken = False
 
     @classmethod
-    def create(cls, folder: Path, files: Mapping[str, bytes], entry: Entry, data: Mapping[str, Tensor]) -> None:
-        """Write a new journal with its first entry into a folder that nobody knows of yet.
+    def create(cls, folder: Path, files: Mapping[str, bytes], next_id: int = 1) -> "Journal":
+        """Write a new journal into a folder that nobody knows of yet.
 
         Args:
-            folder: an empty folder.
+            folder: to be made.
             files: manifest and prior.
-            entry: the first change.
-            data: its tensors.
+            next_id: number of the first edit to come.
         """
+        folder.mkdir()
         stamps = {name: write_file(folder / name, content) for name, content in files.items()}
-        name, content = _entry_file(1, entry, data)
-        lines = [
-            Line("begin", stamps, {}, entry.time),
-            Line("entry", {name: write_file(folder / name, content)}, entry.to_dict(), entry.time),
-        ]
-        index = b"".join(line.encode() for line in lines)
+        index = Line("begin", stamps, {"next_id": next_id}, datetime.now(timezone.utc).isoformat(timespec="seconds")).encode()
         write_file(folder / INDEX, index)
-        write_file(folder / HEAD, _head(len(lines), index))
-        sync_folder(folder)
+        write_file(folder / HEAD, _head_of(1, len(index), hashlib.sha256(index).hexdigest()))
+        return cls(folder)
 
     @property
     def n_entries(self) -> int:
@@ -227,10 +223,6 @@ class Journal:
 def _entry_file(number: int, entry: Entry, data: Mapping[str, Tensor]) -> tuple[str, bytes]:
     text = json.dumps(entry.to_dict())
     return f"entry-{number:06d}.safetensors", pack(data, {"entry": text})
-
-
-def _head(n_lines: int, index: bytes) -> bytes:
-    return _head_of(n_lines, len(index), hashlib.sha256(index).hexdigest())
 
 
 def _head_of(n_lines: int, n_bytes: int, sha256: str) -> bytes:

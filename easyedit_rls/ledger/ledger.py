@@ -6,6 +6,7 @@ journal-0002/     after edits were forgotten (`reset`) or compacted: the highest
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,10 @@ class Ledger:
             self._lock.release()
             raise LedgerError(f"The ledger in {self.folder} can't be written: {exc.strerror or exc}. Mend the permissions.") from exc
 
+    def is_at(self, folder: str | Path) -> bool:
+        """Whether this is the ledger of that folder."""
+        return self.folder == Path(folder).expanduser().absolute()
+
     def open(self) -> Journal | None:
         """The journal in use, cleared of what an interrupted writer left; None before the first batch and after a reset."""
         journal = latest(self.folder)
@@ -72,28 +77,28 @@ class Ledger:
         Raises:
             LedgerError: the disk is full, read only or failing.
         """
-        partial = self._partial()
+        partial = self.reserve()
         try:
-            partial.mkdir()
-            Journal.create(partial, files, entry, data)
+            Journal.create(partial, files).append_entry(entry, data)
             return self.publish(partial)
         except BaseException as exc:
             shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(exc, OSError):
+            if isinstance(exc, OSError) and not isinstance(exc, LedgerError):
                 raise LedgerError(
                     f"The ledger in {self.folder} can't be written: {exc.strerror or exc}. Nothing was changed; make room or mend the "
                     "permissions, then edit again."
                 ) from exc
             raise
 
-    def _partial(self) -> Path:
+    def reserve(self) -> Path:
+        """Folder for a new journal to be written aside, see `publish`."""
         number = max((int(path.name[8:]) for path in journals(self.folder)), default=0) + 1
         return self.folder / f"journal-{number:04d}{PARTIAL}"
 
     def publish(self, partial: Path) -> Journal:
         """Make a journal that was written aside the one in use."""
         final = partial.with_name(partial.name.removesuffix(PARTIAL))
-        partial.rename(final)
+        os.rename(partial, final)
         sync_folder(self.folder)
         return Journal(final)
 

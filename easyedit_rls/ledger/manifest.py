@@ -30,6 +30,7 @@ class Manifest:
         architecture: class of the model.
         dtype: of the edited weights.
         rest: `fingerprint` of all parameters but the edited ones.
+        modules: layer -> class of the edited module.
         parameters: layer -> full name of the edited parameter.
         widths: layer -> [d_k, d_v].
         objective: the settings that define the least-squares problem.
@@ -45,6 +46,7 @@ class Manifest:
     architecture: str
     dtype: str
     rest: str
+    modules: dict[str, str]
     parameters: dict[str, str]
     widths: dict[str, list[int]]
     objective: dict[str, Any]
@@ -91,6 +93,7 @@ def describe(
         architecture=type(model).__name__,
         dtype=str(next(iter(edited.values())).parameter.dtype).removeprefix("torch."),
         rest=fingerprint(model, leave_out={weight.parameter_name for weight in edited.values()}),
+        modules={str(layer): type(weight.module).__name__ for layer, weight in edited.items()},
         parameters={str(layer): weight.parameter_name for layer, weight in edited.items()},
         widths={str(layer): list(weight.shape) for layer, weight in edited.items()},
         objective=json.loads(json.dumps({key: value for key, value in hparams.objective().items() if key != "stats_dir"})),

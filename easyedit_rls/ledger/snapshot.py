@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from easyedit_rls.ledger.files import pack
 from easyedit_rls.ledger.journal import MANIFEST, Journal, Line
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.recursion import RecursiveLeastSquares
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -102,20 +106,26 @@ def read_history(journal: Journal) -> History:
     return history
 
 
-def read_state(journal: Journal, devices: Mapping[int, torch.device]) -> Snapshot:
+def read_state(
+    journal: Journal, devices: Mapping[int, torch.device] | None = None, *, from_start: bool = False, progress: "tqdm[Any] | None" = None
+) -> Snapshot:
     """The state after the last event, bit for bit: the last checkpoint, then every change after it once more.
 
     Args:
         journal: on disk.
-        devices: layer -> where its state shall live.
+        devices: layer -> where its state shall live; the CPU if None.
+        from_start: make every change once more from the prior on, without looking at a checkpoint.
+        progress: a bar to advance by the changes made.
 
     Raises:
-        LedgerError: a file is damaged, or a change comes out otherwise than it did.
+        LedgerError: a file is damaged.
     """
+    if devices is None:
+        devices = {int(layer): torch.device("cpu") for layer in read_manifest(journal).widths}
     priors = {layer: read_prior(journal, layer, device) for layer, device in devices.items()}
     unedited = {layer: prior.unedited for layer, prior in priors.items()}
     solutions: dict[int, Solution] = {layer: prior.solution for layer, prior in priors.items()}
-    start = len(journal.lines) - lines_since_checkpoint(journal)
+    start = 1 if from_start else len(journal.lines) - lines_since_checkpoint(journal)
     if journal.lines[start - 1].kind == "checkpoint":
         for name, stamp in journal.lines[start - 1].files.items():
             layer = int(name.rsplit("-", 1)[1].split(".")[0])
@@ -131,6 +141,8 @@ def read_state(journal: Journal, devices: Mapping[int, torch.device]) -> Snapsho
             history.drop_last()
             for solution in solutions.values() if i >= start else ():
                 solution.rollback()
+        if progress is not None:
+            progress.update()
     return Snapshot(solutions, unedited, history)
 
 

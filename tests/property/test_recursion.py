@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from easyedit_rls.errors import NumericalError, StateMismatchError
 from easyedit_rls.recursion import RecursiveLeastSquares
-from tests.tolerances import FLOAT32, FLOAT64, LONG_STREAM_FLOAT32
+from tests.tolerances import FLOAT32, FLOAT64, LONG_STREAM_FLOAT32, RETRACTION
 
 
 class Problem:
@@ -234,3 +234,64 @@ def test_an_interrupt_while_folding_leaves_a_whole_state(monkeypatch):
         problem.feed(undisturbed, *part)
     assert torch.equal(state.weight, undisturbed.weight)
     assert torch.equal(state.covariance(), undisturbed.covariance())
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems, data=st.data())
+def test_retracting_an_edit_is_as_before_it(problem, data):
+    n = len(problem.K)
+    cut = data.draw(st.integers(1, n - 1))
+    state = problem.state()
+    problem.feed(state, 0, cut)
+    weight, covariance = state.weight.clone(), state.covariance()
+    problem.feed(state, cut, n)
+    state.retract(problem.K[cut:], problem.V[cut:], problem.d[cut:])
+    assert_close(state.weight, weight, RETRACTION)
+    assert_close(state.covariance(), covariance, RETRACTION)
+    assert state.n_edits == cut
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems, data=st.data())
+def test_amending_is_retracting_and_editing(problem, data):
+    n = len(problem.K)
+    cut = data.draw(st.integers(1, n - 1))
+    old = data.draw(st.integers(0, cut - 1))
+    state = problem.state()
+    problem.feed(state, 0, cut)
+    weight, covariance = state.weight.clone(), state.covariance()
+    state.retract(*(tensor[old : old + 1] for tensor in (problem.K, problem.V, problem.d)))
+    state.update(problem.K[cut:], problem.V[cut:], problem.d[cut:], joins_last=True)
+    kept = [i for i in range(n) if i != old]
+    assert_close(state.weight, problem.solution(kept), RETRACTION)
+    assert state.n_edits == n - 1
+    state.rollback()  # both at once
+    assert torch.equal(state.weight, weight)
+    assert torch.equal(state.covariance(), covariance)
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems, data=st.data())
+def test_a_stored_state_goes_on_bit_for_bit(problem, data):
+    n = len(problem.K)
+    cut = data.draw(st.integers(1, n - 1))
+    straight = problem.state(torch.float32)
+    problem.feed(straight, 0, cut)
+    if data.draw(st.booleans(), label="retract"):
+        straight.retract(problem.K[:1], problem.V[:1], problem.d[:1], joins_last=data.draw(st.booleans(), label="joins"))
+    stored = {name: tensor.clone() for name, tensor in straight.tensors().items()}
+    other = RecursiveLeastSquares.from_tensors(stored, "layer 0")
+    assert torch.equal(other.covariance(), straight.covariance())
+    for state in (straight, other):
+        if cut % 2:
+            state.rollback()
+        problem.feed(state, cut, n)
+    assert torch.equal(other.weight, straight.weight)
+    assert torch.equal(other.covariance(), straight.covariance())
+    assert (other.n_edits, other.drift()) == (straight.n_edits, straight.drift())
+
+
+def test_the_covariance_form_refuses_to_forget():
+    problem = Problem(0, 5, "lambda", False, "moments")
+    with pytest.raises(NumericalError, match="can't forget"):
+        problem.state().update(problem.K, problem.V, factor=0.9)

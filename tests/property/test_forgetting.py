@@ -1,0 +1,131 @@
+"""The information form: no forgetting equals the recursion, forgetting equals the weighted batch solution."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from easyedit_rls.errors import NumericalError, StateMismatchError
+from easyedit_rls.forgetting import ForgettingLeastSquares
+from tests.property.test_recursion import assert_close, problems, splits
+from tests.tolerances import FLOAT64, RETRACTION
+
+
+def forgetting(problem, factor, dtype=torch.float64, memory=20.0):
+    cross = None if problem.cross is None else problem.cross.to(dtype)
+    return ForgettingLeastSquares(
+        problem.W_0.to(dtype),
+        problem.gram.to(dtype),
+        lambda_reg=problem.lam,
+        mu_reg=problem.mu,
+        anchor_cross=cross,
+        factor=factor,
+        memory=memory,
+        name="layer 0",
+    )
+
+
+def feed(state, problem, start, end, **how):
+    return state.update(problem.K[start:end], problem.V[start:end], problem.d[start:end], **how)
+
+
+def fade(problem, parts, factors):
+    """The problem with importances as they are after all batches."""
+    for i, (start, end) in enumerate(parts):
+        for factor in factors[i + 1 :]:
+            problem.d[start:end] *= factor
+    return problem
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems, data=st.data())
+def test_a_factor_of_one_equals_no_forgetting(problem, data):
+    state, plain = forgetting(problem, 1.0), problem.state()
+    for start, end in splits(data, len(problem.K)):
+        assert feed(state, problem, start, end) == 1.0
+        problem.feed(plain, start, end)
+        assert_close(state.weight, plain.weight, FLOAT64)
+    assert_close(state.covariance(), plain.covariance(), FLOAT64)
+    assert state.n_edits == plain.n_edits
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems, data=st.data(), factor=st.sampled_from([0.5, 0.9, 0.99, None]))
+def test_forgetting_equals_the_weighted_batch_solution(problem, data, factor):
+    """Both regularisers stay while the data fades; the adaptive rule gives some factors, and these count."""
+    state, parts = forgetting(problem, factor), splits(data, len(problem.K))
+    factors = [feed(state, problem, start, end) for start, end in parts]
+    assert all(0.5 <= given <= 1.0 for given in factors)
+    assert factor is None or set(factors) == {factor}
+    faded = fade(problem, parts, factors)
+    assert_close(state.weight, faded.solution(), FLOAT64)
+    A = faded.information(slice(None))
+    assert_close(state.covariance(), torch.linalg.solve(A, torch.eye(len(A), dtype=torch.float64)), FLOAT64)
+    assert state.drift() < FLOAT64
+
+
+def test_the_adaptive_factor_falls_after_a_surprise():
+    from tests.property.test_recursion import Problem
+
+    problem = Problem(0, 40, "both", False, "moments")
+    problem.V = problem.K @ problem.W_0 + 0.1 * problem.V  # little to learn
+    problem.V[30:35] += 3.0
+    state = forgetting(problem, None, memory=100.0)
+    factors = [feed(state, problem, i, i + 5) for i in range(0, 40, 5)]
+    assert min(range(8), key=lambda i: factors[i]) == 6
+    assert factors[0] == pytest.approx(1 - 5 / 100)  # the first batch is as surprising as usual
+    assert factors[7] > factors[6]
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems, data=st.data(), factor=st.sampled_from([0.8, 1.0, None]))
+def test_retraction_takes_out_what_is_left(problem, data, factor):
+    n = len(problem.K)
+    state, parts = forgetting(problem, factor), splits(data, n)
+    factors = [feed(state, problem, start, end) for start, end in parts]
+    faded = fade(problem, parts, factors)
+    gone = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1), label="gone"))
+    for i in data.draw(st.permutations(gone), label="order"):
+        state.retract(faded.K[i : i + 1], faded.V[i : i + 1], faded.d[i : i + 1])
+    kept = [i for i in range(n) if i not in gone]
+    assert_close(state.weight, faded.solution(kept), RETRACTION)
+    assert state.n_edits == len(kept)
+
+
+@settings(deadline=None, max_examples=40)
+@given(problem=problems, data=st.data(), factor=st.sampled_from([0.9, None]))
+def test_rollback_and_storage_are_bit_for_bit(problem, data, factor):
+    n = len(problem.K)
+    cut = data.draw(st.integers(1, n - 1))
+    state = forgetting(problem, factor, torch.float32)
+    feed(state, problem, 0, cut)
+    weight, covariance, drift = state.weight.clone(), state.covariance(), state.drift()
+    state.retract(problem.K[:1], problem.V[:1], problem.d[:1])
+    feed(state, problem, cut, n, joins_last=True)
+    other = ForgettingLeastSquares.from_tensors({name: tensor.clone() for name, tensor in state.tensors().items()}, "layer 0")
+    assert torch.equal(other.weight, state.weight)
+    for one in (state, other):
+        one.rollback()
+        assert torch.equal(one.weight, weight)
+        assert torch.equal(one.covariance(), covariance)
+        assert one.drift() == drift
+        with pytest.raises(StateMismatchError, match="only the last one"):
+            one.rollback()
+    assert feed(other, problem, cut, n) == feed(state, problem, cut, n)
+    assert torch.equal(other.weight, state.weight)
+    assert torch.equal(other.covariance(), state.covariance())
+
+
+def test_faults_change_nothing():
+    from tests.property.test_recursion import Problem
+
+    problem = Problem(2, 8, "lambda", True, "moments")
+    state = forgetting(problem, 0.9)
+    feed(state, problem, 0, 4)
+    weight = state.weight.clone()
+    with pytest.raises(NumericalError, match="not part of the state"):
+        state.retract(100 * problem.K, problem.V)
+    problem.V[5] = float("nan")
+    with pytest.raises(NumericalError, match="Target outputs of layer 0 hold NaN"):
+        feed(state, problem, 4, 8)
+    assert torch.equal(state.weight, weight)
