@@ -13,8 +13,9 @@ as done: it is ignored, and cleared away by the next writer.
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +27,10 @@ from easyedit_rls.errors import LedgerError
 from easyedit_rls.history import Entry
 from easyedit_rls.ledger.files import Stamp, pack, read_file, unpack, write_all, write_file
 
+logger = logging.getLogger(__name__)
+
 INDEX, HEAD, MANIFEST = "index.jsonl", "head.json", "manifest.json"
+_SPARE = "head.json.before"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Journal:
         self._n_bytes = len(content)
         self._head = raw
         self._is_broken = False
+        self._broken_files: Collection[str] = ()
 
     @classmethod
     def create(cls, folder: Path, files: Mapping[str, bytes], next_id: int = 1) -> "Journal":
@@ -144,7 +149,9 @@ class Journal:
             LedgerError: the disk is full, read only or failing.
         """
         if self._is_broken:
-            raise LedgerError(f"The ledger in {self.folder} failed before and may be torn. Open it again.")
+            self._undo(self._broken_files)
+            if self._is_broken:
+                raise LedgerError(f"The ledger in {self.folder} still can't be written. Make room or mend the permissions, then try again.")
         files = files or {}
         before = self._digest, self._n_bytes, self._head, len(self.lines)
         try:
@@ -155,13 +162,15 @@ class Journal:
             digest.update(encoded)
             self._append_to_index(encoded)
             head = _head_of(len(self.lines) + 1, self._n_bytes + len(encoded), digest.hexdigest())
+            self._keep_spare_head()
             write_file(self.folder / HEAD, head)
+            (self.folder / _SPARE).unlink(missing_ok=True)
             self._digest, self._n_bytes, self._head = digest, self._n_bytes + len(encoded), head
             self.lines.append(line)
         except BaseException as exc:
             self._digest, self._n_bytes, self._head, n_lines = before
             del self.lines[n_lines:]
-            self._undo(files)
+            self._undo(list(files))
             if isinstance(exc, OSError):
                 raise LedgerError(
                     f"The ledger in {self.folder} can't be written: {exc.strerror or exc}. Nothing was changed; make room or mend the "
@@ -193,16 +202,27 @@ class Journal:
         finally:
             os.close(handle)
 
-    def _undo(self, files: Mapping[str, bytes]) -> None:
-        """Back to the last head, as far as the disk allows; otherwise nothing more is written through this object."""
+    def _keep_spare_head(self) -> None:
+        """A second name for the head that counts now: to go back to it takes no room on a full disk."""
+        (self.folder / _SPARE).unlink(missing_ok=True)
+        try:
+            os.link(self.folder / HEAD, self.folder / _SPARE)
+        except OSError:  # a file system without hard links
+            write_file(self.folder / _SPARE, self._head)
+
+    def _undo(self, files: Collection[str]) -> None:
+        """Back to the last head; where the disk doesn't allow even that, it is tried again before the next event."""
+        self._is_broken, self._broken_files = True, files
         try:
             if (self.folder / HEAD).read_bytes() != self._head:
-                write_file(self.folder / HEAD, self._head)
+                os.replace(self.folder / _SPARE, self.folder / HEAD)
+            (self.folder / _SPARE).unlink(missing_ok=True)
             os.truncate(self.folder / INDEX, self._n_bytes)
             for name in files:
                 (self.folder / name).unlink(missing_ok=True)
-        except OSError:
-            self._is_broken = (self.folder / HEAD).read_bytes() != self._head
+            self._is_broken = False
+        except OSError as exc:
+            logger.warning("The ledger in %s could not be put back: %s", self.folder, exc)
 
     def _entry(self, line: Line) -> Entry:
         ((name, stamp),) = line.files.items()

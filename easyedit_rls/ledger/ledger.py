@@ -99,8 +99,12 @@ class Ledger:
         """Make a journal that was written aside the one in use."""
         final = partial.with_name(partial.name.removesuffix(PARTIAL))
         os.rename(partial, final)
-        sync_folder(self.folder)
-        return Journal(final)
+        try:
+            sync_folder(self.folder)
+            return Journal(final)
+        except BaseException:
+            os.rename(final, partial)
+            raise
 
     def close(self) -> None:
         """Let other editors have it."""

@@ -1,0 +1,190 @@
+"""A program that kills editors in the middle of their work, and looks at what they left. Run by `test_ledger_faults`.
+
+It edits a tiny model in forked children. A child is killed by SIGKILL either from outside at a random moment, or by itself at the n-th
+write, sync, rename, link or removal, before it or half-way through it. Then a new editor takes the ledger: every change that was
+reported must be there, at most one more, and after the rest of the stream the state must be bit for bit that of a run in peace.
+It stands on its own so that nothing but one thread runs when it forks.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from easyedit_rls import RLSEditor
+from easyedit_rls.ledger import compact as compact_module
+from easyedit_rls.ledger import files, journal, ledger
+from easyedit_rls.ledger.ledger import latest
+from tests.conftest import tiny_llama, tiny_settings
+
+FACTS = [
+    {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
+    {"prompt": "Bakers know {}", "subject": "rye", "target_new": "well"},
+    {"prompt": "{}", "subject": "Anna Maria Keller", "target_new": "water"},
+]
+STREAM = [
+    lambda e: e.edit(FACTS[0]),
+    lambda e: e.edit(FACTS[1:]),
+    lambda e: e.edit({**FACTS[0], "target_new": "bread"}),  # supersedes
+    lambda e: e.retract([2]),
+    lambda e: e.edit(FACTS[1]),
+    lambda e: e.rollback(),
+    lambda e: e.amend(3, {**FACTS[2], "target_new": "slow"}),
+    lambda e: e.edit({**FACTS[1], "importance": 2.0}),
+]
+REMOVALS = ("unlink", "rmdir")
+
+
+class KillingOs:
+    """Stands for `os` in the ledger's modules; counts what touches the disk, and dies at the n-th."""
+
+    calls = ("open", "write", "fsync", "replace", "rename", "link", "truncate")
+
+    def __init__(self, at, halfway):
+        self.at, self.halfway, self.n = at, halfway, 0
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        if name not in self.calls:
+            return real
+
+        def call(*args, **kwargs):
+            self.n += 1
+            if self.n == self.at:
+                if name == "write" and self.halfway:
+                    real(args[0], bytes(args[1][: len(args[1]) // 2]))
+                elif self.halfway:
+                    real(*args, **kwargs)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+
+def watch(killing):
+    for module in (files, journal, ledger, compact_module):
+        if hasattr(module, "os"):
+            module.os = killing
+
+
+def editor(tok, folder):
+    hp = tiny_settings("llama", checkpoint_every=3, v_num_grad_steps=2, context_templates=[])
+    return RLSEditor(tiny_llama(), tok, hp, state_dir=folder)
+
+
+def n_done(folder):
+    """Changes in the ledger."""
+    found = latest(folder)
+    return 0 if found is None else sum(line.kind in ("entry", "rollback") for line in found.lines)
+
+
+def go_on(tok, folder, report):
+    """Take the ledger and make the rest of the stream."""
+    one = editor(tok, folder)
+    for i in range(n_done(folder), len(STREAM)):
+        STREAM[i](one)
+        report(i + 1)
+    one.close()
+    report(len(STREAM) + 1)
+    return one
+
+
+def outcome(one):
+    state = {f"{layer}.{name}": t for layer, s in one.state.layers.items() for name, t in s.tensors().items()}
+    return state | {str(layer): weight.snapshot() for layer, weight in one.layout.edited.items()}
+
+
+def in_child(tok, folder, killing=None, delay_s=None):
+    """Let a child work until it dies or is done; returns the changes it reported, and whether it was killed."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            if killing is not None:
+                watch(killing)
+            go_on(tok, folder, lambda n: os.write(writer, f"{n}\n".encode()))
+            os._exit(0)
+        os._exit(1)
+    os.close(writer)
+    if delay_s is not None:
+        time.sleep(delay_s)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with open(reader) as stream:
+        reported = [int(line) for line in stream if line.endswith("\n")]
+    if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
+        raise RuntimeError("a child failed by itself")
+    return max(reported, default=0), os.WIFSIGNALED(status)
+
+
+def examine(tok, folder, reported, expected, after_each):
+    """What is wrong with a ledger that a killed child left; None for nothing."""
+    done = n_done(folder)
+    if not min(reported, len(STREAM)) <= done <= reported + 1:
+        return f"{reported} changes were reported, {done} are there"
+    if done:
+        one = editor(tok, folder)
+        if not same(outcome_of_weights(one), after_each[done - 1]):
+            return f"the weights are not those after change {done}"
+        one.state.ledger.close()
+    if not same(outcome(go_on(tok, folder, lambda n: None)), expected):
+        return "the final state is not that of a run in peace"
+    return None
+
+
+def outcome_of_weights(one):
+    return {str(layer): weight.snapshot() for layer, weight in one.layout.edited.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def main(tokenizer, scratch, n_random):
+    torch.set_num_threads(1)
+    tok = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    scratch = Path(scratch)
+    after_each = []
+    peaceful = editor(tok, scratch / "peace")
+    for step in STREAM:
+        step(peaceful)
+        after_each.append(outcome_of_weights(peaceful))
+    peaceful.close()
+    expected = outcome(peaceful)
+
+    counting = KillingOs(0, False)
+    watch(counting)
+    start = time.perf_counter()
+    go_on(tok, scratch / "count", lambda n: None)
+    whole_s = time.perf_counter() - start
+    watch(os)
+
+    random.seed(0)
+    trials = [("injected", KillingOs(at, halfway), None) for at in range(1, counting.n + 1) for halfway in (False, True)]
+    trials += [("random", None, random.uniform(0, 1.1 * whole_s)) for _ in range(n_random)]
+    problems, killed, in_the_middle = [], {"injected": 0, "random": 0}, 0
+    for i, (kind, killing, delay_s) in enumerate(trials):
+        folder = scratch / str(i)
+        reported, was_killed = in_child(tok, folder, killing, delay_s)
+        killed[kind] += was_killed
+        in_the_middle += was_killed and 0 < reported < len(STREAM)
+        problem = examine(tok, folder, reported, expected, after_each)
+        if problem is not None:
+            problems.append(f"{kind} {killing.at if killing else delay_s}: {problem}")
+        shutil.rmtree(folder)
+    print(json.dumps({"points": counting.n, "killed": killed, "in_the_middle": in_the_middle, "problems": problems}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
