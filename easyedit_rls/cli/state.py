@@ -148,14 +148,16 @@ def _replay(arguments: argparse.Namespace) -> int:
         snapshot = read_state(journal, from_start=arguments.from_start, progress=bar)
     try:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, manifest.dtype))
-        tok = AutoTokenizer.from_pretrained(arguments.model)
     except OSError as exc:
         raise LedgerError(
             f"{arguments.model} can't be loaded: {str(exc).splitlines()[0]}. Give the unedited model's folder or name."
         ) from exc
     write_weights(model, manifest, snapshot)
     model.save_pretrained(arguments.out)
-    tok.save_pretrained(arguments.out)
+    try:
+        AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.out)
+    except (OSError, ValueError):
+        print(f"{arguments.model} has no tokenizer; none was saved", file=sys.stderr)
     print(f"{len(snapshot.history.live)} edits written into {arguments.model}, saved as {arguments.out}")
     return 0
 

@@ -43,7 +43,6 @@ STREAM = [
     lambda e: e.amend(3, {**FACTS[2], "target_new": "slow"}),
     lambda e: e.edit({**FACTS[1], "importance": 2.0}),
 ]
-REMOVALS = ("unlink", "rmdir")
 
 
 class KillingOs:
@@ -89,9 +88,8 @@ def n_done(folder):
     return 0 if found is None else sum(line.kind in ("entry", "rollback") for line in found.lines)
 
 
-def go_on(tok, folder, report):
-    """Take the ledger and make the rest of the stream."""
-    one = editor(tok, folder)
+def go_on(one, folder, report):
+    """Make the rest of the stream."""
     for i in range(n_done(folder), len(STREAM)):
         STREAM[i](one)
         report(i + 1)
@@ -113,7 +111,7 @@ def in_child(tok, folder, killing=None, delay_s=None):
         with contextlib.suppress(BaseException):
             if killing is not None:
                 watch(killing)
-            go_on(tok, folder, lambda n: os.write(writer, f"{n}\n".encode()))
+            go_on(editor(tok, folder), folder, lambda n: os.write(writer, f"{n}\n".encode()))
             os._exit(0)
         os._exit(1)
     os.close(writer)
@@ -133,17 +131,15 @@ def examine(tok, folder, reported, expected, after_each):
     done = n_done(folder)
     if not min(reported, len(STREAM)) <= done <= reported + 1:
         return f"{reported} changes were reported, {done} are there"
-    if done:
-        one = editor(tok, folder)
-        if not same(outcome_of_weights(one), after_each[done - 1]):
-            return f"the weights are not those after change {done}"
-        one.state.ledger.close()
-    if not same(outcome(go_on(tok, folder, lambda n: None)), expected):
+    resumed = editor(tok, folder)
+    if done and not same(weights(resumed), after_each[done - 1]):
+        return f"the weights are not those after change {done}"
+    if not same(outcome(go_on(resumed, folder, lambda n: None)), expected):
         return "the final state is not that of a run in peace"
     return None
 
 
-def outcome_of_weights(one):
+def weights(one):
     return {str(layer): weight.snapshot() for layer, weight in one.layout.edited.items()}
 
 
@@ -151,7 +147,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def main(tokenizer, scratch, n_random):
+def main(tokenizer, scratch, n_random, shard, n_shards):
     torch.set_num_threads(1)
     tok = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     scratch = Path(scratch)
@@ -159,32 +155,33 @@ def main(tokenizer, scratch, n_random):
     peaceful = editor(tok, scratch / "peace")
     for step in STREAM:
         step(peaceful)
-        after_each.append(outcome_of_weights(peaceful))
+        after_each.append(weights(peaceful))
     peaceful.close()
     expected = outcome(peaceful)
 
     counting = KillingOs(0, False)
     watch(counting)
     start = time.perf_counter()
-    go_on(tok, scratch / "count", lambda n: None)
+    go_on(editor(tok, scratch / "count"), scratch / "count", lambda n: None)
     whole_s = time.perf_counter() - start
     watch(os)
 
-    random.seed(0)
-    trials = [("injected", KillingOs(at, halfway), None) for at in range(1, counting.n + 1) for halfway in (False, True)]
-    trials += [("random", None, random.uniform(0, 1.1 * whole_s)) for _ in range(n_random)]
+    chance = random.Random(shard)
+    injected = [(KillingOs(at, halfway), None) for at in range(1, counting.n + 1) for halfway in (False, True)]
+    trials = injected[shard::n_shards]
     problems, killed, in_the_middle = [], {"injected": 0, "random": 0}, 0
-    for i, (kind, killing, delay_s) in enumerate(trials):
-        folder = scratch / str(i)
+    while trials or killed["random"] < n_random:
+        killing, delay_s = trials.pop() if trials else (None, chance.uniform(0, whole_s))
+        folder = scratch / "trial"
         reported, was_killed = in_child(tok, folder, killing, delay_s)
-        killed[kind] += was_killed
+        killed["random" if killing is None else "injected"] += was_killed
         in_the_middle += was_killed and 0 < reported < len(STREAM)
         problem = examine(tok, folder, reported, expected, after_each)
         if problem is not None:
-            problems.append(f"{kind} {killing.at if killing else delay_s}: {problem}")
+            problems.append(f"{f'call {killing.at}, halfway {killing.halfway}' if killing else f'{delay_s} s'}: {problem}")
         shutil.rmtree(folder)
-    print(json.dumps({"points": counting.n, "killed": killed, "in_the_middle": in_the_middle, "problems": problems}))
+    sys.stdout.write(json.dumps({"points": counting.n, "killed": killed, "in_the_middle": in_the_middle, "problems": problems}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

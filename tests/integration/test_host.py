@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import easyedit_rls
-from easyedit_rls import HostError, LayoutError, RequestError, RLSEditor, RLSEditWarning, StateMismatchError
+from easyedit_rls import HostError, HyperParamsError, LayoutError, RequestError, RLSEditor, RLSEditWarning, StateMismatchError
 from easyedit_rls.host import apply_rls_to_model, is_registered
 from easyedit_rls.host.find import easyeditor
 
@@ -217,3 +217,81 @@ def test_a_missing_host_is_said_with_the_cure(monkeypatch, tmp_path):
     (tmp_path / "easyeditor" / "__init__.py").write_text("import a_package_that_is_not_there")
     with pytest.raises(HostError, match=r"can't be imported: No module named 'a_package_that_is_not_there'.*requirements\.txt"):
         easyedit_rls.register()
+
+
+def ledger_of(model):
+    return [kept.state.ledger for kept in model._easyedit_rls_states.values() if kept.state.ledger is not None]
+
+
+def let_go(model):
+    """As when the process ends."""
+    for ledger in ledger_of(model):
+        ledger.close()
+
+
+def test_a_failing_reset_forgets_nothing(host, model, tok, requests, settings, tmp_path, monkeypatch):
+    for hp in (settings(), settings(state_dir=str(tmp_path))):
+        model, unedited = copy.deepcopy(model), copy.deepcopy(model)
+        apply_rls_to_model(model, tok, requests[:1], hp)
+        before = weights(model, hp)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("easyedit_rls.editor.value_states", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            apply_rls_to_model(model, tok, requests[1:2], hp, reset_cache=True)
+        with pytest.raises(RequestError):
+            apply_rls_to_model(model, tok, [{"prompt": "x", "subject": "y", "target_new": "z"}], hp, reset_cache=True)
+        assert same(weights(model, hp), before)
+        apply_rls_to_model(model, tok, requests[2:3], hp)
+        assert same(weights(model, hp), edit_alone(unedited, tok, settings(), requests[:1], requests[2:3]))
+        let_go(model)
+        del model._easyedit_rls_states
+        model = unedited
+
+
+def test_a_stream_goes_on_in_a_new_process(host, model, tok, requests, settings, tmp_path):
+    hp, unedited = settings(state_dir=str(tmp_path)), copy.deepcopy(model)
+    apply_rls_to_model(model, tok, requests[:2], hp)
+    _, originals = apply_rls_to_model(model, tok, requests[2:3], hp, return_orig_weights=True)
+    put_back(model, originals)  # the host takes the last batch back, and the next call writes that down
+    apply_rls_to_model(model, tok, requests[3:], hp)
+    let_go(model)
+
+    second = copy.deepcopy(unedited)
+    _, originals = apply_rls_to_model(second, tok, requests[2:3], hp, return_orig_weights=True)
+    assert same(originals.values(), weights(model, hp))
+    alone = edit_alone(unedited, tok, settings(), requests[:2], requests[3:], requests[2:3])
+    assert same(weights(second, hp), alone)
+    put_back(second, originals)  # and what is put back is what the ledger had
+    assert apply_rls_to_model(second, tok, requests[2:3], hp)[0] is second
+    assert same(weights(second, hp), alone)
+
+
+def test_a_first_call_that_fails_leaves_the_model_as_it_was(host, model, tok, requests, settings, tmp_path, monkeypatch):
+    hp, unedited = settings(state_dir=str(tmp_path)), copy.deepcopy(model)
+    apply_rls_to_model(model, tok, requests[:2], hp)
+    let_go(model)
+    second = copy.deepcopy(unedited)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("easyedit_rls.editor.value_states", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        apply_rls_to_model(second, tok, requests[2:], hp)
+    assert same(weights(second, hp), weights(unedited, hp))
+    apply_rls_to_model(second, tok, requests[2:], hp)
+    assert same(weights(second, hp), edit_alone(unedited, tok, settings(), requests[:2], requests[2:]))
+
+
+def test_reset_cache_begins_a_new_journal(host, model, tok, requests, settings, tmp_path):
+    hp = settings(state_dir=str(tmp_path))
+    apply_rls_to_model(model, tok, requests[:2], hp)
+    base = copy.deepcopy(model)
+    del base._easyedit_rls_states
+    apply_rls_to_model(model, tok, requests[2:], hp, reset_cache=True)
+    assert same(weights(model, hp), edit_alone(base, tok, settings(), requests[2:]))
+    let_go(model)
+    again = copy.deepcopy(base)
+    apply_rls_to_model(again, tok, requests[:1], hp, reset_cache=True)  # a new process that wants none of what is there
+    assert same(weights(again, hp), edit_alone(base, tok, settings(), requests[:1]))
+    assert [path.name for path in sorted(tmp_path.glob("journal-*"))] == ["journal-0001", "journal-0002", "journal-0003"]
+
+
+def test_a_copy_can_not_share_the_ledger(host, model, tok, requests, settings, tmp_path):
+    with pytest.raises(HyperParamsError, match=r"copy=True.*state_dir"):
+        apply_rls_to_model(model, tok, requests, settings(state_dir=str(tmp_path)), copy=True)
