@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ from easyedit_rls.errors import AnchorError, NumericalError, RequestError, RLSEd
 from easyedit_rls.forgetting import ForgettingLeastSquares
 from easyedit_rls.history import Edit, Entry, Solution
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.keys import Fact, collect_keys, locate_facts, value_states
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.layout import find_layout
@@ -33,6 +35,15 @@ from easyedit_rls.values import Values, optimise_values
 logger = logging.getLogger(__name__)
 
 _DRIFT_TOLERANCE = 1e-2
+
+
+@dataclass
+class _Change:
+    """What is about to be written down."""
+
+    entry: Entry = field(default_factory=lambda: Entry("edit"))
+    data: dict[str, Tensor] = field(default_factory=dict)
+    is_recorded: bool = False
 
 
 class RLSEditor:
@@ -117,9 +128,9 @@ class RLSEditor:
         self.state.follow(self.layout.edited)
         wanted = self.state.history.check([edit_ids] if isinstance(edit_ids, int) else edit_ids)
         self._upkeep()
-        with self._change():
+        with self._change() as change:
             steps = self._take_out(wanted)
-            self.state.record(Entry("retract", removed=tuple(wanted), weights=fingerprint_of(self.layout.edited)), {})
+            change.entry = Entry("retract", removed=tuple(wanted))
         return RetractReport(wanted, self.n_edits, self._layer_reports(steps))
 
     def amend(self, edit_id: int, request: Mapping[str, Any] | EditRequest) -> EditReport:
@@ -147,8 +158,9 @@ class RLSEditor:
         found = self.state.found
         if found is None:
             raise StateMismatchError("No batch can be rolled back: only the last one can, and only once.")
-        self.state.roll_back()
-        self._restore(found)
+        with deferred_interrupts():
+            self.state.roll_back()
+            self._restore(found)
 
     def reset(self) -> None:
         """Forget all edits and start anew from the weights as they are now; they count as unedited from here on."""
@@ -183,17 +195,17 @@ class RLSEditor:
             clock.append(time.perf_counter())
             facts = locate_facts(self.tok, requests, self.state.templates)
             values = None if superseded else self._optimise(facts)
-            with self._change():
+            with self._change() as change:
                 if values is None:  # what the new facts contradict goes first, so that their values start without it
                     self._take_out(superseded)
                     values = self._optimise(facts)
                 clock.append(time.perf_counter())
-                steps, factors, data = self._write(facts, values)
+                steps, factors, change.data = self._write(facts, values)
                 edits = tuple(Edit(self.state.history.next_id + row, fact.request, row) for row, fact in enumerate(facts))
                 fact_reports, layer_reports = self._fact_reports(edits, facts, values), self._layer_reports(steps)
                 clock.append(time.perf_counter())
-                self.state.record(Entry("edit", edits, tuple(superseded), factors, fingerprint_of(self.layout.edited)), data)
-                clock.append(time.perf_counter())  # from here on the batch is done
+                change.entry = Entry("edit", edits, tuple(superseded), factors)
+            clock.append(time.perf_counter())
         self._warn_of_drift(layer_reports)
         seconds = {name: b - a for name, a, b in zip(("prepare", "values", "weights", "ledger"), clock, clock[1:])}
         return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, superseded, seconds)
@@ -218,18 +230,25 @@ class RLSEditor:
         return found
 
     @contextmanager
-    def _change(self) -> Iterator[None]:
-        """All or nothing: what happens inside can be rolled back as one change, and is undone if it fails."""
+    def _change(self) -> Iterator[_Change]:
+        """All or nothing: what happens inside is written down and can be rolled back as one change, or is undone if anything fails."""
         found = {layer: weight.snapshot() for layer, weight in self.layout.edited.items()}
+        change = _Change()
         try:
             self.state.commit()
-            yield
-            self.state.found = found
+            yield change
+            with deferred_interrupts():
+                entry = replace(change.entry, weights=fingerprint_of(self.layout.edited))
+                self.state.record(entry, change.data)
+                self.state.found, change.is_recorded = found, True
         except BaseException:
-            self._restore(found)
-            for solution in self.state.layers.values():
-                if solution.has_pending:
-                    solution.rollback()
+            with deferred_interrupts():
+                if change.is_recorded:  # an interrupt at the last moment
+                    self.state.roll_back()
+                for solution in self.state.layers.values():
+                    if solution.has_pending:
+                        solution.rollback()
+                self._restore(found)
             raise
 
     def _upkeep(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from easyedit_rls.errors import LedgerError, StateMismatchError
 from easyedit_rls.history import Entry, History, Solution, rebuild
+from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.journal import MANIFEST, Journal, Line
 from easyedit_rls.ledger.manifest import Manifest
@@ -154,12 +155,13 @@ class EditorState:
 
     def roll_back(self) -> None:
         """Take the last change out of the memory, bit for bit; the weights are somebody else's affair."""
-        if self.journal is not None:
-            self.journal.append(Line("rollback", {}, {}, _now()))
-        for solution in self.layers.values():
-            solution.rollback()
-        self.found = None
-        self.history.drop_last()
+        with deferred_interrupts():
+            if self.journal is not None:
+                self.journal.append(Line("rollback", {}, {}, _now()))
+            for solution in self.layers.values():
+                solution.rollback()
+            self.found = None
+            self.history.drop_last()
 
     def adopt(self, edited: Mapping[int, EditedWeight]) -> None:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""

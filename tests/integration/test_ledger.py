@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -448,6 +449,55 @@ def test_a_disk_that_fails_leaves_weights_and_ledger_as_before(fresh, requests, 
         assert editor.edit(requests[2:]).n_edits == n_edits + 2  # and when the disk is mended, on it goes
         editor.close()
         assert same_state(fresh(hp, folder), editor)
+
+
+class InterruptingOs(FailingOs):
+    """Ctrl-C at the n-th write, sync or rename."""
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+
+        def call(*args, **kwargs):
+            self.n += 1
+            if self.n == self.at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*args, **kwargs)
+
+        return call if name in self.calls else real
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_an_interrupt_while_the_ledger_is_written_takes_the_batch_back(fresh, requests, settings, tmp_path, monkeypatch):
+    hp = settings(v_num_grad_steps=3)
+    for at in range(1, 40):
+        folder = tmp_path / str(at)
+        editor = fresh(hp, folder)
+        for request in requests[: at % 2]:  # the first batch begins a journal, the second goes on
+            editor.edit(request)
+        before, n_edits = weights(editor), editor.n_edits
+        interrupting = InterruptingOs(at, None)
+        with monkeypatch.context() as patch:
+            for module in (files, journal, ledger):
+                patch.setattr(module, "os", interrupting)
+            try:
+                editor.edit(requests[2:])
+                is_interrupted = False
+            except KeyboardInterrupt:
+                is_interrupted = True
+        assert is_interrupted == (interrupting.n >= at)
+        if is_interrupted:
+            assert same(weights(editor), before)
+            assert editor.n_edits == n_edits
+        editor.state.ledger.close()
+        again = fresh(hp, folder)
+        assert again.n_edits == editor.n_edits
+        assert same(weights(again), weights(editor))
+        again.edit(requests[1])
+        assert same(weights(again), weights(editor)) is False
+        again.close()
+        if not is_interrupted and at % 2 == 0:
+            assert at > 12
+            break
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions don't bind this user: root writes anywhere")

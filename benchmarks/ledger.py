@@ -1,0 +1,137 @@
+"""What the ledger costs: bytes an edit, seconds to append, to checkpoint and to resume; prints one JSON object.
+
+    python benchmarks/ledger.py                                     # widths of SmolLM2-135M and of Llama-3-8B, random keys
+    python benchmarks/ledger.py --widths 1536x576 --layers 5 --batch 10
+
+The keys, targets and weights are random: no model is edited, the ledger does what it does for one. Each figure is the median of the
+repetitions, with the least and the largest beside it. What share of an edit's time it is, `retraction.py` measures on a real model.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import easyedit_rls
+from easyedit_rls.history import Edit, Entry
+from easyedit_rls.ledger import Ledger
+from easyedit_rls.ledger.files import pack
+from easyedit_rls.ledger.journal import MANIFEST
+from easyedit_rls.ledger.manifest import FORMAT, Manifest
+from easyedit_rls.ledger.snapshot import Prior, prior_files, read_state, write_checkpoint
+from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.requests import EditRequest
+
+
+def manifest(layers: list[int], d_k: int, d_v: int) -> bytes:
+    """Of a model that does not exist."""
+    widths = {str(layer): [d_k, d_v] for layer in layers}
+    names = {str(layer): f"layers.{layer}.mlp.down_proj.weight" for layer in layers}
+    objective = {"lambda_reg": 1.0, "mu_reg": 0.0}
+    modules = {layer: "Linear" for layer in names}
+    return Manifest(FORMAT, "", "", "random", "Random", "float32", "", modules, names, widths, objective, "none", [], {}).encode()
+
+
+def solution(layer: int, d_k: int, d_v: int) -> RecursiveLeastSquares:
+    """A prior of λ = 1 alone, without inverting anything."""
+    generator = torch.Generator().manual_seed(layer)
+    return RecursiveLeastSquares.assemble(torch.eye(d_k), torch.randn(d_k, d_v, generator=generator), torch.eye(d_k), 0, f"layer {layer}")
+
+
+def entry(batch: int, size: int) -> Entry:
+    """A batch with texts of the usual length."""
+    first = batch * size + 1
+    requests = [EditRequest("The mother tongue of ", f"Person Number {first + i}", " is", "English") for i in range(size)]
+    return Entry("edit", tuple(Edit(first + i, request, i) for i, request in enumerate(requests)), (), {}, "0" * 16)
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
+
+
+def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dict[str, object]:
+    layers = list(range(n_layers))
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        solutions = {layer: solution(layer, d_k, d_v) for layer in layers}
+        ledger = Ledger(Path(folder))
+        files = {MANIFEST: manifest(layers, d_k, d_v), **prior_files({n: Prior(s, s.weight, None) for n, s in solutions.items()})}
+        prior_bytes = sum(map(len, files.values()))
+        appends, updates, entry_bytes, journal = [], [], [], None
+        for batch in range(n_batches):
+            data = {"importance": torch.ones(size)}
+            for layer, one in solutions.items():
+                K = torch.randn(size, d_k, generator=generator) / d_k**0.5
+                V = torch.randn(size, d_v, generator=generator)
+                updates.append(timed(lambda one=one, K=K, V=V: one.update(K, V)))
+                data |= {f"K.{layer}": K, f"V.{layer}": V}
+            made = Entry(**{**vars(entry(batch, size)), "factors": dict.fromkeys(layers, 1.0)})
+            if journal is None:
+                begin_s = timed(lambda data=data, made=made: ledger.begin(files, made, data))
+                journal = ledger.open()
+            else:
+                appends.append(timed(lambda data=data, made=made, journal=journal: journal.append_entry(made, data)))
+            entry_bytes.append(len(pack(data, {"entry": json.dumps(made.to_dict())})) + len(json.dumps(made.to_dict())))
+            print(f"{d_k}: batch {batch + 1} of {n_batches}", file=sys.stderr)
+        replay_s = timed(lambda: read_state(journal))
+        checkpoints = [timed(lambda: write_checkpoint(journal, solutions)) for _ in range(3)]
+        checkpoint_bytes = sum(path.stat().st_size for path in journal.folder.glob("checkpoint-*"))
+        resumes = []
+        for _ in range(3):
+            resumes.append(timed(lambda: read_state(journal)))
+        again = read_state(journal)
+        is_same = all(torch.equal(again.solutions[layer].weight, one.weight) for layer, one in solutions.items())
+        ledger.close()
+    return {
+        "d_k": d_k,
+        "d_v": d_v,
+        "layers": n_layers,
+        "batch": size,
+        "bytes_an_edit": statistics.mean(entry_bytes) / size,
+        "bytes_prior": prior_bytes,
+        "bytes_checkpoint": checkpoint_bytes,
+        "seconds_begin": begin_s,
+        "seconds_append": spread(appends),
+        "seconds_checkpoint": spread(checkpoints),
+        "seconds_resume_from_checkpoint": spread(resumes),
+        "seconds_resume_by_replaying_all_batches": {"batches": n_batches, "seconds": replay_s},
+        "seconds_update_a_layer": spread(updates),
+        "resumed_bit_for_bit": is_same,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", nargs="+", default=["1536x576", "14336x4096"], help="d_k x d_v of the layers (default: %(default)s)")
+    parser.add_argument("--layers", nargs="+", type=int, default=[5, 1], help="edited layers, for each width (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=6, help="batches to append (default: %(default)s)")
+    args = parser.parse_args()
+    results = []
+    for widths, n_layers in zip(args.widths, args.layers, strict=True):
+        d_k, d_v = map(int, widths.split("x"))
+        results.append(measure(d_k, d_v, n_layers, args.batch, args.batches))
+    machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    print(
+        json.dumps(
+            {"results": results, "machine": machine, "versions": {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__}},
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Edit facts into a model with a ledger, take some of them back, resume in a fresh model, and measure; prints one JSON object.
+
+    python benchmarks/retraction.py --model MODEL --data pararel_dev.json --first 2000 --edits 60 --retract 20 --batch 20
+
+Every third fact is taken back. "Back to its unedited answer" is judged by the most probable next token of the prompt, and by the
+greedy continuation of five tokens.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import easyedit_rls
+from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
+
+
+def answers(model, tok, records, n_tokens: int) -> list[list[int]]:
+    """Greedy continuations of the prompts."""
+    found = []
+    for record in parse_requests(records):
+        prompt = tok(record.prompt, return_tensors="pt")
+        out = model.generate(**prompt, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False, pad_token_id=tok.eos_token_id)
+        found.append(out[0, prompt["input_ids"].shape[1] :].tolist())
+    return found
+
+
+def agreement(before: list[list[int]], after: list[list[int]], n_tokens: int) -> float:
+    return sum(a[:n_tokens] == b[:n_tokens] for a, b in zip(before, after)) / len(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub name of the model")
+    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
+    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
+    parser.add_argument("--edits", type=int, default=60, help="facts to edit in (default: %(default)s)")
+    parser.add_argument("--retract", type=int, default=20, help="facts to take back (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=20, help="edits a batch (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated")
+    args = parser.parse_args()
+
+    settings = {**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), **OmegaConf.to_container(OmegaConf.from_dotlist(args.set))}
+    hparams = RLSEditHyperParams.from_dict(settings, source="--set")
+    records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.edits]
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tok = AutoTokenizer.from_pretrained(args.model)
+    unedited = copy.deepcopy(model)
+    step = args.edits // args.retract
+    gone = list(range(0, args.retract * step, step))
+    gone_records = [records[i] for i in gone]
+    kept_records = [record for i, record in enumerate(records) if i not in gone]
+    answers_unedited = answers(model, tok, gone_records, 5)
+
+    with tempfile.TemporaryDirectory() as folder:
+        editor = RLSEditor(model, tok, hparams, state_dir=folder)
+        reports = []
+        for start in range(0, len(records), args.batch):
+            reports.append(editor.edit(records[start : start + args.batch]))
+            print(f"batch {reports[-1].batch}: {reports[-1].seconds_per_edit:.2f} s/edit", file=sys.stderr)
+        numbers = [fact.edit_id for report in reports for fact in report.facts]
+        answers_edited = answers(model, tok, gone_records, 5)
+        edited = evaluate(model, tok, records).means()
+        start_s = time.perf_counter()
+        editor.retract([numbers[i] for i in gone])
+        retract_s = time.perf_counter() - start_s
+        editor.close()
+        start_s = time.perf_counter()
+        resumed = RLSEditor(unedited, tok, hparams, state_dir=folder)
+        resume_s = time.perf_counter() - start_s
+        is_same = all(torch.equal(a, b) for a, b in zip(model.parameters(), unedited.parameters()))
+        resumed.close()
+    answers_retracted = answers(model, tok, gone_records, 5)
+    work_s = sum(report.seconds["values"] + report.seconds["weights"] for report in reports)
+    ledger_s = sum(report.seconds["ledger"] for report in reports)
+    result = {
+        "records": [args.first, args.first + args.edits],
+        "retracted": len(gone),
+        "after_the_edits": edited,
+        "kept_after_retraction": evaluate(model, tok, kept_records).means(),
+        "retracted_after_retraction": evaluate(model, tok, gone_records).means(),
+        "retracted_back_to_unedited": {
+            "next_token": agreement(answers_unedited, answers_retracted, 1),
+            "five_tokens": agreement(answers_unedited, answers_retracted, 5),
+            "next_token_before_retraction": agreement(answers_unedited, answers_edited, 1),
+        },
+        "resumed_bit_for_bit": is_same,
+        "seconds": {"retract": retract_s, "resume": resume_s, "an_edit": work_s / len(records)},
+        "ledger_share_of_editing": ledger_s / (work_s + ledger_s),
+        "settings": hparams.to_dict(),
+        "versions": {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
