@@ -3,7 +3,8 @@
     index.jsonl                          a line each event, with the SHA-256 and size of the files it brought
     head.json                            how many lines count, their length and SHA-256: the commit point
     manifest.json                        whose state it is (see `manifest`)
-    prior-layer-3.safetensors            the state before the first edit, and the unedited weight
+    unedited-layer-3.safetensors         the weight before the first edit
+    prior-layer-3.safetensors            the state before the first edit
     entry-000001.safetensors             keys, targets, importances of a change; its text in the metadata
     checkpoint-000040-layer-3.safetensors  the state after 40 lines of the index
 

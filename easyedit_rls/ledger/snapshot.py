@@ -55,14 +55,14 @@ class Snapshot:
 
 def prior_files(priors: Mapping[int, Prior]) -> dict[str, bytes]:
     """The priors of all layers as files."""
-    files = {}
+    files: dict[str, bytes] = {}
     for layer, prior in priors.items():
         tensors = prior.solution.tensors()
-        if not torch.equal(prior.unedited, prior.solution.weight):
-            tensors["unedited"] = prior.unedited
+        if torch.equal(prior.unedited, prior.solution.weight):
+            del tensors["W"]  # as good as always: only anchors with values of their own move it
         if prior.anchor_energy is not None:
             tensors["anchor_energy"] = torch.tensor([prior.anchor_energy], dtype=torch.float64)
-        files[_prior_name(layer)] = pack(tensors, {})
+        files |= {_prior_name(layer): pack(tensors, {}), _unedited_name(layer): pack({"W": prior.unedited}, {})}
     return files
 
 
@@ -74,10 +74,15 @@ def read_manifest(journal: Journal) -> Manifest:
 def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu") -> Prior:
     """One layer before the first edit."""
     tensors = journal.load(_prior_name(layer), device=device)
+    unedited = read_unedited(journal, layer, device)
     energy = tensors.pop("anchor_energy", None)
-    unedited = tensors.pop("unedited", None)
-    solution = _solution(tensors, layer)
-    return Prior(solution, solution.weight.clone() if unedited is None else unedited, None if energy is None else float(energy))
+    solution = _solution({"W": unedited.clone(), **tensors}, layer)
+    return Prior(solution, unedited, None if energy is None else float(energy))
+
+
+def read_unedited(journal: Journal, layer: int, device: torch.device | str = "cpu") -> Tensor:
+    """W_0 of one layer, (d_k, d_v), float32."""
+    return journal.load(_unedited_name(layer), device=device)["W"]
 
 
 def write_checkpoint(journal: Journal, solutions: Mapping[int, Solution]) -> None:
@@ -122,14 +127,15 @@ def read_state(
     """
     if devices is None:
         devices = {int(layer): torch.device("cpu") for layer in read_manifest(journal).widths}
-    priors = {layer: read_prior(journal, layer, device) for layer, device in devices.items()}
-    unedited = {layer: prior.unedited for layer, prior in priors.items()}
-    solutions: dict[int, Solution] = {layer: prior.solution for layer, prior in priors.items()}
+    unedited = {layer: read_unedited(journal, layer, device) for layer, device in devices.items()}
+    solutions: dict[int, Solution] = {}
     start = 1 if from_start else len(journal.lines) - lines_since_checkpoint(journal)
     if journal.lines[start - 1].kind == "checkpoint":
         for name, stamp in journal.lines[start - 1].files.items():
             layer = int(name.rsplit("-", 1)[1].split(".")[0])
             solutions[layer] = _solution(journal.load(name, stamp, devices[layer]), layer)
+    else:
+        solutions = {layer: read_prior(journal, layer, device).solution for layer, device in devices.items()}
     history = _fresh_history(journal)
     entries = iter(journal.entries())
     for i, line in enumerate(journal.lines):
@@ -162,3 +168,7 @@ def _solution(tensors: Mapping[str, Tensor], layer: int) -> Solution:
 
 def _prior_name(layer: int) -> str:
     return f"prior-layer-{layer}.safetensors"
+
+
+def _unedited_name(layer: int) -> str:
+    return f"unedited-layer-{layer}.safetensors"

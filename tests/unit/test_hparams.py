@@ -121,3 +121,27 @@ def test_the_objective_is_what_is_edited_and_regularised_not_how_values_are_foun
         assert tiny_settings("llama", **change).objective() != base.objective(), change
     for change in ({"v_lr": 0.9}, {"batch_size": 7}, {"kl_factor": 0.5}, {"batch_tokens": 9}):
         assert tiny_settings("llama", **change).objective() == base.objective(), change
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"forgetting_factor": 0.0}, "forgetting_factor is 0.0; allowed: above 0 and up to 1, or 'adaptive'"),
+        ({"forgetting_factor": 1.5}, "forgetting_factor"),
+        ({"forgetting_factor": "fast"}, "forgetting_factor is 'fast'"),
+        ({"forgetting_factor": True}, "forgetting_factor"),
+        ({"forgetting_memory": 0.5}, "forgetting_memory"),
+        ({"on_conflict": "merge"}, "on_conflict is 'merge'; allowed: 'supersede' or 'keep' or 'error'"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+    ],
+)
+def test_ledger_and_forgetting_settings_are_checked(changes, message):
+    with pytest.raises(HyperParamsError, match=message):
+        tiny_settings("llama", **changes)
+
+
+def test_forgetting_is_part_of_the_objective_and_the_ledgers_place_is_not():
+    plain = tiny_settings("llama").objective()
+    assert tiny_settings("llama", forgetting_factor="adaptive").objective() != plain
+    assert tiny_settings("llama", forgetting_memory=5).objective() != plain
+    assert tiny_settings("llama", state_dir="x", checkpoint_every=3, on_conflict="keep").objective() == plain
