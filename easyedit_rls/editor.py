@@ -145,7 +145,8 @@ class RLSEditor:
         """
         parsed = parse_requests(request)
         self.state.follow(self.layout.edited)
-        return self._edit(parsed, self.state.history.check({edit_id, *self._superseded(parsed)}))
+        self.state.history.check([edit_id])
+        return self._edit(parsed, sorted({edit_id, *self._superseded(parsed, besides=edit_id)}))
 
     def rollback(self) -> None:
         """Take the last change back: weights and state are bit for bit those before it.
@@ -210,8 +211,8 @@ class RLSEditor:
         seconds = {name: b - a for name, a, b in zip(("prepare", "values", "weights", "ledger"), clock, clock[1:])}
         return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, superseded, seconds)
 
-    def _superseded(self, requests: Sequence[EditRequest]) -> list[int]:
-        """Earlier edits that the requests contradict, to be taken out first."""
+    def _superseded(self, requests: Sequence[EditRequest], besides: int | None = None) -> list[int]:
+        """Earlier edits that the requests contradict, to be taken out first; one of them may be known already."""
         if self.hparams.on_conflict == "keep":
             return []
         targets: dict[tuple[str, str, str], EditRequest] = {}
@@ -223,7 +224,7 @@ class RLSEditor:
                     "Keep one of them, or set on_conflict: keep.",
                     index=index,
                 )
-        found = self.state.history.conflicts(requests)
+        found = [edit_id for edit_id in self.state.history.conflicts(requests) if edit_id != besides]
         if found and self.hparams.on_conflict == "error":
             numbers = ", ".join(map(str, found))
             raise RequestError(f"the same prompts were edited before, as edits {numbers}. Amend those, or set on_conflict: supersede.")

@@ -91,6 +91,7 @@ class EditorState:
         Raises:
             LedgerError: the ledger can't be told.
         """
+        self._check_open()
         if self.journal is not None:
             self.journal.append(Line("reset", {}, {}, _now()))
         self.forget()
@@ -105,8 +106,7 @@ class EditorState:
             StateMismatchError: the weights are neither those that the last change wrote nor those that it found.
             LedgerError: the ledger was closed, or the roll-back can't be written down.
         """
-        if self.is_closed:
-            raise LedgerError("The editor was closed and has let its ledger go. Make a new one with the same state_dir.")
+        self._check_open()
         changed = [layer for layer, solution in self.layers.items() if not edited[layer].holds(solution.weight)]
         if not changed:
             return
@@ -118,6 +118,10 @@ class EditorState:
             f"The weights of layers {changed} are neither those that the last batch wrote nor those it found. Call reset() to start "
             "anew from them (in EasyEdit: reset_cache=True), or adopt_weights() to go on from them with the edits' covariance."
         )
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise LedgerError("The editor was closed and has let its ledger go. Make a new one with the same state_dir.")
 
     def take_out(self, edit_ids: Iterable[int]) -> None:
         """Remove edits from the solution of every layer, as part of the change that was begun by `commit`."""
@@ -165,6 +169,7 @@ class EditorState:
 
     def adopt(self, edited: Mapping[int, EditedWeight]) -> None:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""
+        self._check_open()
         weights = {layer: edited[layer].read() for layer in self.layers}
         entry = Entry("adopt", weights=fingerprint_of(edited))
         self.record(entry, {f"W.{layer}": W for layer, W in weights.items()})

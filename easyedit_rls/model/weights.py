@@ -100,9 +100,9 @@ def weights_fingerprint(weights: Mapping[int, Tensor]) -> str:
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES)
-        values = flat[::step][:_SAMPLES].to("cpu", torch.float64)
+        step = max(1, tensor.numel() // _SAMPLES)
+        places = torch.arange(0, tensor.numel(), step, device=tensor.device)[:_SAMPLES]  # without a copy of a transposed weight
+        values = tensor.detach()[torch.unravel_index(places, tensor.shape)].to("cpu", torch.float64)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]

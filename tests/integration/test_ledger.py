@@ -214,8 +214,10 @@ def test_a_second_writer_is_refused(fresh, requests, settings, tmp_path):
             fresh(settings(), tmp_path)
         editor.edit(requests)
     editor.close()
-    with pytest.raises(LedgerError, match="was closed"):
-        editor.edit(requests)
+    for act in (lambda: editor.edit(requests), editor.reset, editor.adopt_weights, lambda: editor.retract(1), editor.rollback):
+        with pytest.raises(LedgerError, match="was closed"):
+            act()
+    editor.close()
     assert fresh(settings(), tmp_path).n_edits == 4
 
 
@@ -276,6 +278,9 @@ def test_conflicts(fresh, requests, settings):
     with pytest.raises(RequestError, match="edited before, as edits 1"):
         strict.edit([other, requests[3]])
     assert same(weights(strict), before)
+    assert strict.amend(1, other).superseded == [1]  # what is amended is no conflict
+    with pytest.raises(RequestError, match="edited before, as edits 3"):
+        strict.amend(2, other)
     for editor in (strict, fresh(settings())):
         with pytest.raises(RequestError, match=r"Request 1: .*'water', but another request of this batch 'people'"):
             editor.edit([requests[0], other])
