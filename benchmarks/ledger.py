@@ -2,9 +2,11 @@
 
     python benchmarks/ledger.py                                     # widths of SmolLM2-135M and of Llama-3-8B, random keys
     python benchmarks/ledger.py --widths 1536x576 --layers 5 --batch 10
+    python benchmarks/ledger.py --widths --layers --model models/smollm2-135m --data pararel_dev.json   # share of an edit's time
 
-The keys, targets and weights are random: no model is edited, the ledger does what it does for one. Each figure is the median of the
-repetitions, with the least and the largest beside it. What share of an edit's time it is, `retraction.py` measures on a real model.
+With --widths, the keys, targets and weights are random: no model is edited, the ledger does what it does for one. Each figure is the median
+of the repetitions, with the least and the largest beside it. With --model, records are edited for real, with a checkpoint after
+every batch and with one at the end alone.
 """
 
 import argparse
@@ -18,14 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import easyedit_rls
+from easyedit_rls import RLSEditHyperParams, RLSEditor
 from easyedit_rls.history import Edit, Entry
 from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.files import pack
 from easyedit_rls.ledger.journal import MANIFEST
 from easyedit_rls.ledger.manifest import FORMAT, Manifest
-from easyedit_rls.ledger.snapshot import Prior, prior_files, read_state, write_checkpoint
+from easyedit_rls.ledger.snapshot import prior_files, read_state, write_checkpoint
+from easyedit_rls.priors import Prior
 from easyedit_rls.recursion import RecursiveLeastSquares
 from easyedit_rls.requests import EditRequest
 
@@ -113,14 +118,51 @@ def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dic
     }
 
 
+def share(folder: str, data: Path, hparams: str, first: int, count: int, size: int) -> list[dict[str, object]]:
+    """What part of an edit's time the ledger takes, for two ways of checkpointing."""
+    records = json.loads(data.read_text(encoding="utf-8"))[first : first + count]
+    settings = RLSEditHyperParams.from_hparams(hparams).to_dict()
+    results = []
+    for every in (1, 10**6):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tok = AutoTokenizer.from_pretrained(folder)
+        with tempfile.TemporaryDirectory() as place:
+            hp = RLSEditHyperParams.from_dict({**settings, "checkpoint_every": every})
+            editor = RLSEditor(model, tok, hp, state_dir=place)
+            reports = [editor.edit(records[start : start + size]) for start in range(0, len(records), size)]
+            close_s = timed(editor.close)
+        work_s = sum(report.seconds["values"] + report.seconds["weights"] for report in reports)
+        ledger_s = sum(report.seconds["ledger"] for report in reports) + close_s
+        results.append(
+            {
+                "checkpoint_every": every if every == 1 else "at the end",
+                "records": [first, first + len(records)],
+                "batch": size,
+                "layers": hp.layers,
+                "seconds_an_edit": (work_s + ledger_s) / len(records),
+                "seconds_ledger_a_batch": [report.seconds["ledger"] for report in reports],
+                "seconds_close": close_s,
+                "share_of_the_ledger": ledger_s / (work_s + ledger_s),
+            }
+        )
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="+", default=["1536x576", "14336x4096"], help="d_k x d_v of the layers (default: %(default)s)")
-    parser.add_argument("--layers", nargs="+", type=int, default=[5, 1], help="edited layers, for each width (default: %(default)s)")
+    parser.add_argument("--widths", nargs="*", default=["1536x576", "14336x4096"], help="d_k x d_v of the layers (default: %(default)s)")
+    parser.add_argument("--layers", nargs="*", type=int, default=[5, 1], help="edited layers, for each width (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=6, help="batches to append (default: %(default)s)")
+    parser.add_argument("--model", help="folder or hub name of a model, to measure the ledger's share of an edit's time")
+    parser.add_argument("--data", type=Path, help="for --model: records in CounterFact's JSON format")
+    parser.add_argument("--hparams", default="smollm2-135m", help="for --model: a YAML file or a shipped name (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=2000, help="for --model: first record (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=40, help="for --model: number of records (default: %(default)s)")
     args = parser.parse_args()
-    results = []
+    results: list[object] = []
+    if args.model:
+        results += share(args.model, args.data, args.hparams, args.first, args.count, args.batch)
     for widths, n_layers in zip(args.widths, args.layers, strict=True):
         d_k, d_v = map(int, widths.split("x"))
         results.append(measure(d_k, d_v, n_layers, args.batch, args.batches))

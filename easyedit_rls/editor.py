@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,18 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.anchors import AnchorPairs, anchor_pairs, moments
-from easyedit_rls.errors import AnchorError, NumericalError, RequestError, RLSEditWarning, StateMismatchError
-from easyedit_rls.forgetting import ForgettingLeastSquares
-from easyedit_rls.history import Edit, Entry, Solution
+from easyedit_rls.anchors import AnchorPairs
+from easyedit_rls.errors import NumericalError, RequestError, RLSEditWarning, StateMismatchError
+from easyedit_rls.history import Edit, Entry
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.keys import Fact, collect_keys, locate_facts, value_states
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
+from easyedit_rls.priors import make_priors
 from easyedit_rls.progress import progress_bar
-from easyedit_rls.recursion import RecursiveLeastSquares
 from easyedit_rls.reports import EditReport, FactReport, LayerReport, RetractReport
 from easyedit_rls.requests import EditRequest, parse_requests
 from easyedit_rls.resume import attach, identify
@@ -190,8 +190,9 @@ class RLSEditor:
     def _edit(self, requests: Sequence[EditRequest], superseded: list[int]) -> EditReport:
         with undisturbed(self.model):
             locate_facts(self.tok, requests, [])  # bad requests fail here, before the long work
-            self._upkeep()
             clock = [time.perf_counter()]
+            self._upkeep()
+            clock.append(time.perf_counter())
             self._prepare()
             clock.append(time.perf_counter())
             facts = locate_facts(self.tok, requests, self.state.templates)
@@ -208,7 +209,9 @@ class RLSEditor:
                 change.entry = Entry("edit", edits, tuple(superseded), factors)
             clock.append(time.perf_counter())
         self._warn_of_drift(layer_reports)
-        seconds = {name: b - a for name, a, b in zip(("prepare", "values", "weights", "ledger"), clock, clock[1:])}
+        upkeep, *spans = [b - a for a, b in pairwise(clock)]
+        seconds = dict(zip(("prepare", "values", "weights", "ledger"), spans))
+        seconds["ledger"] += upkeep
         return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, superseded, seconds)
 
     def _superseded(self, requests: Sequence[EditRequest], besides: int | None = None) -> list[int]:
@@ -271,26 +274,11 @@ class RLSEditor:
             if not bool(torch.isfinite(parameter).all()):
                 raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
         templates = sample_templates(self.model, self.tok, hp.seed) if hp.context_templates is None else list(hp.context_templates)
-        solutions: dict[int, Solution] = {}
-        energies = {}
-        for layer, (gram, cross, energies[layer]) in self._anchor_terms(weights).items():
-            solutions[layer] = _new_solution(hp, weights[layer], gram, cross, f"layer {layer}")
-        self.state.begin(solutions, weights, templates)
+        priors = make_priors(self.model, self.tok, hp, weights, self._anchors, self._show_progress)
+        self.state.begin({layer: prior.solution for layer, prior in priors.items()}, weights, templates)
         if self.state.ledger is not None:
-            self.state.begin_ledger(identify(self.model, self.layout, hp, self._anchors, templates), energies)
+            self.state.begin_ledger(identify(self.model, self.layout, hp, self._anchors, templates), priors)
         logger.info("Prepared layers %s of %s", hp.layers, hp.model_name)
-
-    def _anchor_terms(self, weights: Mapping[int, Tensor]) -> dict[int, tuple[Tensor | None, Tensor | None, float | None]]:
-        """``K_0ᵀK_0`` of each layer, and ``K_0ᵀV_0`` and ‖V_0‖² where the anchors say something else than W_0."""
-        hp, pairs = self.hparams, self._anchors
-        if pairs is None:
-            if not hp.mom2_adjustment or hp.mu_reg == 0:
-                return {layer: (None, None, None) for layer in weights}
-            found = moments(self.model, self.tok, hp, show_progress=self._show_progress)
-            return {layer: (found[layer].mean.to(W.device) * hp.mom2_update_weight, None, None) for layer, W in weights.items()}
-        if not isinstance(pairs, AnchorPairs):
-            pairs = anchor_pairs(self.model, self.tok, hp, pairs)
-        return {layer: _pair_terms(pairs, layer, W) for layer, W in weights.items()}
 
     def _optimise(self, facts: Sequence[Fact]) -> Values:
         with progress_bar(len(facts), f"batch {self.state.n_batches + 1}: values", "fact", self._show_progress) as bar:
@@ -365,34 +353,3 @@ def _targets(K: Tensor, W: Tensor, missing: Tensor, layers_left: int, kind: str)
     if kind == "published":  # the authors' code takes z − h itself for the target output
         return output + (missing - output) / layers_left
     return output + missing / layers_left
-
-
-def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> Solution:
-    """The state of one layer before the first edit."""
-    if hp.forgetting_factor == 1:
-        return RecursiveLeastSquares(W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, name=name)
-    factor = None if hp.forgetting_factor == "adaptive" else float(hp.forgetting_factor)
-    memory = hp.forgetting_memory
-    return ForgettingLeastSquares(
-        W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, factor=factor, memory=memory, name=name
-    )
-
-
-def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
-    """``K_0ᵀK_0`` and, for anchors with values of their own, ``K_0ᵀV_0`` and ‖V_0‖²."""
-    d_k, d_v = W.shape
-    if layer not in pairs.keys:
-        raise AnchorError(f"Anchor pairs have no keys for layer {layer}, only for {sorted(pairs.keys)}. Give them for every edited layer.")
-    K_0 = pairs.keys[layer].to(W)
-    if K_0.dim() != 2 or K_0.shape[1] != d_k:
-        raise AnchorError(
-            f"Anchor keys of layer {layer} have shape {tuple(K_0.shape)}, but (anchors, {d_k}) is needed. Collect them from this model."
-        )
-    if layer not in pairs.values:
-        return K_0.T @ K_0, None, None
-    V_0 = pairs.values[layer].to(W)
-    if V_0.shape != (K_0.shape[0], d_v):
-        raise AnchorError(
-            f"Anchor values of layer {layer} have shape {tuple(V_0.shape)}, but {(K_0.shape[0], d_v)} is needed, one row a key."
-        )
-    return K_0.T @ K_0, K_0.T @ V_0, float(V_0.double().square().sum())

@@ -58,7 +58,8 @@ class EditReport:
         facts: a report each request, in order.
         layers: a report each edited layer.
         superseded: numbers of older edits that were taken out because these contradict them.
-        seconds: time in 'prepare' (templates, anchors; first batch only), 'values', 'weights' (keys and updates), and 'ledger'.
+        seconds: time in 'prepare' (templates, anchors; first batch only), 'values', 'weights' (keys and updates), and 'ledger' (the
+            entry, and a checkpoint where one was due).
     """
 
     batch: int

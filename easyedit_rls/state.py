@@ -16,8 +16,9 @@ from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.journal import MANIFEST, Journal, Line
 from easyedit_rls.ledger.manifest import Manifest
-from easyedit_rls.ledger.snapshot import Prior, lines_since_checkpoint, prior_files, read_prior, read_state, write_checkpoint
+from easyedit_rls.ledger.snapshot import lines_since_checkpoint, prior_files, read_prior, read_state, write_checkpoint
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
+from easyedit_rls.priors import Prior
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,8 @@ class EditorState:
         """Take the state before the first edit."""
         self.layers, self.unedited, self.templates = layers, unedited, templates
 
-    def begin_ledger(self, manifest: Manifest, anchor_energies: Mapping[int, float | None]) -> None:
+    def begin_ledger(self, manifest: Manifest, priors: Mapping[int, Prior]) -> None:
         """Before the first edit: make ready what a new journal begins with. Nothing is written before the first batch is."""
-        priors = {layer: Prior(solution, self.unedited[layer], anchor_energies[layer]) for layer, solution in self.layers.items()}
         self._beginning = {MANIFEST: manifest.encode(), **prior_files(priors)}
 
     def resume(self, journal: Journal, manifest: Manifest, devices: Mapping[int, torch.device]) -> None:

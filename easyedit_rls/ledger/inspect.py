@@ -14,8 +14,9 @@ from easyedit_rls.ledger.files import PARTIAL
 from easyedit_rls.ledger.journal import HEAD, INDEX, Journal
 from easyedit_rls.ledger.ledger import journals
 from easyedit_rls.ledger.manifest import Manifest
-from easyedit_rls.ledger.snapshot import Prior, Snapshot, read_prior
+from easyedit_rls.ledger.snapshot import Snapshot, read_prior
 from easyedit_rls.linalg import cholesky, spd_inverse
+from easyedit_rls.priors import Prior
 
 _ROWS = 512  # edits whose tensors are held at once
 

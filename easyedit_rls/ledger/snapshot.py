@@ -15,27 +15,13 @@ from easyedit_rls.history import History, Solution, replay
 from easyedit_rls.ledger.files import pack
 from easyedit_rls.ledger.journal import MANIFEST, Journal, Line
 from easyedit_rls.ledger.manifest import Manifest
+from easyedit_rls.priors import Prior
 from easyedit_rls.recursion import RecursiveLeastSquares
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prior:
-    """One layer before the first edit.
-
-    Attributes:
-        solution: the state.
-        unedited: W_0, (d_k, d_v), float32; the solution's weight unless anchors say something else.
-        anchor_energy: ‖V_0‖², for anchors with values of their own; None for V_0 = K_0 W_0.
-    """
-
-    solution: Solution
-    unedited: Tensor
-    anchor_energy: float | None
 
 
 @dataclass(frozen=True)

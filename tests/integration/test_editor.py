@@ -18,7 +18,9 @@ from easyedit_rls import (
     evaluate,
 )
 from easyedit_rls import editor as editor_module
+from easyedit_rls.anchors import moments as moments_of
 from easyedit_rls.keys import collect_keys, locate_facts, value_states
+from easyedit_rls.recursion import RecursiveLeastSquares
 from easyedit_rls.requests import parse_requests
 
 
@@ -59,17 +61,17 @@ def test_the_weights_are_the_batch_solution_of_keys_and_targets(model, tok, requ
     editor = RLSEditor(model, tok, hp)
     W_0 = {layer: weight.read().double() for layer, weight in editor.layout.edited.items()}
     given = {layer: [] for layer in W_0}
-    real = editor_module.RecursiveLeastSquares.update
+    real = RecursiveLeastSquares.update
 
     def update(state, K, V, importance, **how):
         given[int(state.name.split()[-1])].append((K.double(), V.double(), importance.double()))
         return real(state, K, V, importance, **how)
 
-    monkeypatch.setattr(editor_module.RecursiveLeastSquares, "update", update)
+    monkeypatch.setattr(RecursiveLeastSquares, "update", update)
     weighted = [{**request, "importance": 0.5 + i} for i, request in enumerate(requests)]
     editor.edit(weighted[:2])
     editor.edit(weighted[2:])
-    moments = editor_module.moments(model, tok, hp)  # of the edited model; the prior came from the unedited one, cached by fingerprint
+    moments = moments_of(model, tok, hp)  # of the edited model; the prior came from the unedited one, cached by fingerprint
     assert set(moments) == set(W_0)
     for layer, parts in given.items():
         K, V, d = (torch.cat(column) for column in zip(*parts))
@@ -86,13 +88,13 @@ def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(model, tok, 
     editor = RLSEditor(model, tok, hp)
     facts = locate_facts(tok, parse_requests(requests), hp.context_templates)
     seen = []
-    real = editor_module.RecursiveLeastSquares.update
+    real = RecursiveLeastSquares.update
 
     def update(state, K, V, importance, **how):
         seen.append((K, V, state.weight.clone(), value_states(model, editor.layout, facts, 10_000)))
         return real(state, K, V, importance, **how)
 
-    monkeypatch.setattr(editor_module.RecursiveLeastSquares, "update", update)
+    monkeypatch.setattr(RecursiveLeastSquares, "update", update)
     z = []
     real_values = editor_module.optimise_values
     monkeypatch.setattr(editor_module, "optimise_values", lambda *args: z.append(real_values(*args)) or z[0])

@@ -1,0 +1,106 @@
+"""The state of each edited layer before the first edit: the pre-trained weight, and the two soft constraints."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.anchors import AnchorPairs, anchor_pairs, moments
+from easyedit_rls.errors import AnchorError
+from easyedit_rls.forgetting import ForgettingLeastSquares
+from easyedit_rls.history import Solution
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.recursion import RecursiveLeastSquares
+
+
+@dataclass(frozen=True)
+class Prior:
+    """One layer before the first edit.
+
+    Attributes:
+        solution: the state.
+        unedited: W_0, (d_k, d_v), float32; the solution's weight unless anchors say something else.
+        anchor_energy: ‖V_0‖², for anchors with values of their own; None for V_0 = K_0 W_0.
+    """
+
+    solution: Solution
+    unedited: Tensor
+    anchor_energy: float | None
+
+
+def make_priors(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    hparams: RLSEditHyperParams,
+    weights: Mapping[int, Tensor],
+    anchors: AnchorPairs | Sequence[str] | None,
+    show_progress: bool | None,
+) -> dict[int, Prior]:
+    """Make the state of every edited layer before the first edit.
+
+    Args:
+        model: unedited.
+        tok: its tokenizer.
+        hparams: regularisers, and where the second moments come from.
+        weights: layer -> W_0, (d_k, d_v), float32.
+        anchors: explicit anchors, or None for second moments.
+        show_progress: None shows progress bars on a terminal only.
+
+    Raises:
+        AnchorError: the second moments can't be had, or anchors don't fit.
+        NumericalError: a prior is not positive definite.
+    """
+    return {
+        layer: Prior(_new_solution(hparams, weights[layer], gram, cross, f"layer {layer}"), weights[layer], energy)
+        for layer, (gram, cross, energy) in _anchor_terms(model, tok, hparams, weights, anchors, show_progress).items()
+    }
+
+
+def _anchor_terms(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    hp: RLSEditHyperParams,
+    weights: Mapping[int, Tensor],
+    anchors: AnchorPairs | Sequence[str] | None,
+    show_progress: bool | None,
+) -> dict[int, tuple[Tensor | None, Tensor | None, float | None]]:
+    """``K_0ᵀK_0`` of each layer, and ``K_0ᵀV_0`` and ‖V_0‖² where the anchors say something else than W_0."""
+    if anchors is None:
+        if not hp.mom2_adjustment or hp.mu_reg == 0:
+            return {layer: (None, None, None) for layer in weights}
+        found = moments(model, tok, hp, show_progress=show_progress)
+        return {layer: (found[layer].mean.to(W.device) * hp.mom2_update_weight, None, None) for layer, W in weights.items()}
+    pairs = anchors if isinstance(anchors, AnchorPairs) else anchor_pairs(model, tok, hp, anchors)
+    return {layer: _pair_terms(pairs, layer, W) for layer, W in weights.items()}
+
+
+def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> Solution:
+    """The state of one layer before the first edit."""
+    if hp.forgetting_factor == 1:
+        return RecursiveLeastSquares(W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, name=name)
+    factor = None if hp.forgetting_factor == "adaptive" else float(hp.forgetting_factor)
+    memory = hp.forgetting_memory
+    return ForgettingLeastSquares(
+        W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, factor=factor, memory=memory, name=name
+    )
+
+
+def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
+    """``K_0ᵀK_0`` and, for anchors with values of their own, ``K_0ᵀV_0`` and ‖V_0‖²."""
+    d_k, d_v = W.shape
+    if layer not in pairs.keys:
+        raise AnchorError(f"Anchor pairs have no keys for layer {layer}, only for {sorted(pairs.keys)}. Give them for every edited layer.")
+    K_0 = pairs.keys[layer].to(W)
+    if K_0.dim() != 2 or K_0.shape[1] != d_k:
+        raise AnchorError(
+            f"Anchor keys of layer {layer} have shape {tuple(K_0.shape)}, but (anchors, {d_k}) is needed. Collect them from this model."
+        )
+    if layer not in pairs.values:
+        return K_0.T @ K_0, None, None
+    V_0 = pairs.values[layer].to(W)
+    if V_0.shape != (K_0.shape[0], d_v):
+        raise AnchorError(
+            f"Anchor values of layer {layer} have shape {tuple(V_0.shape)}, but {(K_0.shape[0], d_v)} is needed, one row a key."
+        )
+    return K_0.T @ K_0, K_0.T @ V_0, float(V_0.double().square().sum())
