@@ -4,13 +4,16 @@ Letters as in RLSEdit (arXiv 2601.15686): ``A`` the information matrix, ``C = A^
 a row, ``D`` importances. Nothing here knows of models or files.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError
 
 _STRIP = 64  # rows of a strip in `pack_symmetric`
-_BLOCK = 1024  # rows of a block in `symmetrize_`: two float32 blocks are 8 MB
+_BLOCK = 1024  # rows of a block: two float32 blocks are 8 MB
+_DEVICE_BLOCK = 4096  # the same on an accelerator, where each block costs launches
 
 
 def cholesky(
@@ -97,6 +100,53 @@ def symmetrize_(M: Tensor) -> Tensor:  # shape: (n, n)
             lower.copy_(mean)
             upper.copy_(mean.T)
     return M
+
+
+def rank_update_(
+    C: Tensor,  # shape: (n, n), symmetric
+    terms: Sequence[tuple[Tensor, float]],  # shape of each: (n, u)
+    X: Tensor,  # shape: (n, m), m may be 0
+) -> Tensor:
+    """``C ← C + Σ sign · G Gᵀ`` in place, and ``C X`` with the new C, in one pass over one triangle of C.
+
+    Block by block: each block below the diagonal is read once, changed, mirrored, and multiplied while it is in the cache. No
+    temporary is larger than a block, C stays exactly symmetric, and the product depends on C's entries alone, whether a change
+    is folded in at the same time or was before.
+
+    Args:
+        C: symmetric; changed in place.
+        terms: pairs (G, sign), sign 1 or -1.
+        X: what to multiply with; no columns cost nothing.
+
+    Returns:
+        ``C X`` for the new C, (n, m).
+
+    >>> C = torch.eye(2)
+    >>> rank_update_(C, [(torch.tensor([[1.0], [2.0]]), -1.0)], torch.tensor([[1.0], [1.0]]))
+    tensor([[-2.],
+            [-5.]])
+    >>> C
+    tensor([[ 0., -2.],
+            [-2., -3.]])
+    """
+    size = _BLOCK if C.device.type == "cpu" else _DEVICE_BLOCK
+    out = torch.zeros(len(C), X.shape[1], dtype=C.dtype, device=C.device)
+    for i in range(0, len(C), size):
+        rows = slice(i, i + size)
+        for j in range(0, i + 1, size):
+            columns = slice(j, j + size)
+            block = C[rows, columns]
+            for G, sign in terms:
+                block.addmm_(G[rows], G[columns].T, alpha=sign)
+            if terms and i == j:
+                symmetrize_(block)
+            elif terms:
+                C[columns, rows].copy_(block.T)
+            if X.shape[1]:
+                out[rows].addmm_(block, X[columns])
+                if i != j:
+                    out[columns].addmm_(block.T, X[rows])
+    return out
 
 
 def row_major(tensor: Tensor, like: Tensor) -> Tensor:

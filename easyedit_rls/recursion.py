@@ -23,21 +23,24 @@ Edits leave the objective by the same step with negative weight:
     C ← C + H Hᵀ               W ← W − H L^-1 (V − K W)
 
 What the last change adds to C, G or H or both, stays *pending* until the next change comes. So the last change can be taken back
-bit for bit, without a second (d_k, d_k) matrix: drop it.
+bit for bit, without a second (d_k, d_k) matrix: drop it. It is brought into C in the same pass that makes the next batch's F.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError, StateMismatchError
+from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.linalg import (
     cholesky,
     information_drift,
     innovation_factor,
     pack_symmetric,
+    rank_update_,
     row_major,
     spd_inverse,
     symmetrize_,
@@ -47,8 +50,7 @@ from easyedit_rls.linalg import (
 N_PROBES = 8
 
 
-@dataclass(frozen=True)
-class _Term:
+class _Term(NamedTuple):
     """One change of the covariance, ``C ← C + sign · G Gᵀ``."""
 
     G: Tensor  # shape: (d_k, u)
@@ -102,7 +104,7 @@ class RecursiveLeastSquares:
         self._C, self._W, self._Z = C.contiguous(), W.contiguous(), probes(W)
         self._Y = (A @ self._Z.to(A)).to(W.dtype)
         self._pending: _Pending | None = None
-        self._unfolded: tuple[_Term, ...] = ()  # what an interrupted `_fold` left over
+        self._unfolded: tuple[_Term, ...] = ()  # committed, but not yet in C
 
     @classmethod
     def assemble(cls, C: Tensor, W: Tensor, A: Tensor, n_edits: int, name: str) -> "RecursiveLeastSquares":
@@ -142,8 +144,7 @@ class RecursiveLeastSquares:
     def covariance(self) -> Tensor:
         """C_t as a new (d_k, d_k) tensor."""
         C = self._C.clone()
-        for term in self._terms():
-            _change_(C, term)
+        rank_update_(C, self._terms(), C[:, :0])
         return C
 
     def update(
@@ -203,8 +204,11 @@ class RecursiveLeastSquares:
         self._add(_Term(H, 1.0), torch.addmm(self.weight, H, step, alpha=-1.0), K, -D)
 
     def commit(self) -> None:
-        """Make the last change permanent: `rollback` can't undo it any more."""
-        self._fold()
+        """Make the last change permanent: `rollback` can't undo it any more. C itself is changed on the way through the next update."""
+        pending = self._pending
+        if pending is not None:
+            self._W, self._Y, self._n_edits, self._pending = pending.W, pending.Y, pending.n_edits, None
+            self._unfolded = (*self._unfolded, *pending.terms)
 
     def rollback(self) -> None:
         """Take the last change back: weight and covariance are bit for bit those before it.
@@ -218,7 +222,7 @@ class RecursiveLeastSquares:
 
     def adopt(self, W: Tensor) -> None:
         """Go on from a weight that somebody else wrote, (d_k, d_v), keeping the covariance. The last change becomes final."""
-        self._fold()
+        self.commit()
         self._W = W.to(self._W, copy=True)
 
     def drift(self) -> float:
@@ -227,7 +231,7 @@ class RecursiveLeastSquares:
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state as tensors that `from_tensors` takes, the pending change included; C is stored by half."""
-        self._finish_folding()
+        self._fold()
         stored = {"C": pack_symmetric(self._C), "W": self._W, "Y": self._Y, "Z": self._Z, "n_edits": torch.tensor([self._n_edits])}
         if self._pending is not None:
             stored |= {"pending.W": self._pending.W, "pending.Y": self._pending.Y, "pending.n_edits": torch.tensor([self._pending.n_edits])}
@@ -269,10 +273,12 @@ class RecursiveLeastSquares:
         return K, V, D
 
     def _times(self, X: Tensor) -> Tensor:
-        """``C X`` with the pending change."""
-        out = self._C @ X
-        for term in self._terms():
-            out = torch.addmm(out, term.G, term.G.T @ X, alpha=term.sign)
+        """``C X`` with the pending change; what was committed is folded into C on the way, in the same pass."""
+        with deferred_interrupts():
+            out = rank_update_(self._C, self._unfolded, X)
+            self._unfolded = ()
+        for G, sign in () if self._pending is None else self._pending.terms:
+            out = torch.addmm(out, G, G.T @ X, alpha=sign)
         return out
 
     def _add(self, term: _Term, W: Tensor, K: Tensor, D: Tensor) -> None:
@@ -285,26 +291,10 @@ class RecursiveLeastSquares:
         self._pending = _Pending((*before, term), W, torch.addmm(Y, K.T, D[:, None] * (K @ self._Z)), n_edits)
 
     def _fold(self) -> None:
-        """Make the pending change permanent. An interrupt comes through when C is whole, or leaves the rest to the next call."""
-        pending = self._pending
-        if pending is not None:
-            self._W, self._Y, self._n_edits, self._pending = pending.W, pending.Y, pending.n_edits, None
-            self._unfolded = pending.terms
-        self._finish_folding()
-
-    def _finish_folding(self) -> None:
-        while self._unfolded:
-            term, rest = self._unfolded[0], self._unfolded[1:]
-            G, GT = term.G, term.G.T
-            interrupt = None
-            try:
-                self._C.addmm_(G, GT, alpha=term.sign)
-            except KeyboardInterrupt as exc:  # Python delivers the signal only after the in-place kernel has returned
-                interrupt = exc
-            self._unfolded = rest
-            symmetrize_(self._C)
-            if interrupt is not None:
-                raise interrupt
+        """Bring what was committed into C."""
+        with deferred_interrupts():
+            rank_update_(self._C, self._unfolded, self._C[:, :0])
+            self._unfolded = ()
 
     def _terms(self) -> tuple[_Term, ...]:
         """What is to be added to the stored C to give C_t."""
@@ -340,12 +330,6 @@ def probes(like: Tensor) -> Tensor:
     """Fixed random probes Z, (d_k, p), so that two states of the same stream are comparable."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(len(like), N_PROBES, generator=generator, dtype=torch.float64).to(like)
-
-
-def _change_(C: Tensor, term: _Term) -> Tensor:
-    """``C ← C + sign · G Gᵀ`` in place, kept exactly symmetric."""
-    C.addmm_(term.G, term.G.T, alpha=term.sign)
-    return symmetrize_(C)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

@@ -18,18 +18,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.keys import Fact
-from easyedit_rls.model.capture import tap
+from easyedit_rls.model.capture import hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
 from easyedit_rls.model.layout import Layout
 
 _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
+_PADDING = 1.3  # tails that run together differ in length by this factor at most
+_NO_TOKEN = -1  # stands where an output has no target: the essence prompt's
 
 
 @dataclass(frozen=True)
@@ -82,41 +84,91 @@ def optimise_values(
     return merged
 
 
-class _Rows:
-    """Token rows of the facts still being optimised: the cached beginnings, the tails, and where the targets stand in them."""
+@dataclass(frozen=True)
+class _Row:
+    """One text, cut at the subject's last token: what stands before it never sees δ, since attention is causal.
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact]) -> None:
+    Attributes:
+        fact: number of its fact.
+        head: tokens before the subject's last one.
+        tail: tokens from there on, as far as an output is wanted.
+        is_bare: whether it is the prompt without a text in front.
+        first: position in the tail of the first output that is wanted.
+        target: tokens that those outputs shall predict; none for the essence prompt, whose distribution shall stay.
+        weight: of each target token in its fact's loss.
+    """
+
+    fact: int
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+    is_bare: bool
+    first: int
+    target: tuple[int, ...]
+    weight: float
+
+
+def _rows(facts: Sequence[Fact]) -> list[_Row]:
+    rows = []
+    for f, fact in enumerate(facts):
+        for r, row in enumerate(fact.rows):
+            cut, weight = row.subject_last, 1.0 / (len(fact.rows) * len(row.target))
+            rows.append(_Row(f, row.ids[:cut], row.ids[cut:-1], r == 0, row.target_start - 1 - cut, row.target, weight))
+        cut = fact.essence.subject_last
+        rows.append(_Row(f, fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], False, 0, (), 0.0))
+    return rows
+
+
+def _pack(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Groups of rows with tails of like length, so that little is spent on padding."""
+    groups: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda row: len(row.tail)):
+        if not groups or len(row.tail) > _PADDING * len(groups[-1][0].tail):
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+class _Group:
+    """Rows that run together: their heads in the model's cache, their tails' states at the value layer, and where outputs are wanted.
+
+    Heads run once through all layers. Tails run once up to the value layer; each step starts from there.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[_Row]) -> None:
         device = device_of(model)
-        heads: list[tuple[int, ...]] = []
-        tails: list[tuple[int, ...]] = []
-        gather: list[tuple[int, int, int, int, float]] = []
-        for f, fact in enumerate(facts):
-            for row in fact.rows:
-                first = row.target_start - 1 - row.subject_last
-                gather += [
-                    (len(tails), first + j, token, f, 1.0 / (len(fact.rows) * len(row.target))) for j, token in enumerate(row.target)
-                ]
-                heads.append(row.ids[: row.subject_last])
-                tails.append(row.ids[row.subject_last : -1])
-            heads.append(fact.essence.ids[: fact.essence.subject_last])
-            tails.append(fact.essence.ids[fact.essence.subject_last : fact.essence.subject_last + 1])
-        self.rows_per_fact = len(facts[0].rows) + 1
-        self.cache, head_mask = _run_heads(model, layout, heads, device)
-        self.tails = pad(tails, "right", device, after=head_mask)
-        self.row, self.position, self.token, self.fact, self.weight = (torch.tensor(column, device=device) for column in zip(*gather))
+        self.cache, head_mask = _run_heads(model, layout, [row.head for row in rows], device)
+        self.tails = pad([row.tail for row in rows], "right", device, after=head_mask)
+        with record_outputs(layout.lower_layers) as self.below:
+            self._run(model, layout.value_layer)
+        self.states = hidden_of(self.below[-1])
+        self.fact = torch.tensor([row.fact for row in rows], device=device)
+        self.is_bare = torch.tensor([row.is_bare for row in rows], device=device)
+        wanted = [(r, row.first + j, token, row.weight) for r, row in enumerate(rows) for j, token in enumerate(row.target or (_NO_TOKEN,))]
+        self.row, self.position, self.token, self.weight = (torch.tensor(column, device=device) for column in zip(*wanted))
 
-    def keep(self, stay: Tensor) -> None:
-        """Drop the rows of facts that are done; `stay` is a boolean over the facts here."""
-        rows = stay.repeat_interleave(self.rows_per_fact).nonzero().flatten()
+    def forward(self, model: PreTrainedModel, layout: Layout, delta: Tensor) -> Tensor:
+        """Outputs of the loss layer where they are wanted, (wanted, d), with δ (facts, d) added at each row's first token."""
+        changed = self.states[:, :1] + delta[self.fact][:, None].to(self.states.dtype)
+        with skip_layers(layout.lower_layers, self.below, torch.cat([changed, self.states[:, 1:]], dim=1)):
+            return self._run(model, layout.loss_layer)[self.row, self.position]
+
+    def keep(self, stay: Tensor, number: Tensor) -> bool:
+        """Drop the rows of facts that are done, and number the others anew; returns whether any row is left."""
+        stays = stay[self.fact]
+        rows = stays.nonzero().flatten()
+        wanted = stays[self.row]
         if self.cache is not None:
             self.cache.batch_select_indices(rows)
         self.tails = Batch(self.tails.ids[rows], self.tails.mask[rows], self.tails.positions[rows])
-        targets = stay[self.fact]
-        new_fact = stay.cumsum(0) - 1
-        new_row = new_fact.repeat_interleave(self.rows_per_fact) * self.rows_per_fact
-        new_row += torch.arange(self.rows_per_fact, device=rows.device).repeat(len(stay))
-        self.row, self.position, self.token = new_row[self.row[targets]], self.position[targets], self.token[targets]
-        self.fact, self.weight = new_fact[self.fact[targets]], self.weight[targets]
+        self.row = (stays.cumsum(0) - 1)[self.row[wanted]]
+        self.position, self.token, self.weight = self.position[wanted], self.token[wanted], self.weight[wanted]
+        self.states, self.fact = self.states[rows], number[self.fact[rows]]
+        return bool(len(rows))
+
+    def _run(self, model: PreTrainedModel, until: nn.Module) -> Tensor:
+        with tap(outputs={"end": until}, stop=True) as seen:
+            run(model, self.tails, cache=_fork(self.cache), use_cache=self.cache is not None)
+        return seen["end"]
 
 
 def _run_heads(
@@ -141,11 +193,11 @@ class _Optimisation:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
         self.model, self.layout, self.hparams = model, layout, hparams
-        self.rows = _Rows(model, layout, facts)
-        device, width = self.rows.row.device, layout.edited[hparams.layers[-1]].shape[1]
+        self.groups = [_Group(model, layout, rows) for rows in _pack(_rows(facts))]
+        self.h = _bare_states(self.groups, len(facts))
+        device = self.h.device
         self.active = torch.arange(len(facts), device=device)
-        self.delta = torch.zeros(len(facts), width, device=device, requires_grad=True)
-        self.h = torch.empty(0)
+        self.delta = torch.zeros_like(self.h, requires_grad=True)
         self.essence = torch.empty(0)
         self.final = torch.zeros_like(self.delta)
         self.final_loss, self.final_nll = (torch.zeros(len(facts), device=device) for _ in range(2))
@@ -168,48 +220,36 @@ class _Optimisation:
             adam.step()
             self._clamp()
             if bool(done.any()):
-                self.rows.keep(~done)
+                number = (~done).cumsum(0) - 1
+                self.groups = [group for group in self.groups if group.keep(~done, number)]
                 self.active, self.essence = self.active[~done], self.essence[~done]
         return Values(z=self.h + self.final, h=self.h, loss=self.final_loss, nll=self.final_nll, steps=self.final_step)
 
     def _loss(self, is_first: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and NLL of the active facts, and whether their target is the most probable text in every template."""
-        rows, hp, n = self.rows, self.hparams, len(self.active)
+        hp, n = self.hparams, len(self.active)
         delta = self.delta[self.active]
-        target_logits, essence_logits, h = self._forward(delta)
-        essence = F.log_softmax(essence_logits, dim=1)
+        states = torch.cat([group.forward(self.model, self.layout, delta) for group in self.groups])
+        token, weight = (torch.cat([getattr(group, name) for group in self.groups]) for name in ("token", "weight"))
+        fact = torch.cat([group.fact[group.row] for group in self.groups])
+        log_probs = F.log_softmax(self.layout.logits(states), dim=1)
+        is_target = token != _NO_TOKEN
+        essence = log_probs[~is_target][fact[~is_target].argsort()]
         if is_first:
-            self.h, self.essence = h, essence.detach()
+            self.essence = essence.detach()
 
-        log_probs = F.log_softmax(target_logits, dim=1)
-        token_log_probs = log_probs.gather(1, rows.token[:, None]).squeeze(1)
-        nll = torch.zeros(n, device=delta.device).index_add(0, rows.fact, -token_log_probs * rows.weight)
+        log_probs, token, weight, fact = log_probs[is_target], token[is_target], weight[is_target], fact[is_target]
+        token_log_probs = log_probs.gather(1, token[:, None]).squeeze(1)
+        nll = torch.zeros(n, device=delta.device).index_add(0, fact, -token_log_probs * weight)
         kl = F.kl_div(self.essence, essence, log_target=True, reduction="none").sum(1)
         decay = delta.norm(dim=1) / self.h[self.active].norm(dim=1) ** 2
         loss = nll + hp.kl_factor * kl + hp.v_weight_decay * decay
 
         with torch.no_grad():
-            others = log_probs.scatter(1, rows.token[:, None], -torch.inf).amax(1)
+            others = log_probs.scatter(1, token[:, None], -torch.inf).amax(1)
             falls_short = (token_log_probs - others <= hp.early_stopping_margin).float()
-            is_probable = torch.zeros(n, device=delta.device).index_add(0, rows.fact, falls_short) == 0
+            is_probable = torch.zeros(n, device=delta.device).index_add(0, fact, falls_short) == 0
         return loss, nll, is_probable
-
-    def _forward(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits at the targets (targets, vocabulary) and at the essence prompts (facts, vocabulary), and the bare h (facts, d)."""
-        rows, states = self.rows, []
-        added = delta[:, None].expand(-1, rows.rows_per_fact, -1).reshape(-1, delta.shape[1])
-
-        def add_delta(hidden: Tensor) -> Tensor:  # every tail begins with the subject's last token
-            states.append(hidden[:: rows.rows_per_fact, 0].detach().float())
-            changed = hidden[:, :1] + added[:, None].to(hidden.dtype)
-            return torch.cat([changed, hidden[:, 1:]], dim=1)
-
-        with tap(outputs={"end": self.layout.loss_layer}, edit={self.layout.value_layer: add_delta}, stop=True) as seen:
-            run(self.model, rows.tails, cache=_fork(rows.cache), use_cache=rows.cache is not None)
-        hidden = seen["end"]
-        essence = hidden[rows.rows_per_fact - 1 :: rows.rows_per_fact, 0]
-        logits = self.layout.logits(torch.cat([hidden[rows.row, rows.position], essence]))
-        return logits[: len(rows.row)], logits[len(rows.row) :], states[0]
 
     def _is_done(self, loss: Tensor, is_probable: Tensor, is_last: bool) -> Tensor:
         if is_last:
@@ -232,6 +272,15 @@ class _Optimisation:
         with torch.no_grad():
             radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
             self.delta.mul_((radius / self.delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
+
+
+def _bare_states(groups: Sequence[_Group], n_facts: int) -> Tensor:
+    """h of each fact, (facts, d), float32: the value layer's output at the subject's last token of the bare prompt."""
+    states = groups[0].states
+    h = torch.zeros(n_facts, states.shape[-1], device=states.device)
+    for group in groups:
+        h[group.fact[group.is_bare]] = group.states[group.is_bare, 0].float()
+    return h
 
 
 def _fork(cache: DynamicCache | None) -> DynamicCache | None:

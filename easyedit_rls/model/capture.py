@@ -1,6 +1,6 @@
 """Hooks that see and change hidden states, always removed again."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,10 +44,10 @@ def tap(
         return lambda module, args: keep(key, args[0])
 
     def on_output(key: Any) -> Callable[..., None]:
-        return lambda module, args, output: keep(key, _hidden(output))
+        return lambda module, args, output: keep(key, hidden_of(output))
 
     def on_edit(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-        return lambda module, args, output: _with_hidden(output, change(_hidden(output)))
+        return lambda module, args, output: _with_hidden(output, change(hidden_of(output)))
 
     try:
         for module, change in edit.items():
@@ -82,7 +82,54 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _hidden(output: Any) -> Tensor:
+@contextmanager
+def record_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Note down what layers return, whole, during one forward pass inside the block; yields a list in the layers' order."""
+    found: list[Any] = [None] * len(layers)
+    handles = []
+
+    def on_output(i: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found[i] = output
+
+        return keep
+
+    try:
+        handles = [layer.register_forward_hook(on_output(i)) for i, layer in enumerate(layers)]
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def skip_layers(layers: Sequence[nn.Module], recorded: Sequence[Any], hidden: Tensor) -> Iterator[None]:
+    """Forward passes inside the block don't run these layers, the model's first ones; the next layer gets `hidden`.
+
+    Args:
+        layers: decoder layers from the first on.
+        recorded: what they returned before (see `record_outputs`), for the form of it.
+        hidden: hidden states that the last of them shall return, (rows, length, d).
+    """
+    replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
+
+    def instead(output: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: _with_hidden(output, hidden)
+
+    try:
+        for layer, output in zip(layers, recorded, strict=True):
+            layer.__dict__["forward"] = instead(output)
+        yield
+    finally:
+        for layer, own in replaced:
+            if own is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.__dict__["forward"] = own
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a layer returned."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

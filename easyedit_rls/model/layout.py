@@ -18,17 +18,22 @@ class Layout:
 
     Attributes:
         edited: layer number -> its edited weight, ascending.
-        value_layer: decoder layer whose output the values are (the last edited one).
+        lower_layers: decoder layers from the first to the value layer, which is the last edited one.
         loss_layer: decoder layer whose output final norm and head read.
         final_norm: the norm before the head.
         head: the output head, or the embedding it is tied to.
     """
 
     edited: dict[int, EditedWeight]
-    value_layer: nn.Module
+    lower_layers: list[nn.Module]
     loss_layer: nn.Module
     final_norm: nn.Module
     head: nn.Module
+
+    @property
+    def value_layer(self) -> nn.Module:
+        """Decoder layer whose output the values are."""
+        return self.lower_layers[-1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32 from the loss layer's output, (..., d) -> (..., vocabulary)."""
@@ -54,7 +59,9 @@ def find_layout(model: nn.Module, hparams: RLSEditHyperParams) -> Layout:
     }
     return Layout(
         edited=edited,
-        value_layer=_module(model, hparams.layer_module_tmp.format(hparams.layers[-1]), "layer_module_tmp"),
+        lower_layers=[
+            _module(model, hparams.layer_module_tmp.format(layer), "layer_module_tmp") for layer in range(hparams.layers[-1] + 1)
+        ],
         loss_layer=_module(model, hparams.layer_module_tmp.format(hparams.v_loss_layer), "layer_module_tmp"),
         final_norm=_module(model, hparams.ln_f_module, "ln_f_module"),
         head=_module(model, hparams.lm_head_module, "lm_head_module"),

@@ -1,10 +1,14 @@
 """The recursion against the float64 batch solution: any split, any regularisers, importances, anchors; and its memory."""
 
+import os
+import signal
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from easyedit_rls import recursion
 from easyedit_rls.errors import NumericalError, StateMismatchError
 from easyedit_rls.recursion import RecursiveLeastSquares
 from tests.tolerances import FLOAT32, FLOAT64, LONG_STREAM_FLOAT32, RETRACTION
@@ -165,6 +169,7 @@ def test_each_downdate_makes_the_covariance_symmetric():
     C = state.covariance()
     assert torch.equal(C, C.T)
     problem.feed(state, 4, 8)
+    state._fold()
     assert torch.equal(state._C, state._C.T)
 
 
@@ -213,27 +218,38 @@ def test_an_interrupt_while_folding_leaves_a_whole_state(monkeypatch):
     problem = Problem(4, 12, "both", False, "moments")
     state, undisturbed = problem.state(), problem.state()
     problem.feed(state, 0, 6)
-    real = state._C.addmm_
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        real = recursion.rank_update_
 
-    class Interrupting:
-        """Stands for C; its in-place product is done when the signal arrives."""
+        def interrupted(*args):
+            os.kill(os.getpid(), signal.SIGINT)
+            return real(*args)
 
-        def addmm_(self, *args, **kwargs):
-            real(*args, **kwargs)
-            state._C = C
-            raise KeyboardInterrupt
-
-        def __getattr__(self, name):
-            return getattr(C, name)
-
-    C, state._C = state._C, Interrupting()
-    with pytest.raises(KeyboardInterrupt):
-        state._fold()
+        patch.setattr(recursion, "rank_update_", interrupted)
+        problem.feed(state, 6, 12)
     problem.feed(state, 6, 12)
     for part in ((0, 6), (6, 12)):
         problem.feed(undisturbed, *part)
     assert torch.equal(state.weight, undisturbed.weight)
     assert torch.equal(state.covariance(), undisturbed.covariance())
+
+
+def test_a_fold_on_the_way_is_the_same_as_one_before():
+    """Larger than a block, so that mirrored blocks and products from both sides come in."""
+    g = torch.Generator().manual_seed(0)
+    K, V, W_0 = torch.randn(40, 1100, generator=g), torch.randn(40, 3, generator=g), torch.randn(1100, 3, generator=g)
+    states = [RecursiveLeastSquares(W_0, None, lambda_reg=3.0, mu_reg=1.0) for _ in range(2)]
+    for start in (0, 20):
+        for state in states:
+            state.update(K[start : start + 20], V[start : start + 20])
+        states[1].commit()
+        states[1]._fold()
+    assert torch.equal(states[0].weight, states[1].weight)
+    C = states[0].covariance()
+    assert torch.equal(C, states[1].covariance())
+    assert torch.equal(C, C.T)
+    exact = torch.linalg.inv(9.0 * torch.eye(1100, dtype=torch.float64) + K.double().T @ K.double())
+    assert_close(C, exact, FLOAT32)
 
 
 @settings(deadline=None, max_examples=100)
