@@ -2,8 +2,8 @@
 
     python benchmarks/retraction.py --model MODEL --data pararel_dev.json --first 2000 --edits 60 --retract 20 --batch 20
 
-Every third fact is taken back. "Back to its unedited answer" is judged by the most probable next token of the prompt, and by the
-greedy continuation of five tokens.
+Every third fact is taken back. "Back to its unedited answer" is judged three ways: does it prefer the true answer or the new one as it did
+before (CounterFact's comparison), is the most probable next token the same, and are the five tokens of the greedy continuation.
 """
 
 import argparse
@@ -61,6 +61,7 @@ def main() -> None:
     gone_records = [records[i] for i in gone]
     kept_records = [record for i, record in enumerate(records) if i not in gone]
     answers_unedited = answers(model, tok, gone_records, 5)
+    preferred_unedited = [record.efficacy for record in evaluate(model, tok, gone_records).records]
 
     with tempfile.TemporaryDirectory() as folder:
         editor = RLSEditor(model, tok, hparams, state_dir=folder)
@@ -81,6 +82,7 @@ def main() -> None:
         is_same = all(torch.equal(a, b) for a, b in zip(model.parameters(), unedited.parameters()))
         resumed.close()
     answers_retracted = answers(model, tok, gone_records, 5)
+    preferred_retracted = [record.efficacy for record in evaluate(model, tok, gone_records).records]
     work_s = sum(report.seconds["values"] + report.seconds["weights"] for report in reports)
     ledger_s = sum(report.seconds["ledger"] for report in reports)
     result = {
@@ -90,6 +92,7 @@ def main() -> None:
         "kept_after_retraction": evaluate(model, tok, kept_records).means(),
         "retracted_after_retraction": evaluate(model, tok, gone_records).means(),
         "retracted_back_to_unedited": {
+            "preferred_answer": sum(a == b for a, b in zip(preferred_unedited, preferred_retracted)) / len(gone),
             "next_token": agreement(answers_unedited, answers_retracted, 1),
             "five_tokens": agreement(answers_unedited, answers_retracted, 5),
             "next_token_before_retraction": agreement(answers_unedited, answers_edited, 1),

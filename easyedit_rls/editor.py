@@ -20,7 +20,7 @@ from easyedit_rls.errors import NumericalError, RequestError, RLSEditWarning, St
 from easyedit_rls.history import Edit, Entry
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.interrupts import deferred_interrupts
-from easyedit_rls.keys import Fact, collect_keys, locate_facts, value_states
+from easyedit_rls.keys import Fact, LayerWalk, locate_facts
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
@@ -202,9 +202,10 @@ class RLSEditor:
                     self._take_out(superseded)
                     values = self._optimise(facts)
                 clock.append(time.perf_counter())
-                steps, factors, change.data = self._write(facts, values)
+                walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens)
+                steps, factors, change.data = self._write(walk, facts, values)
                 edits = tuple(Edit(self.state.history.next_id + row, fact.request, row) for row, fact in enumerate(facts))
-                fact_reports, layer_reports = self._fact_reports(edits, facts, values), self._layer_reports(steps)
+                fact_reports, layer_reports = self._fact_reports(edits, walk, values), self._layer_reports(steps)
                 clock.append(time.perf_counter())
                 change.entry = Entry("edit", edits, tuple(superseded), factors)
             clock.append(time.perf_counter())
@@ -292,16 +293,18 @@ class RLSEditor:
             weight.write(self.state.layers[layer].weight)
         return {layer: self._step(layer, W) for layer, W in before.items()}
 
-    def _write(self, facts: Sequence[Fact], values: Values) -> tuple[dict[int, float], dict[int, float], dict[str, Tensor]]:
+    def _write(
+        self, walk: LayerWalk, facts: Sequence[Fact], values: Values
+    ) -> tuple[dict[int, float], dict[int, float], dict[str, Tensor]]:
         """Write the values into all layers, lowest first; returns the size of each layer's step, γ, and what each was given."""
-        hp, tokens = self.hparams, self.hparams.batch_tokens
+        hp = self.hparams
         data = {"importance": torch.tensor([fact.request.importance for fact in facts])}
         steps, factors = {}, {}
         for i, (layer, weight) in enumerate(self.layout.edited.items()):
             solution, layers_left = self.state.layers[layer], len(hp.layers) - i
             W = solution.weight
-            K = collect_keys(self.model, self.layout, facts, layer, tokens).to(W)
-            missing = values.z - value_states(self.model, self.layout, facts, tokens)
+            K = walk.keys(layer).to(W)
+            missing = values.z - walk.value_states(layer)
             V = _targets(K, W, missing.to(W), layers_left, hp.targets)
             factors[layer] = solution.update(K, V, data["importance"], joins_last=True)
             weight.write(solution.weight)
@@ -312,9 +315,9 @@ class RLSEditor:
     def _step(self, layer: int, before: Tensor) -> float:
         return float((self.state.layers[layer].weight - before).norm() / self.state.unedited[layer].norm())
 
-    def _fact_reports(self, edits: Sequence[Edit], facts: Sequence[Fact], values: Values) -> list[FactReport]:
+    def _fact_reports(self, edits: Sequence[Edit], walk: LayerWalk, values: Values) -> list[FactReport]:
         wanted = (values.z - values.h).norm(dim=1)
-        missed = (values.z - value_states(self.model, self.layout, facts, self.hparams.batch_tokens)).norm(dim=1)
+        missed = (values.z - walk.value_states(self.hparams.layers[-1])).norm(dim=1)
         change = (wanted / values.h.norm(dim=1)).tolist()
         miss = (missed / wanted.clamp(min=1e-12)).tolist()
         numbers = zip(values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss)

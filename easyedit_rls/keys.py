@@ -6,15 +6,16 @@ run only up to the subject.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RequestError
-from easyedit_rls.model.capture import tap
-from easyedit_rls.model.forward import chunks, device_of, pad, run
+from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
+from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.subject import Row, tokenize_fact
 from easyedit_rls.requests import EditRequest
@@ -59,41 +60,92 @@ def locate_facts(tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest], 
     return facts
 
 
-def collect_keys(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int) -> Tensor:
-    """Keys of facts at one layer, with the weights as they are now.
+class LayerWalk:
+    """The states of a batch's facts, layer after layer, as the layers below are edited for good.
+
+    Nothing is run twice without need: going on to a layer starts from the states below it, which no later edit changes.
 
     Args:
-        model: the model, run up to that layer's output projection.
+        model: the model.
         layout: its modules.
         facts: tokenised facts.
-        layer: an edited layer.
         batch_tokens: tokens in one pass, at most.
-
-    Returns:
-        K, (facts, d_k), float32.
     """
-    n_templates = len(facts[0].rows)
-    rows = [row.ids[: row.subject_last + 1] for fact in facts for row in fact.rows]
-    states = _last_states(model, rows, layout.edited[layer].module, True, batch_tokens).reshape(len(facts), n_templates, -1)
-    if n_templates == 1:
-        return states[:, 0]
-    return 0.5 * states[:, 0] + 0.5 * states[:, 1:].mean(1)
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int) -> None:
+        self._layout, self._n_templates = layout, len(facts[0].rows)
+        rows = [row.ids[: row.subject_last + 1] for fact in facts for row in fact.rows]
+        self._all = _Stage(model, layout, rows, batch_tokens)
+        self._bare = _Stage(model, layout, rows[:: self._n_templates], batch_tokens)
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys at one layer, (facts, d_k), float32. From here on, the layers below it must not change any more."""
+        states = self._all.last_states(self._layout.edited[layer].module, True, layer)
+        states = states.reshape(-1, self._n_templates, states.shape[-1])
+        return states[:, 0] if self._n_templates == 1 else 0.5 * states[:, 0] + 0.5 * states[:, 1:].mean(1)
+
+    def value_states(self, layer: int) -> Tensor:
+        """Hidden states h at the value layer, subject's last token, bare prompt: (facts, d), float32.
+
+        Args:
+            layer: from here on, the layers below this one must not change any more.
+        """
+        return self._bare.last_states(self._layout.value_layer, False, layer)
+
+
+def collect_keys(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int) -> Tensor:
+    """Keys of facts at one layer, with the weights as they are now: (facts, d_k), float32."""
+    return LayerWalk(model, layout, facts, batch_tokens).keys(layer)
 
 
 def value_states(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int) -> Tensor:
-    """Hidden states h at the value layer, subject's last token, bare prompt: (facts, d), float32."""
-    rows = [fact.rows[0].ids[: fact.rows[0].subject_last + 1] for fact in facts]
-    return _last_states(model, rows, layout.value_layer, False, batch_tokens)
+    """Hidden states h at the value layer with the weights as they are now: (facts, d), float32."""
+    return LayerWalk(model, layout, facts, batch_tokens).value_states(0)
 
 
-def _last_states(model: PreTrainedModel, rows: Sequence[Sequence[int]], module: nn.Module, is_input: bool, batch_tokens: int) -> Tensor:
-    """Input or output of a module at each row's last token, (rows, width), float32."""
-    found: list[Tensor | None] = [None] * len(rows)
-    wanted = {"inputs" if is_input else "outputs": {"state": module}}
-    for group in chunks([len(row) for row in rows], batch_tokens):
-        batch = pad([rows[i] for i in group], "left", device_of(model))
-        with torch.no_grad(), tap(**wanted, stop=True) as seen:  # type: ignore[arg-type]
-            run(model, batch)
-        for i, state in zip(group, seen["state"][:, -1].float()):
-            found[i] = state
-    return torch.stack(found)  # type: ignore[arg-type]
+@dataclass
+class _Part:
+    """Rows that run together.
+
+    Attributes:
+        rows: their numbers.
+        batch: their tokens.
+        level: layers whose output is known for good.
+        forms: what these layers return beside the hidden states.
+        hidden: output of the last of them, (rows, length, d); None at level 0.
+    """
+
+    rows: list[int]
+    batch: Batch
+    level: int = 0
+    forms: list[Any] = field(default_factory=list)
+    hidden: Tensor | None = None
+
+
+class _Stage:
+    """Rows of tokens on their way up through the layers."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int) -> None:
+        self._model, self._layers, self._n_rows = model, layout.lower_layers, len(rows)
+        groups = list(chunks([len(row) for row in rows], batch_tokens))
+        self._parts = [_Part(group, pad([rows[i] for i in group], "left", device_of(model))) for group in groups]
+
+    def last_states(self, module: nn.Module, is_input: bool, level: int) -> Tensor:
+        """Input or output of a module at each row's last token, (rows, width), float32; keeps the states below `level`."""
+        found: list[Tensor | None] = [None] * self._n_rows
+        wanted = {"inputs" if is_input else "outputs": {"state": module}}
+        for part in self._parts:
+            below, between = self._layers[: part.level], self._layers[part.level : level]
+            with (
+                torch.no_grad(),
+                skip_layers(below, part.forms, part.hidden),
+                record_outputs(between) as outputs,
+                tap(**wanted, stop=True) as seen,  # type: ignore[arg-type]
+            ):
+                run(self._model, part.batch)
+            for i, state in zip(part.rows, seen["state"][:, -1].float()):
+                found[i] = state
+            if between:
+                part.level, part.hidden = level, hidden_of(outputs[-1])
+                part.forms = part.forms + [form_of(output) for output in outputs]
+        return torch.stack(found)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.keys import Fact
-from easyedit_rls.model.capture import hidden_of, record_outputs, skip_layers, tap
+from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
 from easyedit_rls.model.layout import Layout
 
@@ -138,9 +138,9 @@ class _Group:
         device = device_of(model)
         self.cache, head_mask = _run_heads(model, layout, [row.head for row in rows], device)
         self.tails = pad([row.tail for row in rows], "right", device, after=head_mask)
-        with record_outputs(layout.lower_layers) as self.below:
+        with record_outputs(layout.lower_layers) as below:
             self._run(model, layout.value_layer)
-        self.states = hidden_of(self.below[-1])
+        self.states, self.forms = hidden_of(below[-1]), [form_of(output) for output in below]
         self.fact = torch.tensor([row.fact for row in rows], device=device)
         self.is_bare = torch.tensor([row.is_bare for row in rows], device=device)
         wanted = [(r, row.first + j, token, row.weight) for r, row in enumerate(rows) for j, token in enumerate(row.target or (_NO_TOKEN,))]
@@ -149,7 +149,7 @@ class _Group:
     def forward(self, model: PreTrainedModel, layout: Layout, delta: Tensor) -> Tensor:
         """Outputs of the loss layer where they are wanted, (wanted, d), with δ (facts, d) added at each row's first token."""
         changed = self.states[:, :1] + delta[self.fact][:, None].to(self.states.dtype)
-        with skip_layers(layout.lower_layers, self.below, torch.cat([changed, self.states[:, 1:]], dim=1)):
+        with skip_layers(layout.lower_layers, self.forms, torch.cat([changed, self.states[:, 1:]], dim=1)):
             return self._run(model, layout.loss_layer)[self.row, self.position]
 
     def keep(self, stay: Tensor, number: Tensor) -> bool:

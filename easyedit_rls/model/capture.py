@@ -103,22 +103,22 @@ def record_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def skip_layers(layers: Sequence[nn.Module], recorded: Sequence[Any], hidden: Tensor) -> Iterator[None]:
+def skip_layers(layers: Sequence[nn.Module], forms: Sequence[Any], hidden: Tensor | None) -> Iterator[None]:
     """Forward passes inside the block don't run these layers, the model's first ones; the next layer gets `hidden`.
 
     Args:
-        layers: decoder layers from the first on.
-        recorded: what they returned before (see `record_outputs`), for the form of it.
+        layers: decoder layers from the first on; none changes nothing.
+        forms: `form_of` what each returned before.
         hidden: hidden states that the last of them shall return, (rows, length, d).
     """
     replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
 
-    def instead(output: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: _with_hidden(output, hidden)
+    def instead(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+        return lambda *args, **kwargs: hidden if rest is None else (hidden, *rest)
 
     try:
-        for layer, output in zip(layers, recorded, strict=True):
-            layer.__dict__["forward"] = instead(output)
+        for layer, rest in zip(layers, forms, strict=True):
+            layer.__dict__["forward"] = instead(rest)
         yield
     finally:
         for layer, own in replaced:
@@ -126,6 +126,11 @@ def skip_layers(layers: Sequence[nn.Module], recorded: Sequence[Any], hidden: Te
                 layer.__dict__.pop("forward", None)
             else:
                 layer.__dict__["forward"] = own
+
+
+def form_of(output: Any) -> tuple[Any, ...] | None:
+    """What a layer returned beside its hidden states, None where it returns them alone."""
+    return output[1:] if isinstance(output, tuple) else None
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -243,7 +243,9 @@ def interrupt(call, at):
     """Ctrl-C in the middle of a batch, at the n-th call of a function of the editor's module."""
 
     def spoil(editor, requests, monkeypatch):
-        real, calls = getattr(editor_module, call), []
+        owner, _, name = ("." + call).rpartition(".")
+        owner = getattr(editor_module, owner[1:]) if owner else editor_module
+        real, calls = getattr(owner, name), []
 
         def interrupted(*args, **kwargs):
             calls.append(1)
@@ -251,7 +253,7 @@ def interrupt(call, at):
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(editor_module, call, interrupted)
+        monkeypatch.setattr(owner, name, interrupted)
         return requests
 
     return spoil
@@ -280,9 +282,9 @@ def interrupt_write(editor, requests, monkeypatch):
         (nan_weight, NumericalError, "holds NaN.*Load the model again"),
         (nan_elsewhere, NumericalError, "NaN|not finite"),
         (interrupt("optimise_values", 1), KeyboardInterrupt, None),
-        (interrupt("collect_keys", 1), KeyboardInterrupt, None),
-        (interrupt("collect_keys", 2), KeyboardInterrupt, None),
-        (interrupt("value_states", 2), KeyboardInterrupt, None),
+        (interrupt("LayerWalk.keys", 1), KeyboardInterrupt, None),
+        (interrupt("LayerWalk.keys", 2), KeyboardInterrupt, None),
+        (interrupt("LayerWalk.value_states", 2), KeyboardInterrupt, None),
         (interrupt_write, KeyboardInterrupt, None),
     ],
 )
@@ -314,7 +316,7 @@ def test_an_interrupted_batch_leaves_no_trace(model, tok, requests, settings, mo
     editor = RLSEditor(model, tok, settings())
     editor.edit(requests[:2])
     with monkeypatch.context() as patch:
-        interrupt("collect_keys", 2)(editor, requests, patch)
+        interrupt("LayerWalk.keys", 2)(editor, requests, patch)
         with pytest.raises(KeyboardInterrupt):
             editor.edit(requests[2:])
     editor.edit(requests[2:])

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from easyedit_rls.errors import RequestError
-from easyedit_rls.keys import collect_keys, locate_facts, value_states
-from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.keys import LayerWalk, collect_keys, locate_facts, value_states
+from easyedit_rls.model.capture import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.requests import parse_requests
 from easyedit_rls.values import optimise_values
@@ -135,3 +135,57 @@ def test_padded_forward_passes_equal_unpadded_ones(model, located, side):
 def test_bad_targets_name_their_request(tok, requests):
     with pytest.raises(RequestError, match=r"Request 1, field 'target_new'.*unknown token"):
         locate_facts(tok, parse_requests([requests[0], {**requests[1], "target_new": "<unk>"}]), [])
+
+
+def test_layers_up_to_the_value_layer_run_once_and_are_left_as_found(model, located, settings):
+    layout, facts = located
+    hp = settings(early_stopping="off")
+    runs = {"below": 0, "above": 0}
+
+    def count(name):
+        def hook(*_):
+            runs[name] += 1
+
+        return hook
+
+    below = next(module for name, module in layout.value_layer.named_modules() if "mlp" in name)
+    above = next(module for name, module in layout.loss_layer.named_modules() if "mlp" in name)
+    handles = [below.register_forward_hook(count("below")), above.register_forward_hook(count("above"))]
+    with undisturbed(model):
+        optimise_values(model, layout, facts, hp)
+    for handle in handles:
+        handle.remove()
+    groups = runs["below"] / 2  # heads and tails
+    assert 1 <= groups <= 4
+    assert runs["above"] == groups * (1 + hp.v_num_grad_steps)  # heads, and every step
+    assert all("forward" not in layer.__dict__ for layer in layout.lower_layers)
+
+
+def test_skipped_layers_come_back_after_an_exception(model, located):
+    layout, _ = located
+    own = layout.lower_layers[0].forward
+    layout.lower_layers[0].__dict__["forward"] = own  # as somebody else's wrapper
+    with pytest.raises(KeyboardInterrupt), skip_layers(layout.lower_layers, [None] * len(layout.lower_layers), torch.zeros(1, 1, 32)):
+        assert layout.lower_layers[1].forward() is not None
+        raise KeyboardInterrupt
+    assert layout.lower_layers[0].__dict__["forward"] is own
+    assert all("forward" not in layer.__dict__ for layer in layout.lower_layers[1:])
+
+
+def test_a_walk_upward_equals_starting_anew_and_runs_less(model, located, settings):
+    """Each layer is changed after its keys were read, as the editor does."""
+    layout, facts = located
+    walk = LayerWalk(model, layout, facts, 10_000)
+    runs = []
+    handle = next(module for name, module in layout.lower_layers[0].named_modules() if "mlp" in name).register_forward_hook(
+        lambda *_: runs.append(1)
+    )
+    for layer, weight in layout.edited.items():
+        torch.testing.assert_close(walk.keys(layer), collect_keys(model, layout, facts, layer, 10_000), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(walk.value_states(layer), value_states(model, layout, facts, 10_000), rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            weight.parameter.mul_(1.3)
+    last = max(layout.edited)
+    torch.testing.assert_close(walk.value_states(last), value_states(model, layout, facts, 10_000), rtol=1e-5, atol=1e-6)
+    handle.remove()
+    assert len(runs) == 2 + 5  # the walk's two sets of rows once, the others each time
