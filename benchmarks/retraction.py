@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=60, help="facts to edit in (default: %(default)s)")
     parser.add_argument("--retract", type=int, default=20, help="facts to take back (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=20, help="edits a batch (default: %(default)s)")
+    parser.add_argument("--baseline", action="store_true", help="also edit a model with the facts that stay alone, and compare with it")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated")
     args = parser.parse_args()
 
@@ -55,7 +56,7 @@ def main() -> None:
     records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.edits]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tok = AutoTokenizer.from_pretrained(args.model)
-    unedited = copy.deepcopy(model)
+    unedited, never = copy.deepcopy(model), copy.deepcopy(model)
     step = args.edits // args.retract
     gone = list(range(0, args.retract * step, step))
     gone_records = [records[i] for i in gone]
@@ -83,6 +84,17 @@ def main() -> None:
         resumed.close()
     answers_retracted = answers(model, tok, gone_records, 5)
     preferred_retracted = [record.efficacy for record in evaluate(model, tok, gone_records).records]
+    baseline = None
+    if args.baseline:
+        alone = RLSEditor(never, tok, hparams)
+        for start in range(0, len(records), args.batch):
+            alone.edit([records[i] for i in range(start, min(start + args.batch, len(records))) if i not in gone])
+        answers_never = answers(never, tok, gone_records, 5)
+        baseline = {
+            "never_edited_and_unedited_next_token": agreement(answers_unedited, answers_never, 1),
+            "never_edited_and_retracted_next_token": agreement(answers_never, answers_retracted, 1),
+            "never_edited_and_retracted_five_tokens": agreement(answers_never, answers_retracted, 5),
+        }
     work_s = sum(report.seconds["values"] + report.seconds["weights"] for report in reports)
     ledger_s = sum(report.seconds["ledger"] for report in reports)
     result = {
@@ -97,6 +109,7 @@ def main() -> None:
             "five_tokens": agreement(answers_unedited, answers_retracted, 5),
             "next_token_before_retraction": agreement(answers_unedited, answers_edited, 1),
         },
+        "baseline": baseline,
         "resumed_bit_for_bit": is_same,
         "seconds": {"retract": retract_s, "resume": resume_s, "an_edit": work_s / len(records)},
         "ledger_share_of_editing": ledger_s / (work_s + ledger_s),

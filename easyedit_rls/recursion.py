@@ -105,6 +105,7 @@ class RecursiveLeastSquares:
         self._Y = (A @ self._Z.to(A)).to(W.dtype)
         self._pending: _Pending | None = None
         self._unfolded: tuple[_Term, ...] = ()  # committed, but not yet in C
+        self._spare: Tensor | None = None  # memory for the next weight
 
     @classmethod
     def assemble(cls, C: Tensor, W: Tensor, A: Tensor, n_edits: int, name: str) -> "RecursiveLeastSquares":
@@ -123,7 +124,7 @@ class RecursiveLeastSquares:
 
     @property
     def weight(self) -> Tensor:
-        """Current solution W_t, (d_k, d_v); do not write to it."""
+        """Current solution W_t, (d_k, d_v). Do not write to it; it is good until the change after the next."""
         return self._W if self._pending is None else self._pending.W
 
     @property
@@ -174,7 +175,7 @@ class RecursiveLeastSquares:
         L = innovation_factor(K, F, D)
         G = torch.linalg.solve_triangular(L, F.T, upper=False).T.contiguous()  # F L^-T
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)  # L^-1 (V − K W)
-        self._add(_Term(G, -1.0), torch.addmm(self.weight, G, step), K, D)
+        self._add(_Term(G, -1.0), step, K, D)
         return 1.0
 
     def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> None:
@@ -201,12 +202,13 @@ class RecursiveLeastSquares:
         L = cholesky(core, f"Retraction core of {self.name}", cure).to(F)
         H = torch.linalg.solve_triangular(L, F.T, upper=False).T.contiguous()
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)
-        self._add(_Term(H, 1.0), torch.addmm(self.weight, H, step, alpha=-1.0), K, -D)
+        self._add(_Term(H, 1.0), step, K, -D)
 
     def commit(self) -> None:
         """Make the last change permanent: `rollback` can't undo it any more. C itself is changed on the way through the next update."""
         pending = self._pending
         if pending is not None:
+            self._spare = self._W
             self._W, self._Y, self._n_edits, self._pending = pending.W, pending.Y, pending.n_edits, None
             self._unfolded = (*self._unfolded, *pending.terms)
 
@@ -218,7 +220,7 @@ class RecursiveLeastSquares:
         """
         if self._pending is None:
             raise StateMismatchError(f"No batch of {self.name} can be rolled back: only the last one can, and only once.")
-        self._pending = None
+        self._spare, self._pending = self._pending.W, None
 
     def adopt(self, W: Tensor) -> None:
         """Go on from a weight that somebody else wrote, (d_k, d_v), keeping the covariance. The last change becomes final."""
@@ -252,7 +254,7 @@ class RecursiveLeastSquares:
         state._W, state._Y, state._Z = stored["W"], stored["Y"], stored["Z"]
         state._C = unpack_symmetric(stored["C"], len(state._W))
         state._n_edits = int(stored["n_edits"])
-        state._pending, state._unfolded = None, ()
+        state._pending, state._unfolded, state._spare = None, (), None
         if "pending.W" in stored:
             terms = sorted((int(key.rsplit(".", 1)[1]), key) for key in stored if key.startswith(("pending.plus", "pending.minus")))
             state._pending = _Pending(
@@ -281,9 +283,11 @@ class RecursiveLeastSquares:
             out = torch.addmm(out, G, G.T @ X, alpha=sign)
         return out
 
-    def _add(self, term: _Term, W: Tensor, K: Tensor, D: Tensor) -> None:
-        """Put a step into the pending change."""
-        if not bool(torch.isfinite(W).all()):
+    def _add(self, term: _Term, step: Tensor, K: Tensor, D: Tensor) -> None:
+        """Put ``W ← W − sign · G step`` into the pending change, in the memory of the weight before the last, if there is one."""
+        out, self._spare = torch.empty_like(self._W) if self._spare is None else self._spare, None
+        W = torch.addmm(self.weight, term.G, step, alpha=-term.sign, out=out)
+        if not bool(torch.isfinite(W.sum())):  # one number holds every NaN and infinity
             raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
         before = () if self._pending is None else self._pending.terms
         Y = self._Y if self._pending is None else self._pending.Y
