@@ -12,12 +12,14 @@ matrix product; both rates are measured here.
 
 import argparse
 import json
+import os
 import platform
-import resource
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -39,11 +41,32 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
 
 
-def peak_bytes(device: str) -> int:
+def extra_bytes(work: Callable[[], object], device: str) -> int | None:
+    """Memory that the work takes at its peak beyond what was taken before; on the CPU sampled each millisecond, on Linux only."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/statm").exists():
+        work()
+        return None
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, peak, is_done = resident(), [0], threading.Event()
+
+    def sample() -> None:
+        while not is_done.wait(0.001):
+            peak[0] = max(peak[0], resident())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    work()
+    is_done.set()
+    sampler.join()
+    return max(0, peak[0] - before)
 
 
 def rates(device: str) -> tuple[float, float]:
@@ -73,16 +96,12 @@ def against_alphaedit(d_k: int, d_v: int, u: int, repeats: int, peer_repeats: in
     state = new_state(d_k, d_v, device)
     C_bytes = d_k * d_k * 4
     state.update(*given[0])  # the first change has nothing to fold in
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = peak_bytes(device)
+    extra = extra_bytes(lambda: state.update(*given[0]), device)
     ours, peer = [], []
     for i in range(repeats):
         K, V = given[i + 1]
         ours.append(timed(lambda K=K, V=V: state.update(K, V), device))
         print(f"ours: {ours[-1]:.2f} s", file=sys.stderr)
-        if i == 0:
-            extra = peak_bytes(device) - before
     P = torch.eye(d_k, device=device) * 0.5
     cache = torch.zeros(d_k, d_k, device=device)
     for i in range(peer_repeats):
@@ -111,7 +130,7 @@ def against_alphaedit(d_k: int, d_v: int, u: int, repeats: int, peer_repeats: in
             "least": min(peer) / max(ours),
             "largest": max(peer) / min(ours),
         },
-        "extra_memory_of_an_update_in_C": max(0, extra) / C_bytes,
+        "extra_memory_of_an_update_in_C": None if extra is None else extra / C_bytes,
         "bytes_a_second": bandwidth,
         "operations_a_second": flops,
         "seconds_floor_bytes": moved / bandwidth,
@@ -122,8 +141,10 @@ def against_alphaedit(d_k: int, d_v: int, u: int, repeats: int, peer_repeats: in
 
 def long_run(d_k: int, d_v: int, u: int, n: int, device: str) -> dict[str, object]:
     """Does a batch cost more after a thousand others?"""
-    state, given = new_state(d_k, d_v, device), batches(8, u, d_k, d_v, device)
-    times = [timed(lambda i=i: state.update(*given[i % 8]), device) for i in range(n)]
+    state, g, times = new_state(d_k, d_v, device), torch.Generator().manual_seed(0), []
+    for _ in range(n):
+        K, V = torch.randn(u, d_k, generator=g).to(device), torch.randn(u, d_v, generator=g).to(device)
+        times.append(timed(lambda K=K, V=V: state.update(K, V), device))
     first, last = times[5:55], times[-50:]
     return {
         "d_k": d_k,
