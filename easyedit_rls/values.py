@@ -31,6 +31,7 @@ from easyedit_rls.model.layout import Layout
 
 _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
 _PADDING = 1.3  # tails that run together differ in length by this factor at most
+_LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
 _NO_TOKEN = -1  # stands where an output has no target: the essence prompt's
 
 
@@ -119,10 +120,10 @@ def _rows(facts: Sequence[Fact]) -> list[_Row]:
 
 
 def _pack(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Groups of rows with tails of like length, so that little is spent on padding."""
+    """Groups of rows with tails of like length, so that little is spent on padding; no group but the last is small."""
     groups: list[list[_Row]] = []
     for row in sorted(rows, key=lambda row: len(row.tail)):
-        if not groups or len(row.tail) > _PADDING * len(groups[-1][0].tail):
+        if not groups or (len(groups[-1]) >= _LEAST_ROWS and len(row.tail) > _PADDING * len(groups[-1][0].tail)):
             groups.append([])
         groups[-1].append(row)
     return groups
