@@ -74,6 +74,11 @@ class RLSEditHyperParams:
         "argmax",
     )
     early_stopping_margin: float = _setting("For 'argmax': by how many nats each target token must lead the runner-up.", 0.0)
+    template_period: int = _setting(
+        "Steps after which a template's gradient is computed anew: 1 runs all templates at every step, as MEMIT does; n runs every "
+        "n-th and takes the others' gradients as they were last seen, at about 1/n of the time.",
+        1,
+    )
     forgetting_factor: Any = _setting(
         "γ in (0, 1]: by how much each batch fades the edits before it; 'adaptive' fades more after surprising batches "
         "(Fortescue et al. 1981). Anything but 1 costs O(d_k³) a batch.",
@@ -104,7 +109,15 @@ class RLSEditHyperParams:
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("v_weight_decay", "kl_factor", "mom2_update_weight", "lambda_reg", "mu_reg", "early_stopping_margin"):
             self._check(name, getattr(self, name) >= 0, "0 or above")
-        for name in ("v_num_grad_steps", "mom2_n_samples", "batch_size", "batch_tokens", "max_length", "checkpoint_every"):
+        for name in (
+            "v_num_grad_steps",
+            "mom2_n_samples",
+            "batch_size",
+            "batch_tokens",
+            "max_length",
+            "checkpoint_every",
+            "template_period",
+        ):
             self._check(name, getattr(self, name) >= 1, "1 or above")
         self._check("lambda_reg", self.lambda_reg > 0 or self.mu_reg > 0, "above 0 where mu_reg is 0")
         self._check("lambda_reg", self.lambda_reg > 0 or self.mom2_adjustment, "above 0 where mom2_adjustment is false")
@@ -200,6 +213,16 @@ _OBJECTIVE = (
     "seed",
     "forgetting_factor",
     "forgetting_memory",
+)
+
+_COUNTS = (
+    "v_num_grad_steps",
+    "mom2_n_samples",
+    "batch_size",
+    "batch_tokens",
+    "max_length",
+    "checkpoint_every",
+    "template_period",
 )
 
 _CHOICES = {

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RequestError
 from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
 from easyedit_rls.model.layout import Layout
+from easyedit_rls.model.prefix import fork, share_beginnings
 from easyedit_rls.model.subject import Row, tokenize_fact
 from easyedit_rls.requests import EditRequest
 
@@ -110,6 +111,7 @@ class _Part:
     Attributes:
         rows: their numbers.
         batch: their tokens.
+        beginnings: for each row, the shared beginning that comes before it; None if there are none.
         level: layers whose output is known for good.
         forms: what these layers return beside the hidden states.
         hidden: output of the last of them, (rows, length, d); None at level 0.
@@ -117,35 +119,64 @@ class _Part:
 
     rows: list[int]
     batch: Batch
+    beginnings: Tensor | None = None
     level: int = 0
     forms: list[Any] = field(default_factory=list)
     hidden: Tensor | None = None
 
 
 class _Stage:
-    """Rows of tokens on their way up through the layers."""
+    """Rows of tokens on their way up through the layers. What several rows begin with runs once, into a cache."""
 
     def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int) -> None:
         self._model, self._layers, self._n_rows = model, layout.lower_layers, len(rows)
-        groups = list(chunks([len(row) for row in rows], batch_tokens))
-        self._parts = [_Part(group, pad([rows[i] for i in group], "left", device_of(model))) for group in groups]
+        device = device_of(model)
+        self._shared = share_beginnings([row[:-1] for row in rows], device)
+        rests = rows if self._shared is None else [row[n:] for row, n in zip(rows, self._shared.lengths)]
+        self._parts = []
+        for group in chunks([len(rest) for rest in rests], batch_tokens):
+            mask, numbers = (None, None) if self._shared is None else (self._shared.mask[group], self._shared.numbers[group])
+            self._parts.append(_Part(group, pad([rests[i] for i in group], "left", device, mask), numbers))
+        if self._shared is not None:
+            self._beginnings = _Part([], self._shared.texts)
+            self._cache = DynamicCache(config=model.config)
+            with torch.no_grad():  # through all layers, since a model may ask any of them for the length
+                run(model, self._shared.texts, cache=self._cache, use_cache=True)
 
     def last_states(self, module: nn.Module, is_input: bool, level: int) -> Tensor:
         """Input or output of a module at each row's last token, (rows, width), float32; keeps the states below `level`."""
-        found: list[Tensor | None] = [None] * self._n_rows
         wanted = {"inputs" if is_input else "outputs": {"state": module}}
+        if self._shared is not None:
+            cache = DynamicCache(config=self._model.config)
+            below = self._beginnings.level
+            self._run(self._beginnings, wanted, level, cache)
+            self._cache.layers[below:] = [
+                new if new.is_initialized else old for new, old in zip(cache.layers[below:], self._cache.layers[below:])
+            ]
+        found: list[Tensor | None] = [None] * self._n_rows
         for part in self._parts:
-            below, between = self._layers[: part.level], self._layers[part.level : level]
-            with (
-                torch.no_grad(),
-                skip_layers(below, part.forms, part.hidden),
-                record_outputs(between) as outputs,
-                tap(**wanted, stop=True) as seen,  # type: ignore[arg-type]
-            ):
-                run(self._model, part.batch)
-            for i, state in zip(part.rows, seen["state"][:, -1].float()):
+            for i, state in zip(part.rows, self._run(part, wanted, level, self._cache_of(part))[:, -1].float()):
                 found[i] = state
-            if between:
-                part.level, part.hidden = level, hidden_of(outputs[-1])
-                part.forms = part.forms + [form_of(output) for output in outputs]
         return torch.stack(found)  # type: ignore[arg-type]
+
+    def _run(self, part: _Part, wanted: dict[str, Any], level: int, cache: DynamicCache | None) -> Tensor:
+        """What the wanted module sees, (rows, length, width); the part goes up to `level`."""
+        below, between = self._layers[: part.level], self._layers[part.level : level]
+        with (
+            torch.no_grad(),
+            skip_layers(below, part.forms, part.hidden),
+            record_outputs(between) as outputs,
+            tap(**wanted, stop=True) as seen,
+        ):
+            run(self._model, part.batch, cache=cache, use_cache=cache is not None)
+        if between:
+            part.level, part.hidden = level, hidden_of(outputs[-1])
+            part.forms = part.forms + [form_of(output) for output in outputs]
+        return seen["state"]
+
+    def _cache_of(self, part: _Part) -> DynamicCache | None:
+        if part.beginnings is None:
+            return None
+        cache = fork(self._cache)
+        cache.batch_select_indices(part.beginnings)
+        return cache

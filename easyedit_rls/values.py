@@ -11,16 +11,16 @@ Tokens before the subject's last one never see δ (attention is causal), so they
 cache; each step runs only the tokens from there on.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.hparams import RLSEditHyperParams
@@ -28,10 +28,9 @@ from easyedit_rls.keys import Fact
 from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
 from easyedit_rls.model.layout import Layout
+from easyedit_rls.model.prefix import Heads, fork
 
 _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
-_PADDING = 1.3  # tails that run together differ in length by this factor at most
-_LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
 _NO_TOKEN = -1  # stands where an output has no target: the essence prompt's
 
 
@@ -91,18 +90,18 @@ class _Row:
 
     Attributes:
         fact: number of its fact.
+        slot: its number among the fact's rows; the essence prompt is the last.
         head: tokens before the subject's last one.
         tail: tokens from there on, as far as an output is wanted.
-        is_bare: whether it is the prompt without a text in front.
         first: position in the tail of the first output that is wanted.
         target: tokens that those outputs shall predict; none for the essence prompt, whose distribution shall stay.
         weight: of each target token in its fact's loss.
     """
 
     fact: int
+    slot: int
     head: tuple[int, ...]
     tail: tuple[int, ...]
-    is_bare: bool
     first: int
     target: tuple[int, ...]
     weight: float
@@ -111,22 +110,12 @@ class _Row:
 def _rows(facts: Sequence[Fact]) -> list[_Row]:
     rows = []
     for f, fact in enumerate(facts):
-        for r, row in enumerate(fact.rows):
+        for slot, row in enumerate(fact.rows):
             cut, weight = row.subject_last, 1.0 / (len(fact.rows) * len(row.target))
-            rows.append(_Row(f, row.ids[:cut], row.ids[cut:-1], r == 0, row.target_start - 1 - cut, row.target, weight))
+            rows.append(_Row(f, slot, row.ids[:cut], row.ids[cut:-1], row.target_start - 1 - cut, row.target, weight))
         cut = fact.essence.subject_last
-        rows.append(_Row(f, fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], False, 0, (), 0.0))
+        rows.append(_Row(f, len(fact.rows), fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], 0, (), 0.0))
     return rows
-
-
-def _pack(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Groups of rows with tails of like length, so that little is spent on padding; no group but the last is small."""
-    groups: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: len(row.tail)):
-        if not groups or (len(groups[-1]) >= _LEAST_ROWS and len(row.tail) > _PADDING * len(groups[-1][0].tail)):
-            groups.append([])
-        groups[-1].append(row)
-    return groups
 
 
 class _Group:
@@ -135,26 +124,25 @@ class _Group:
     Heads run once through all layers. Tails run once up to the value layer; each step starts from there.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[_Row]) -> None:
+    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[_Row], heads: Heads) -> None:
         device = device_of(model)
-        self.cache, head_mask = _run_heads(model, layout, [row.head for row in rows], device)
+        self.cache, head_mask = heads.of([row.head for row in rows])
         self.tails = pad([row.tail for row in rows], "right", device, after=head_mask)
         with record_outputs(layout.lower_layers) as below:
             self._run(model, layout.value_layer)
         self.states, self.forms = hidden_of(below[-1]), [form_of(output) for output in below]
-        self.fact = torch.tensor([row.fact for row in rows], device=device)
-        self.is_bare = torch.tensor([row.is_bare for row in rows], device=device)
+        self.fact, self.slot = (torch.tensor([getattr(row, name) for row in rows], device=device) for name in ("fact", "slot"))
         wanted = [(r, row.first + j, token, row.weight) for r, row in enumerate(rows) for j, token in enumerate(row.target or (_NO_TOKEN,))]
         self.row, self.position, self.token, self.weight = (torch.tensor(column, device=device) for column in zip(*wanted))
 
     def forward(self, model: PreTrainedModel, layout: Layout, delta: Tensor) -> Tensor:
-        """Outputs of the loss layer where they are wanted, (wanted, d), with δ (facts, d) added at each row's first token."""
-        changed = self.states[:, :1] + delta[self.fact][:, None].to(self.states.dtype)
+        """Outputs of the loss layer where they are wanted, (wanted, d), with δ (rows, d) added at each row's first token."""
+        changed = self.states[:, :1] + delta[:, None].to(self.states.dtype)
         with skip_layers(layout.lower_layers, self.forms, torch.cat([changed, self.states[:, 1:]], dim=1)):
             return self._run(model, layout.loss_layer)[self.row, self.position]
 
-    def keep(self, stay: Tensor, number: Tensor) -> bool:
-        """Drop the rows of facts that are done, and number the others anew; returns whether any row is left."""
+    def keep(self, stay: Tensor) -> bool:
+        """Drop the rows of facts that are done; returns whether any row is left."""
         stays = stay[self.fact]
         rows = stays.nonzero().flatten()
         wanted = stays[self.row]
@@ -163,116 +151,126 @@ class _Group:
         self.tails = Batch(self.tails.ids[rows], self.tails.mask[rows], self.tails.positions[rows])
         self.row = (stays.cumsum(0) - 1)[self.row[wanted]]
         self.position, self.token, self.weight = self.position[wanted], self.token[wanted], self.weight[wanted]
-        self.states, self.fact = self.states[rows], number[self.fact[rows]]
+        self.states, self.fact, self.slot = self.states[rows], self.fact[rows], self.slot[rows]
         return bool(len(rows))
 
     def _run(self, model: PreTrainedModel, until: nn.Module) -> Tensor:
         with tap(outputs={"end": until}, stop=True) as seen:
-            run(model, self.tails, cache=_fork(self.cache), use_cache=self.cache is not None)
+            cache = None if self.cache is None else fork(self.cache)
+            run(model, self.tails, cache=cache, use_cache=cache is not None)
         return seen["end"]
-
-
-def _run_heads(
-    model: PreTrainedModel, layout: Layout, heads: Sequence[Sequence[int]], device: torch.device
-) -> tuple[DynamicCache | None, Tensor | None]:
-    """Run the tokens before the subject's last one into a cache; (None, None) if there are none."""
-    if max(len(head) for head in heads) == 0:
-        return None, None
-    batch = pad(heads, "left", device)
-    cache = DynamicCache(config=model.config)
-    with tap(outputs={"end": layout.loss_layer}, stop=True):
-        run(model, batch, cache=cache, use_cache=True)
-    return cache, batch.mask
 
 
 class _Optimisation:
     """One group of facts on their way to their values.
 
-    `active` holds the indices of the facts not yet done; every other tensor with a row a fact has all of them, except those
-    that `_loss` returns.
+    The loss of a fact is a sum over its rows. With `template_period` n, a step runs every n-th row anew and takes the gradients of the
+    others as they were last seen (stochastic average gradient, Schmidt, Le Roux & Bach 2017, arXiv 1309.2388); the first step and the
+    last run all rows.
     """
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
         self.model, self.layout, self.hparams = model, layout, hparams
-        self.groups = [_Group(model, layout, rows) for rows in _pack(_rows(facts))]
-        self.h = _bare_states(self.groups, len(facts))
-        device = self.h.device
-        self.active = torch.arange(len(facts), device=device)
-        self.delta = torch.zeros_like(self.h, requires_grad=True)
-        self.essence = torch.empty(0)
-        self.final = torch.zeros_like(self.delta)
-        self.final_loss, self.final_nll = (torch.zeros(len(facts), device=device) for _ in range(2))
-        self.final_step = torch.zeros(len(facts), dtype=torch.long, device=device)
+        rows, essence = _rows(facts), len(facts[0].rows)
+        self.n_phases = min(hparams.template_period, essence)
+        phases = [[row for row in rows if row.slot == essence or row.slot % self.n_phases == p] for p in range(self.n_phases)]
+        heads = Heads(model, layout.loss_layer, {row.head for row in rows}, hparams.batch_tokens)
+        self.phases = [
+            [
+                _Group(model, layout, [phase[i] for i in group], heads)
+                for group in chunks([len(row.tail) for row in phase], hparams.batch_tokens)
+            ]
+            for phase in phases
+        ]
+        self.h = _bare_states(self.phases[0], len(facts))
+        self.delta = torch.zeros_like(self.h)
+        self.is_active = torch.ones(len(facts), dtype=torch.bool, device=self.h.device)
+        # what was last seen of each row: its share of the loss, that share's gradient by δ, whether a target token falls short
+        self.losses = self.h.new_zeros(len(facts), essence + 1)
+        self.gradients = self.h.new_zeros(len(facts), essence + 1, self.h.shape[1])
+        self.falls_short = torch.zeros_like(self.losses, dtype=torch.bool)
+        self.essence: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
 
     def run(self, progress: "tqdm[Any] | None") -> Values:
-        hp = self.hparams
+        hp, n_facts = self.hparams, len(self.h)
+        final = torch.zeros_like(self.h)
+        final_loss, final_nll = self.h.new_zeros(2, n_facts)
+        steps = torch.zeros(n_facts, dtype=torch.long, device=self.h.device)
         adam = torch.optim.Adam([self.delta], lr=hp.v_lr)
         for step in range(hp.v_num_grad_steps):
-            adam.zero_grad()
-            with torch.enable_grad():
-                loss, nll, is_probable = self._loss(is_first=step == 0)
-            done = self._is_done(loss, is_probable, is_last=step == hp.v_num_grad_steps - 1)
-            self._finish(done, loss, nll, step)
+            is_last = step == hp.v_num_grad_steps - 1
+            due = self.phases if step == 0 or is_last else [self.phases[step % self.n_phases]]
+            seen = [self._look(groups, wants_gradient=not is_last) for groups in due if groups]
+            loss, nll = self._loss(), self.losses[:, :-1].sum(1)
+            done = self.is_active & self._is_done(loss, is_last)
+            final[done], final_loss[done], final_nll[done], steps[done] = self.delta[done], loss[done], nll[done], step
             if progress is not None:
                 progress.update(int(done.sum()))
-            if bool(done.all()):
+            self.is_active &= ~done
+            if not bool(self.is_active.any()):
                 break
-            torch.autograd.backward(loss, (~done).to(loss))
+            for row_losses, offsets, fact, slot in seen:
+                (self.gradients[fact, slot],) = torch.autograd.grad(row_losses, offsets, torch.ones_like(row_losses))
+            self.delta.grad = self.gradients.sum(1) + self._decay_gradient()
             adam.step()
             self._clamp()
             if bool(done.any()):
-                number = (~done).cumsum(0) - 1
-                self.groups = [group for group in self.groups if group.keep(~done, number)]
-                self.active, self.essence = self.active[~done], self.essence[~done]
-        return Values(z=self.h + self.final, h=self.h, loss=self.final_loss, nll=self.final_nll, steps=self.final_step)
+                self.phases = [[group for group in groups if group.keep(self.is_active)] for groups in self.phases]
+        return Values(z=self.h + final, h=self.h, loss=final_loss, nll=final_nll, steps=steps)
 
-    def _loss(self, is_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss and NLL of the active facts, and whether their target is the most probable text in every template."""
-        hp, n = self.hparams, len(self.active)
-        delta = self.delta[self.active]
-        states = torch.cat([group.forward(self.model, self.layout, delta) for group in self.groups])
-        token, weight = (torch.cat([getattr(group, name) for group in self.groups]) for name in ("token", "weight"))
-        fact = torch.cat([group.fact[group.row] for group in self.groups])
-        log_probs = F.log_softmax(self.layout.logits(states), dim=1)
-        is_target = token != _NO_TOKEN
-        essence = log_probs[~is_target][fact[~is_target].argsort()]
-        if is_first:
-            self.essence = essence.detach()
-
-        log_probs, token, weight, fact = log_probs[is_target], token[is_target], weight[is_target], fact[is_target]
-        token_log_probs = log_probs.gather(1, token[:, None]).squeeze(1)
-        nll = torch.zeros(n, device=delta.device).index_add(0, fact, -token_log_probs * weight)
-        kl = F.kl_div(self.essence, essence, log_target=True, reduction="none").sum(1)
-        decay = delta.norm(dim=1) / self.h[self.active].norm(dim=1) ** 2
-        loss = nll + hp.kl_factor * kl + hp.v_weight_decay * decay
-
+    def _look(self, groups: Sequence[_Group], wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run rows and note down what they say; returns each row's share of the loss, the copy of δ it depends on, fact and slot."""
+        fact, slot = (torch.cat([getattr(group, name) for group in groups]) for name in ("fact", "slot"))
+        offsets = self.delta[fact].requires_grad_(wants_gradient)
+        with torch.set_grad_enabled(wants_gradient):
+            parts = torch.split(offsets, [len(group.fact) for group in groups])
+            states = torch.cat([group.forward(self.model, self.layout, part) for group, part in zip(groups, parts)])
+            log_probs = F.log_softmax(self.layout.logits(states), dim=1)
+            token, weight = (torch.cat([getattr(group, name) for group in groups]) for name in ("token", "weight"))
+            first_rows = accumulate((len(group.fact) for group in groups[:-1]), initial=0)
+            row = torch.cat([group.row + first for group, first in zip(groups, first_rows)])
+            is_target = token != _NO_TOKEN
+            kl = self._essence_divergence(log_probs[~is_target], fact[row[~is_target]])
+            log_probs, token = log_probs[is_target], token[is_target]
+            token_log_probs = log_probs.gather(1, token[:, None]).squeeze(1)
+            row_losses = torch.zeros(len(fact), device=fact.device)
+            row_losses = row_losses.index_add(0, row[is_target], -token_log_probs * weight[is_target])
+            row_losses = row_losses.index_add(0, row[~is_target], self.hparams.kl_factor * kl)
         with torch.no_grad():
             others = log_probs.scatter(1, token[:, None], -torch.inf).amax(1)
-            falls_short = (token_log_probs - others <= hp.early_stopping_margin).float()
-            is_probable = torch.zeros(n, device=delta.device).index_add(0, fact, falls_short) == 0
-        return loss, nll, is_probable
+            lacks = (token_log_probs - others <= self.hparams.early_stopping_margin).float()
+            self.falls_short[fact, slot] = torch.zeros(len(fact), device=fact.device).index_add(0, row[is_target], lacks) > 0
+            self.losses[fact, slot] = row_losses.detach()
+        return row_losses, offsets, fact, slot
 
-    def _is_done(self, loss: Tensor, is_probable: Tensor, is_last: bool) -> Tensor:
+    def _essence_divergence(self, log_probs: Tensor, fact: Tensor) -> Tensor:
+        """KL(p_δ ‖ p_0) after "{subject} is a", a number for each row; the first call notes p_0 down."""
+        if self.essence is None:
+            self.essence = log_probs.new_empty(len(self.h), log_probs.shape[1])
+            self.essence[fact] = log_probs.detach()
+        return F.kl_div(self.essence[fact], log_probs, log_target=True, reduction="none").sum(1)
+
+    def _loss(self) -> Tensor:
+        decay: Tensor = self.delta.norm(dim=1) / self.h.norm(dim=1) ** 2
+        return self.losses.sum(1) + self.hparams.v_weight_decay * decay
+
+    def _decay_gradient(self) -> Tensor:
+        lengths: Tensor = self.delta.norm(dim=1).clamp(min=1e-12) * self.h.norm(dim=1) ** 2
+        return self.hparams.v_weight_decay * self.delta / lengths[:, None]
+
+    def _is_done(self, loss: Tensor, is_last: bool) -> Tensor:
         if is_last:
-            return torch.ones_like(is_probable)
+            return torch.ones_like(self.is_active)
         if self.hparams.early_stopping == "argmax":
-            return is_probable
+            return ~self.falls_short.any(1)
         if self.hparams.early_stopping == "loss":
-            return loss.detach() < _LOSS_GOAL
-        return torch.zeros_like(is_probable)
-
-    def _finish(self, done: Tensor, loss: Tensor, nll: Tensor, step: int) -> None:
-        """Note down what the facts that are done have reached."""
-        out = self.active[done]
-        self.final[out] = self.delta.detach()[out]
-        self.final_loss[out], self.final_nll[out] = loss.detach()[done], nll.detach()[done]
-        self.final_step[out] = step
+            return loss < _LOSS_GOAL
+        return torch.zeros_like(self.is_active)
 
     def _clamp(self) -> None:
         """Back into the ball of radius clamp_norm_factor · ‖h‖."""
-        with torch.no_grad():
-            radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
-            self.delta.mul_((radius / self.delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
+        radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
+        self.delta.mul_((radius / self.delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
 
 
 def _bare_states(groups: Sequence[_Group], n_facts: int) -> Tensor:
@@ -280,14 +278,6 @@ def _bare_states(groups: Sequence[_Group], n_facts: int) -> Tensor:
     states = groups[0].states
     h = torch.zeros(n_facts, states.shape[-1], device=states.device)
     for group in groups:
-        h[group.fact[group.is_bare]] = group.states[group.is_bare, 0].float()
+        is_bare = group.slot == 0
+        h[group.fact[is_bare]] = group.states[is_bare, 0].float()
     return h
-
-
-def _fork(cache: DynamicCache | None) -> DynamicCache | None:
-    """A cache that starts with the same tensors and grows on its own (growing makes new tensors, so nothing is copied)."""
-    if cache is None:
-        return None
-    forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
-    return forked

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_PADDING = 1.3  # rows that run together differ in length by this factor at most
+_LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -57,13 +60,15 @@ def run(model: nn.Module, batch: Batch, cache: Any = None, use_cache: bool = Fal
 
 
 def chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut indices into groups of similar length, so that no padded group holds more than `max_tokens` tokens.
+    """Cut indices into groups of similar length, so that little is spent on padding and no padded group holds more than `max_tokens`.
 
-    A row longer than `max_tokens` makes a group of its own.
+    A row longer than `max_tokens` makes a group of its own. No other group but the last is smaller than eight rows.
     """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if group and (len(group) + 1) * lengths[i] > max_tokens:
+        is_full = (len(group) + 1) * lengths[i] > max_tokens
+        is_unlike = len(group) >= _LEAST_ROWS and lengths[i] > _PADDING * lengths[group[0]]
+        if group and (is_full or is_unlike):
             yield group
             group = []
         group.append(i)
