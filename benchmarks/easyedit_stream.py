@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import logging
-import platform
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import transformers
+from common import versions
 from omegaconf import OmegaConf
 
 import easyedit_rls
@@ -88,7 +87,7 @@ def run_stream(easyeditor: Any, hparams: Any, records: list[dict[str, Any]]) -> 
         "seconds_per_edit": edit_s / len(metrics),
         "seconds_with_evaluation": total_s,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         "settings": hparams.to_dict(),
     }
 

@@ -11,7 +11,6 @@ every batch and with one at the end alone.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import machine, spread, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import easyedit_rls
 from easyedit_rls import RLSEditHyperParams, RLSEditor
 from easyedit_rls.history import Edit, Entry
 from easyedit_rls.ledger import Ledger
@@ -61,10 +60,6 @@ def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
 
 
 def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dict[str, object]:
@@ -166,13 +161,7 @@ def main() -> None:
     for widths, n_layers in zip(args.widths, args.layers, strict=True):
         d_k, d_v = map(int, widths.split("x"))
         results.append(measure(d_k, d_v, n_layers, args.batch, args.batches))
-    machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    print(
-        json.dumps(
-            {"results": results, "machine": machine, "versions": {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__}},
-            indent=1,
-        )
-    )
+    print(json.dumps({"results": results, "machine": machine(), "versions": versions()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ before (CounterFact's comparison), is the most probable next token the same, and
 import argparse
 import copy
 import json
-import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from common import machine, versions
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import easyedit_rls
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
 
 
@@ -114,8 +112,8 @@ def main() -> None:
         "seconds": {"retract": retract_s, "resume": resume_s, "an_edit": work_s / len(records)},
         "ledger_share_of_editing": ledger_s / (work_s + ledger_s),
         "settings": hparams.to_dict(),
-        "versions": {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "versions": versions(),
+        "machine": machine(),
     }
     print(json.dumps(result, indent=1))
 

@@ -7,17 +7,15 @@
 
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from common import machine, versions
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import easyedit_rls
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
 
 
@@ -72,8 +70,8 @@ def main() -> None:
         "deviation": {layer.layer: layer.deviation for layer in reports[-1].layers},
         "drift": {layer.layer: layer.drift for layer in reports[-1].layers},
         "settings": hparams.to_dict(),
-        "versions": {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()},
+        "versions": versions(),
+        "machine": machine(),
     }
     print(json.dumps(result, indent=1))
 

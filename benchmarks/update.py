@@ -13,7 +13,6 @@ matrix product; both rates are measured here.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import threading
@@ -22,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import machine, spread, versions
 
-import easyedit_rls
 from easyedit_rls.recursion import RecursiveLeastSquares
 
 
@@ -35,10 +34,6 @@ def timed(work: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
 
 
 def extra_bytes(work: Callable[[], object], device: str) -> int | None:
@@ -170,8 +165,8 @@ def main() -> None:
         "against_alphaedit": against_alphaedit(args.d_k, args.d_v, args.u, args.repeats, args.peer_repeats, args.device),
         "long_run": long_run(args.long_d_k, 256, args.u, 1000, args.device),
         "peer": "AlphaEdit's two lines, written out",
-        "versions": {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": args.device},
+        "versions": versions(),
+        "machine": {**machine(), "device": args.device},
     }
     print(json.dumps(result, indent=1))
 

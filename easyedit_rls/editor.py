@@ -148,6 +148,16 @@ class RLSEditor:
         self.state.history.check([edit_id])
         return self._edit(parsed, sorted({edit_id, *self._superseded(parsed, besides=edit_id)}))
 
+    def prepare(self) -> None:
+        """Do now what the first edit would do: sample the context templates, and take the moments of the anchor term from cache or text.
+
+        Raises:
+            AnchorError: the moments can't be had.
+            NumericalError: a weight of the model is not finite, or a prior is not positive definite.
+        """
+        with undisturbed(self.model):
+            self._prepare()
+
     def rollback(self) -> None:
         """Take the last change back: weights and state are bit for bit those before it.
 
@@ -274,7 +284,9 @@ class RLSEditor:
         for name, parameter in self.model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
-        templates = sample_templates(self.model, self.tok, hp.seed) if hp.context_templates is None else list(hp.context_templates)
+        templates = (
+            sample_templates(self.model, self.tok, hp.n_templates, hp.seed) if hp.context_templates is None else list(hp.context_templates)
+        )
         priors = make_priors(self.model, self.tok, hp, weights, self._anchors, self._show_progress)
         self.state.begin({layer: prior.solution for layer, prior in priors.items()}, weights, templates)
         if self.state.ledger is not None:

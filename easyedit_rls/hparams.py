@@ -74,11 +74,12 @@ class RLSEditHyperParams:
         "argmax",
     )
     early_stopping_margin: float = _setting("For 'argmax': by how many nats each target token must lead the runner-up.", 0.0)
-    template_period: int = _setting(
-        "Steps after which a template's gradient is computed anew: 1 runs all templates at every step, as MEMIT does; n runs every "
-        "n-th and takes the others' gradients as they were last seen, at about 1/n of the time.",
-        1,
+    values: str = _setting(
+        "How values are found: 'adam' (optimised, as in MEMIT), or 'gradient' (one forward and backward pass a fact, as in UltraEdit: "
+        "several times faster still, and weaker).",
+        "adam",
     )
+    gradient_step: float = _setting("For values: gradient, the length of the step, as a multiple of ‖h‖.", 0.7)
     forgetting_factor: Any = _setting(
         "γ in (0, 1]: by how much each batch fades the edits before it; 'adaptive' fades more after surprising batches "
         "(Fortescue et al. 1981). Anything but 1 costs O(d_k³) a batch.",
@@ -93,9 +94,10 @@ class RLSEditHyperParams:
     state_dir: str | None = _setting("Folder of the ledger, which keeps every edit on disk; None keeps them in memory.", None)
     checkpoint_every: int = _setting("Batches after which the ledger stores the whole state again.", 20)
     context_templates: list[str] | None = _setting(
-        "Texts put before each prompt; None samples 5 short ones from the model, [] uses the bare prompt only.",
+        "Texts put before each prompt; None samples short ones from the model, [] uses the bare prompt only.",
         None,
     )
+    n_templates: int = _setting("How many texts to sample for that; the time an edit takes grows with them.", 5)
     seed: int = _setting("Seed of everything sampled: templates and self-generated text.", 0)
     batch_tokens: int = _setting("Tokens in one forward pass, at most: bounds memory.", 8192)
 
@@ -105,7 +107,7 @@ class RLSEditHyperParams:
         self._check("layers", list(self.layers) == sorted(set(self.layers)), "strictly ascending layer numbers")
         self._check("layers", all(layer >= 0 for layer in self.layers), "numbers from 0")
         self._check("v_loss_layer", self.v_loss_layer >= self.layers[-1], f"the last edited layer ({self.layers[-1]}) or above")
-        for name in ("clamp_norm_factor", "v_lr"):
+        for name in ("clamp_norm_factor", "v_lr", "gradient_step"):
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("v_weight_decay", "kl_factor", "mom2_update_weight", "lambda_reg", "mu_reg", "early_stopping_margin"):
             self._check(name, getattr(self, name) >= 0, "0 or above")
@@ -116,7 +118,7 @@ class RLSEditHyperParams:
             "batch_tokens",
             "max_length",
             "checkpoint_every",
-            "template_period",
+            "n_templates",
         ):
             self._check(name, getattr(self, name) >= 1, "1 or above")
         self._check("lambda_reg", self.lambda_reg > 0 or self.mu_reg > 0, "above 0 where mu_reg is 0")
@@ -210,19 +212,10 @@ _OBJECTIVE = (
     "mom2_dtype",
     "stats_dir",
     "context_templates",
+    "n_templates",
     "seed",
     "forgetting_factor",
     "forgetting_memory",
-)
-
-_COUNTS = (
-    "v_num_grad_steps",
-    "mom2_n_samples",
-    "batch_size",
-    "batch_tokens",
-    "max_length",
-    "checkpoint_every",
-    "template_period",
 )
 
 _CHOICES = {
@@ -230,6 +223,7 @@ _CHOICES = {
     "fact_token": ("subject_last",),
     "mom2_dtype": ("float32", "float64"),
     "targets": ("residual", "published"),
+    "values": ("adam", "gradient"),
     "early_stopping": ("argmax", "loss", "off"),
     "on_conflict": ("supersede", "keep", "error"),
 }

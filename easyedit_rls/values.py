@@ -13,7 +13,6 @@ cache; each step runs only the tokens from there on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class Values:
     Attributes:
         z: target hidden states, (facts, d).
         h: hidden states before the edit, (facts, d).
-        loss: the whole loss at the δ taken, (facts,), nats.
+        loss: the whole loss at the δ taken, (facts,), nats; with `values: gradient`, before the step.
         nll: its first term, (facts,), nats.
         steps: Adam steps taken, (facts,), int64.
     """
@@ -71,7 +70,8 @@ def optimise_values(
     lengths = [max(len(row.ids) for row in fact.rows) * (len(fact.rows) + 1) for fact in facts]
     parts: dict[int, list[Tensor]] = {}
     for group in chunks(lengths, hparams.batch_tokens):
-        values = _Optimisation(model, layout, [facts[i] for i in group], hparams).run(progress)
+        optimisation = _Optimisation(model, layout, [facts[i] for i in group], hparams)
+        values = optimisation.run(progress) if hparams.values == "adam" else optimisation.step_once(progress)
         for j, i in enumerate(group):
             parts[i] = [values.z[j], values.h[j], values.loss[j], values.nll[j], values.steps[j]]
     merged = Values(*(torch.stack(column) for column in zip(*(parts[i] for i in range(len(facts))))))
@@ -90,7 +90,7 @@ class _Row:
 
     Attributes:
         fact: number of its fact.
-        slot: its number among the fact's rows; the essence prompt is the last.
+        is_bare: whether it is the prompt without a text in front.
         head: tokens before the subject's last one.
         tail: tokens from there on, as far as an output is wanted.
         first: position in the tail of the first output that is wanted.
@@ -99,9 +99,9 @@ class _Row:
     """
 
     fact: int
-    slot: int
     head: tuple[int, ...]
     tail: tuple[int, ...]
+    is_bare: bool
     first: int
     target: tuple[int, ...]
     weight: float
@@ -110,11 +110,11 @@ class _Row:
 def _rows(facts: Sequence[Fact]) -> list[_Row]:
     rows = []
     for f, fact in enumerate(facts):
-        for slot, row in enumerate(fact.rows):
+        for r, row in enumerate(fact.rows):
             cut, weight = row.subject_last, 1.0 / (len(fact.rows) * len(row.target))
-            rows.append(_Row(f, slot, row.ids[:cut], row.ids[cut:-1], row.target_start - 1 - cut, row.target, weight))
+            rows.append(_Row(f, row.ids[:cut], row.ids[cut:-1], r == 0, row.target_start - 1 - cut, row.target, weight))
         cut = fact.essence.subject_last
-        rows.append(_Row(f, len(fact.rows), fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], 0, (), 0.0))
+        rows.append(_Row(f, fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], False, 0, (), 0.0))
     return rows
 
 
@@ -131,7 +131,7 @@ class _Group:
         with record_outputs(layout.lower_layers) as below:
             self._run(model, layout.value_layer)
         self.states, self.forms = hidden_of(below[-1]), [form_of(output) for output in below]
-        self.fact, self.slot = (torch.tensor([getattr(row, name) for row in rows], device=device) for name in ("fact", "slot"))
+        self.fact, self.is_bare = (torch.tensor([getattr(row, name) for row in rows], device=device) for name in ("fact", "is_bare"))
         wanted = [(r, row.first + j, token, row.weight) for r, row in enumerate(rows) for j, token in enumerate(row.target or (_NO_TOKEN,))]
         self.row, self.position, self.token, self.weight = (torch.tensor(column, device=device) for column in zip(*wanted))
 
@@ -151,7 +151,7 @@ class _Group:
         self.tails = Batch(self.tails.ids[rows], self.tails.mask[rows], self.tails.positions[rows])
         self.row = (stays.cumsum(0) - 1)[self.row[wanted]]
         self.position, self.token, self.weight = self.position[wanted], self.token[wanted], self.weight[wanted]
-        self.states, self.fact, self.slot = self.states[rows], self.fact[rows], self.slot[rows]
+        self.states, self.fact = self.states[rows], self.fact[rows]
         return bool(len(rows))
 
     def _run(self, model: PreTrainedModel, until: nn.Module) -> Tensor:
@@ -162,36 +162,21 @@ class _Group:
 
 
 class _Optimisation:
-    """One group of facts on their way to their values.
-
-    The loss of a fact is a sum over its rows. With `template_period` n, a step runs every n-th row anew and takes the gradients of the
-    others as they were last seen (stochastic average gradient, Schmidt, Le Roux & Bach 2017, arXiv 1309.2388); the first step and the
-    last run all rows.
-    """
+    """One group of facts on their way to their values. Every tensor has a row a fact, also for those that are done."""
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
         self.model, self.layout, self.hparams = model, layout, hparams
-        rows, essence = _rows(facts), len(facts[0].rows)
-        self.n_phases = min(hparams.template_period, essence)
-        phases = [[row for row in rows if row.slot == essence or row.slot % self.n_phases == p] for p in range(self.n_phases)]
+        rows = _rows(facts)
         heads = Heads(model, layout.loss_layer, {row.head for row in rows}, hparams.batch_tokens)
-        self.phases = [
-            [
-                _Group(model, layout, [phase[i] for i in group], heads)
-                for group in chunks([len(row.tail) for row in phase], hparams.batch_tokens)
-            ]
-            for phase in phases
-        ]
-        self.h = _bare_states(self.phases[0], len(facts))
-        self.delta = torch.zeros_like(self.h)
+        packed = chunks([len(row.tail) for row in rows], hparams.batch_tokens)
+        self.groups = [_Group(model, layout, [rows[i] for i in group], heads) for group in packed]
+        self.h = _bare_states(self.groups, len(facts))
+        self.delta = torch.zeros_like(self.h, requires_grad=True)
         self.is_active = torch.ones(len(facts), dtype=torch.bool, device=self.h.device)
-        # what was last seen of each row: its share of the loss, that share's gradient by δ, whether a target token falls short
-        self.losses = self.h.new_zeros(len(facts), essence + 1)
-        self.gradients = self.h.new_zeros(len(facts), essence + 1, self.h.shape[1])
-        self.falls_short = torch.zeros_like(self.losses, dtype=torch.bool)
         self.essence: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
 
     def run(self, progress: "tqdm[Any] | None") -> Values:
+        """Adam, until each fact is done."""
         hp, n_facts = self.hparams, len(self.h)
         final = torch.zeros_like(self.h)
         final_loss, final_nll = self.h.new_zeros(2, n_facts)
@@ -199,49 +184,61 @@ class _Optimisation:
         adam = torch.optim.Adam([self.delta], lr=hp.v_lr)
         for step in range(hp.v_num_grad_steps):
             is_last = step == hp.v_num_grad_steps - 1
-            due = self.phases if step == 0 or is_last else [self.phases[step % self.n_phases]]
-            seen = [self._look(groups, wants_gradient=not is_last) for groups in due if groups]
-            loss, nll = self._loss(), self.losses[:, :-1].sum(1)
-            done = self.is_active & self._is_done(loss, is_last)
-            final[done], final_loss[done], final_nll[done], steps[done] = self.delta[done], loss[done], nll[done], step
+            with torch.set_grad_enabled(not is_last):
+                loss, nll, is_probable = self._loss()
+            done = self.is_active & self._is_done(loss, is_probable, is_last)
+            final[done], final_loss[done], final_nll[done], steps[done] = (
+                self.delta.detach()[done],
+                loss.detach()[done],
+                nll.detach()[done],
+                step,
+            )
             if progress is not None:
                 progress.update(int(done.sum()))
             self.is_active &= ~done
             if not bool(self.is_active.any()):
                 break
-            for row_losses, offsets, fact, slot in seen:
-                (self.gradients[fact, slot],) = torch.autograd.grad(row_losses, offsets, torch.ones_like(row_losses))
-            self.delta.grad = self.gradients.sum(1) + self._decay_gradient()
+            (self.delta.grad,) = torch.autograd.grad(loss, self.delta, self.is_active.to(loss))
             adam.step()
             self._clamp()
             if bool(done.any()):
-                self.phases = [[group for group in groups if group.keep(self.is_active)] for groups in self.phases]
+                self.groups = [group for group in self.groups if group.keep(self.is_active)]
         return Values(z=self.h + final, h=self.h, loss=final_loss, nll=final_nll, steps=steps)
 
-    def _look(self, groups: Sequence[_Group], wants_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run rows and note down what they say; returns each row's share of the loss, the copy of δ it depends on, fact and slot."""
-        fact, slot = (torch.cat([getattr(group, name) for group in groups]) for name in ("fact", "slot"))
-        offsets = self.delta[fact].requires_grad_(wants_gradient)
-        with torch.set_grad_enabled(wants_gradient):
-            parts = torch.split(offsets, [len(group.fact) for group in groups])
-            states = torch.cat([group.forward(self.model, self.layout, part) for group, part in zip(groups, parts)])
-            log_probs = F.log_softmax(self.layout.logits(states), dim=1)
-            token, weight = (torch.cat([getattr(group, name) for group in groups]) for name in ("token", "weight"))
-            first_rows = accumulate((len(group.fact) for group in groups[:-1]), initial=0)
-            row = torch.cat([group.row + first for group, first in zip(groups, first_rows)])
-            is_target = token != _NO_TOKEN
-            kl = self._essence_divergence(log_probs[~is_target], fact[row[~is_target]])
-            log_probs, token = log_probs[is_target], token[is_target]
-            token_log_probs = log_probs.gather(1, token[:, None]).squeeze(1)
-            row_losses = torch.zeros(len(fact), device=fact.device)
-            row_losses = row_losses.index_add(0, row[is_target], -token_log_probs * weight[is_target])
-            row_losses = row_losses.index_add(0, row[~is_target], self.hparams.kl_factor * kl)
+    def step_once(self, progress: "tqdm[Any] | None") -> Values:
+        """One step of a given length down the gradient at δ = 0, as UltraEdit (arXiv 2505.14679) takes its values from one backward pass.
+
+        The losses are those before the step, since nothing is run after it.
+        """
+        with torch.enable_grad():
+            loss, nll, _ = self._loss()
+        (gradient,) = torch.autograd.grad(loss, self.delta, torch.ones_like(loss))
+        length = self.hparams.gradient_step * self.h.norm(dim=1, keepdim=True)
+        if progress is not None:
+            progress.update(len(self.h))
+        steps = torch.ones(len(self.h), dtype=torch.long, device=self.h.device)
+        return Values(z=self.h - length * F.normalize(gradient, dim=1), h=self.h, loss=loss.detach(), nll=nll.detach(), steps=steps)
+
+    def _loss(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and NLL of each fact, and whether its target is the most probable text in every template; (facts,) each."""
+        hp, groups = self.hparams, self.groups
+        states = torch.cat([group.forward(self.model, self.layout, self.delta[group.fact]) for group in groups])
+        token, weight = (torch.cat([getattr(group, name) for group in groups]) for name in ("token", "weight"))
+        fact = torch.cat([group.fact[group.row] for group in groups])
+        log_probs = F.log_softmax(self.layout.logits(states), dim=1)
+        is_target = token != _NO_TOKEN
+        zeros = torch.zeros(len(self.h), device=self.h.device)
+        kl = zeros.index_add(0, fact[~is_target], self._essence_divergence(log_probs[~is_target], fact[~is_target]))
+
+        log_probs, token, weight, fact = log_probs[is_target], token[is_target], weight[is_target], fact[is_target]
+        token_log_probs = log_probs.gather(1, token[:, None]).squeeze(1)
+        nll = zeros.index_add(0, fact, -token_log_probs * weight)
+        decay = self.delta.norm(dim=1) / self.h.norm(dim=1) ** 2
         with torch.no_grad():
             others = log_probs.scatter(1, token[:, None], -torch.inf).amax(1)
-            lacks = (token_log_probs - others <= self.hparams.early_stopping_margin).float()
-            self.falls_short[fact, slot] = torch.zeros(len(fact), device=fact.device).index_add(0, row[is_target], lacks) > 0
-            self.losses[fact, slot] = row_losses.detach()
-        return row_losses, offsets, fact, slot
+            falls_short = (token_log_probs - others <= hp.early_stopping_margin).float()
+            is_probable = zeros.index_add(0, fact, falls_short) == 0
+        return nll + hp.kl_factor * kl + hp.v_weight_decay * decay, nll, is_probable
 
     def _essence_divergence(self, log_probs: Tensor, fact: Tensor) -> Tensor:
         """KL(p_δ ‖ p_0) after "{subject} is a", a number for each row; the first call notes p_0 down."""
@@ -250,27 +247,20 @@ class _Optimisation:
             self.essence[fact] = log_probs.detach()
         return F.kl_div(self.essence[fact], log_probs, log_target=True, reduction="none").sum(1)
 
-    def _loss(self) -> Tensor:
-        decay: Tensor = self.delta.norm(dim=1) / self.h.norm(dim=1) ** 2
-        return self.losses.sum(1) + self.hparams.v_weight_decay * decay
-
-    def _decay_gradient(self) -> Tensor:
-        lengths: Tensor = self.delta.norm(dim=1).clamp(min=1e-12) * self.h.norm(dim=1) ** 2
-        return self.hparams.v_weight_decay * self.delta / lengths[:, None]
-
-    def _is_done(self, loss: Tensor, is_last: bool) -> Tensor:
+    def _is_done(self, loss: Tensor, is_probable: Tensor, is_last: bool) -> Tensor:
         if is_last:
-            return torch.ones_like(self.is_active)
+            return torch.ones_like(is_probable)
         if self.hparams.early_stopping == "argmax":
-            return ~self.falls_short.any(1)
+            return is_probable
         if self.hparams.early_stopping == "loss":
-            return loss < _LOSS_GOAL
-        return torch.zeros_like(self.is_active)
+            return loss.detach() < _LOSS_GOAL
+        return torch.zeros_like(is_probable)
 
     def _clamp(self) -> None:
         """Back into the ball of radius clamp_norm_factor · ‖h‖."""
-        radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
-        self.delta.mul_((radius / self.delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
+        with torch.no_grad():
+            radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
+            self.delta.mul_((radius / self.delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
 
 
 def _bare_states(groups: Sequence[_Group], n_facts: int) -> Tensor:
@@ -278,6 +268,5 @@ def _bare_states(groups: Sequence[_Group], n_facts: int) -> Tensor:
     states = groups[0].states
     h = torch.zeros(n_facts, states.shape[-1], device=states.device)
     for group in groups:
-        is_bare = group.slot == 0
-        h[group.fact[is_bare]] = group.states[is_bare, 0].float()
+        h[group.fact[group.is_bare]] = group.states[group.is_bare, 0].float()
     return h

@@ -26,8 +26,8 @@ def plain_key(model, layout: Layout, fact: Fact, layer: int):
     return keys[0] if len(keys) == 1 else 0.5 * keys[0] + 0.5 * torch.stack(keys[1:]).mean(0)
 
 
-def plain_value(model, layout: Layout, fact: Fact, hp, start=None):
-    """Value of one fact as MEMIT's compute_z states it, with δ from `start` on; returns z, loss, nll, steps."""
+def plain_value(model, layout: Layout, fact: Fact, hp):
+    """Value of one fact as MEMIT's compute_z states it; returns z, loss, nll, steps."""
 
     def logits(row, delta):
         def add(module, args, out):
@@ -44,7 +44,7 @@ def plain_value(model, layout: Layout, fact: Fact, hp, start=None):
         parameter.requires_grad_(False)
     bare = fact.rows[0]
     h = hidden_at(model, layout.value_layer, bare.ids, bare.subject_last)
-    delta = (torch.zeros_like(h) if start is None else start.clone()).requires_grad_(True)
+    delta = torch.zeros_like(h, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=hp.v_lr)
     with torch.no_grad():
         essence_0 = F.log_softmax(logits(fact.essence, torch.zeros_like(h))[fact.essence.subject_last], dim=0)

@@ -1,5 +1,7 @@
 """Text sampled from the model itself, leaving the caller's random state as it was."""
 
+from itertools import cycle
+
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,16 +13,17 @@ _TEMPLATE_TOKENS = 10
 _ROWS_AT_ONCE = 64
 
 
-def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, seed: int) -> list[str]:
-    """Five short texts to put before a prompt, as MEMIT has them: an opening word, ten sampled tokens, a full stop.
+def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
+    """Short texts to put before a prompt, as MEMIT has them: an opening word, ten sampled tokens, a full stop.
 
     Args:
         model: any decoder with `generate`.
         tok: its tokenizer.
+        n: how many; MEMIT takes five.
         seed: same seed, same texts.
     """
     texts = []
-    for i, opening in enumerate(_OPENINGS):
+    for i, opening in zip(range(n), cycle(_OPENINGS)):
         row = tok(opening)["input_ids"]
         (ids,) = _sample(model, tok, torch.tensor([row]), _TEMPLATE_TOKENS, seed + i, top_k=5)
         text = " ".join(tok.decode(ids, skip_special_tokens=True).split())

@@ -64,23 +64,21 @@ def test_batched_values_equal_the_plain_path(model, located, settings, early_sto
         assert set(values.steps.tolist()) == {hp.v_num_grad_steps - 1}
 
 
-def test_gradients_from_earlier_steps_lead_to_like_values(model, located, settings):
+def test_one_step_goes_down_the_plain_gradient(model, located, settings):
     layout, facts = located
-    losses = {}
-    for period in (1, 2, 100):  # 100: one template a step, three in all
-        with undisturbed(model):
-            hp = settings(early_stopping="off", template_period=period, v_num_grad_steps=12)
-            values = optimise_values(model, layout, facts, hp)
-        plain = [
-            plain_value(model, layout, fact, settings(early_stopping="off", v_num_grad_steps=1), start)
-            for fact, start in zip(facts, values.z - values.h)
-        ]
-        for i, (_, loss, nll, _) in enumerate(plain):  # what is reported is the loss at the value taken, not an old one
-            assert float(values.loss[i]) == pytest.approx(loss, rel=VALUES)
-            assert float(values.nll[i]) == pytest.approx(nll, rel=VALUES, abs=1e-4)
-        losses[period] = values.loss
-    assert not torch.equal(losses[1], losses[2])  # it does something
-    torch.testing.assert_close(losses[2], losses[1], rtol=0.15, atol=0.02)
+    hp = settings(values="gradient", gradient_step=0.3)
+    with undisturbed(model):
+        values = optimise_values(model, layout, facts, hp)
+    delta = values.z - values.h
+    torch.testing.assert_close(delta.norm(dim=1), 0.3 * values.h.norm(dim=1))
+    for i, fact in enumerate(facts):
+        # one Adam step of the plain path goes where the gradient's signs point
+        z, *_ = plain_value(model, layout, fact, settings(early_stopping="off", v_num_grad_steps=2, v_lr=0.01, clamp_norm_factor=1e6))
+        adam = z - values.h[i]
+        clear = delta[i].abs() > 0.01 * delta[i].abs().max()
+        assert torch.equal(delta[i][clear].sign(), adam[clear].sign())
+        loss = plain_value(model, layout, fact, settings(early_stopping="off", v_num_grad_steps=1))[1]
+        assert float(values.loss[i]) == pytest.approx(loss, rel=VALUES)
 
 
 @pytest.mark.parametrize("batch_tokens", [60, 100_000])

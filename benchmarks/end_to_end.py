@@ -1,0 +1,99 @@
+"""Seconds an edit, against EasyEdit's AlphaEdit in the same process, batch by batch in turn; prints one JSON object.
+
+    EASYEDIT_HOME=CHECKOUT python benchmarks/end_to_end.py --model models/smollm2-135m --data pararel_dev.json --threads 1
+
+Three editors take the same records in turns, each on a model of its own:
+  peer      AlphaEdit of the checkout (without one, a plain loop that works as it does, and the output says so)
+  same      RLSEdit with the peer's value settings: 25 steps, no early stopping, the same clamp, learning rate and KL weight
+  defaults  RLSEdit as shipped
+All edit the same layers. Preparation is left out on all sides: moments, projections, templates.
+The losses are those of the values at the last step.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, spread, versions
+from peers import make_peer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
+from easyedit_rls.model.sampling import sample_templates
+from easyedit_rls.requests import EditRequest
+
+
+def prepared(model: Any, tok: Any, hparams: RLSEditHyperParams) -> Callable[[Sequence[EditRequest]], list[float]]:
+    """An editor as a function of a batch that returns the final losses; moments and templates are ready."""
+    editor = RLSEditor(model, tok, hparams, show_progress=False)
+    editor.prepare()
+    return lambda requests: [fact.loss for fact in editor.edit(requests).facts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub name of the model")
+    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
+    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[3, 4, 5, 6, 7], help="layers all three edit (default: AlphaEdit's, %(default)s)"
+    )
+    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=40, help="number of records (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    shipped = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
+    shipped["layers"] = args.layers or shipped["layers"]
+    records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
+    tok = AutoTokenizer.from_pretrained(args.model)
+    models = {name: AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() for name in ("peer", "same", "defaults")}
+    templates = sample_templates(models["peer"], tok, 5, shipped["seed"])
+    defaults = RLSEditHyperParams.from_dict(shipped)
+    plain = {"early_stopping": "off", "v_num_grad_steps": 25, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "v_lr": 0.5}
+    same = RLSEditHyperParams.from_dict({**shipped, **plain, "context_templates": templates})
+    peer = make_peer(models["peer"], tok, same, templates)
+    editors = {
+        "peer": peer.edit,
+        "same": prepared(models["same"], tok, same),
+        "defaults": prepared(models["defaults"], tok, defaults),
+    }
+
+    requests = parse_requests(records)
+    seconds: dict[str, list[float]] = {name: [] for name in editors}
+    losses: dict[str, list[float]] = {name: [] for name in editors}
+    for start in range(0, len(requests), args.batch):
+        batch = requests[start : start + args.batch]
+        for name, edit in editors.items():
+            begun = time.perf_counter()
+            losses[name] += edit(batch)
+            seconds[name].append((time.perf_counter() - begun) / len(batch))
+            print(f"{name}: {seconds[name][-1]:.2f} s/edit, mean loss {statistics.fmean(losses[name]):.4f}", file=sys.stderr)
+
+    ratios = {name: [a / b for a, b in zip(seconds["peer"], seconds[name])] for name in ("same", "defaults")}
+    result = {
+        "peer": peer.name,
+        "records": [args.first, args.first + len(records)],
+        "layers": shipped["layers"],
+        "seconds_per_edit": {name: spread(values) for name, values in seconds.items()},
+        "times_faster": {name: spread(values) for name, values in ratios.items()},
+        "mean_final_loss": {name: statistics.fmean(values) for name, values in losses.items()},
+        "loss_same_to_peer": statistics.fmean(losses["same"]) / statistics.fmean(losses["peer"]),
+        "quality": {name: evaluate(model, tok, records).means() for name, model in models.items()},
+        "settings": {"same": same.to_dict(), "defaults": defaults.to_dict()},
+        "versions": versions(),
+        "machine": machine(),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Who we are timed against: AlphaEdit of an EasyEdit checkout, or, without one, a plain loop that works as it does."""
+
+import contextlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from easyedit_rls import RLSEditHyperParams
+from easyedit_rls.anchors import moments, write_npz
+from easyedit_rls.host.find import easyeditor
+from easyedit_rls.keys import Fact, locate_facts
+from easyedit_rls.model.capture import tap
+from easyedit_rls.model.layout import find_layout
+from easyedit_rls.requests import EditRequest
+
+_LOSS = re.compile(r"^loss ([\d.]+) = ")
+_DONE = re.compile(r"^Init norm .* \| Delta norm ", re.MULTILINE)
+
+
+def make_peer(model: Any, tok: Any, hparams: RLSEditHyperParams, templates: Sequence[str]) -> "AlphaEdit | PlainLoop":
+    """AlphaEdit where `EASYEDIT_HOME` or the path has EasyEdit, else the plain loop.
+
+    Args:
+        model: the unedited model; the peer edits it in place.
+        tok: its tokenizer.
+        hparams: layers, value optimisation and moments, which the peer shares with us.
+        templates: texts to put before each prompt, besides the bare prompt.
+    """
+    is_there = bool(os.environ.get("EASYEDIT_HOME"))
+    return AlphaEdit(model, tok, hparams, templates) if is_there else PlainLoop(model, tok, hparams, templates)
+
+
+class AlphaEdit:
+    """EasyEdit's own AlphaEdit, with our layers, value settings, templates and moments."""
+
+    name = "AlphaEdit of the EasyEdit checkout"
+
+    def __init__(self, model: Any, tok: Any, hp: RLSEditHyperParams, templates: Sequence[str]) -> None:
+        easyeditor()
+        from easyeditor import AlphaEditHyperParams
+        from easyeditor.models.alphaedit import AlphaEdit_main
+
+        self.model, self.tok, self._main = model, tok, AlphaEdit_main
+        self._folder = tempfile.TemporaryDirectory()
+        stats, weight = Path(self._folder.name), hp.rewrite_module_tmp
+        name = model.config._name_or_path.rsplit("/", 1)[-1]
+        for layer, moment in moments(model, tok, hp).items():
+            write_npz(
+                stats / name / "wikitext_stats" / f"{weight.format(layer)}_float32_mom2_{hp.mom2_n_samples}.npz", moment, hp.mom2_n_samples
+            )
+        shared = (
+            "layers",
+            "clamp_norm_factor",
+            "v_num_grad_steps",
+            "v_lr",
+            "v_loss_layer",
+            "v_weight_decay",
+            "kl_factor",
+            "mom2_n_samples",
+        )
+        names = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module")
+        self.settings = AlphaEditHyperParams(
+            **{key: getattr(hp, key) for key in (*shared, *names)},
+            layer_selection="all",
+            fact_token="subject_last",
+            mom2_adjustment=True,
+            mom2_update_weight=15000,
+            mom2_dataset="wikitext",
+            mom2_dtype="float32",
+            nullspace_threshold=2e-2,
+            L2=1.0,
+            alg_name="AlphaEdit",
+            device="cpu" if model.device.type == "cpu" else model.device.index,
+            model_name=f"{name}-llama",  # AlphaEdit looks for the family in the name
+            stats_dir=str(stats),
+            P_loc=str(stats / "none.pt"),
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            projections = [AlphaEdit_main.get_project(model, tok, layer, self.settings) for layer in hp.layers]
+            AlphaEdit_main.P, AlphaEdit_main.P_loaded = torch.stack([p.cpu() for p in projections]), True
+            torch.save(AlphaEdit_main.P, self.settings.P_loc)
+        AlphaEdit_main.CONTEXT_TEMPLATES_CACHE = [["{}"], [text.replace("{", " ").replace("}", " ") + "{}" for text in templates]]
+        AlphaEdit_main.cache_c_new = False
+
+    def edit(self, requests: Sequence[EditRequest]) -> list[float]:
+        """Edit one batch; returns each fact's final loss, as printed."""
+        given = [
+            {
+                "prompt": r.prompt,
+                "subject": r.subject,
+                "target_new": r.target if r.target.startswith(" ") else f" {r.target}",
+                "case_id": r.case_id,
+            }
+            for r in requests
+        ]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            self._main.apply_AlphaEdit_to_model(self.model, self.tok, given, self.settings)
+        losses, last = [], 0.0
+        for line in printed.getvalue().splitlines():
+            if match := _LOSS.match(line):
+                last = float(match[1])
+            elif _DONE.match(line):
+                losses.append(last)
+        return losses
+
+
+class PlainLoop:
+    """What AlphaEdit does, as plainly: each fact alone, whole texts through all layers at every step, keys of whole texts, one solve."""
+
+    name = "a plain reference loop (no EasyEdit checkout: set EASYEDIT_HOME)"
+
+    def __init__(self, model: Any, tok: Any, hp: RLSEditHyperParams, templates: Sequence[str]) -> None:
+        self.model, self.tok, self.hparams, self.templates = model, tok, hp, templates
+        self.layout = find_layout(model, hp)
+        self.gram = {layer: hp.mom2_update_weight * moment.mean for layer, moment in moments(model, tok, hp).items()}
+        model.requires_grad_(False)
+
+    def edit(self, requests: Sequence[EditRequest]) -> list[float]:
+        """Edit one batch; returns each fact's final loss."""
+        facts = locate_facts(self.tok, requests, self.templates)
+        values = [self._value(fact) for fact in facts]
+        z = torch.stack([value for value, _ in values])
+        for i, (layer, weight) in enumerate(self.layout.edited.items()):
+            K = torch.stack([self._states(fact, weight.module, True) for fact in facts])
+            h = torch.stack([self._states(fact, self.layout.value_layer, False) for fact in facts])
+            self.gram[layer] = self.gram[layer] + K.T @ K
+            step = torch.linalg.solve(self.gram[layer], K.T @ ((z - h) / (len(self.layout.edited) - i)))
+            weight.write(weight.read() + step)
+        return [loss for _, loss in values]
+
+    @torch.no_grad()
+    def _states(self, fact: Fact, module: torch.nn.Module, is_input: bool) -> torch.Tensor:
+        found = []
+        for row in fact.rows if is_input else fact.rows[:1]:
+            with tap(**{"inputs" if is_input else "outputs": {"state": module}}) as seen:
+                self.model(torch.tensor([row.ids]))
+            found.append(seen["state"][0, row.subject_last])
+        return found[0] if len(found) == 1 else 0.5 * found[0] + 0.5 * torch.stack(found[1:]).mean(0)
+
+    def _value(self, fact: Fact) -> tuple[torch.Tensor, float]:
+        hp, h = self.hparams, self._states(fact, self.layout.value_layer, False)
+        delta = torch.zeros_like(h, requires_grad=True)
+        adam, rows, p_0 = torch.optim.Adam([delta], lr=hp.v_lr), (*fact.rows, fact.essence), None
+        for step in range(hp.v_num_grad_steps):
+            losses = []
+            for row in rows:
+                at = row.subject_last
+                add = lambda hidden, at=at: torch.cat([hidden[:, :at], hidden[:, at : at + 1] + delta, hidden[:, at + 1 :]], 1)  # noqa: E731
+                with tap(edit={self.layout.value_layer: add}):
+                    log_probs = F.log_softmax(self.model(torch.tensor([row.ids])).logits[0], dim=1)
+                if row is fact.essence:
+                    p_0 = log_probs[at].detach() if p_0 is None else p_0
+                    losses.append(hp.kl_factor * F.kl_div(p_0, log_probs[at], log_target=True, reduction="sum"))
+                else:
+                    there = log_probs[row.target_start - 1 : len(row.ids) - 1].gather(1, torch.tensor(row.target)[:, None])
+                    losses.append(-there.mean() / len(fact.rows))
+            loss = torch.stack(losses).sum() + hp.v_weight_decay * delta.norm() / h.norm() ** 2
+            if step == hp.v_num_grad_steps - 1:
+                break
+            (delta.grad,) = torch.autograd.grad(loss, delta)
+            adam.step()
+            with torch.no_grad():
+                delta.mul_((hp.clamp_norm_factor * h.norm() / delta.norm()).clamp(max=1.0))
+        return (h + delta).detach(), float(loss)
