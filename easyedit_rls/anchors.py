@@ -25,34 +25,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from easyedit_rls.errors import AnchorError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.capture import tap, undisturbed
-from easyedit_rls.model.forward import chunks, device_of, pad, run
+from easyedit_rls.model.forward import device_of, pad, run
 from easyedit_rls.model.layout import Layout, find_layout
-from easyedit_rls.model.sampling import sample_texts
 from easyedit_rls.model.weights import fingerprint
-from easyedit_rls.progress import progress_bar
+from easyedit_rls.moments import Moment, sum_moments
+from easyedit_rls.texts import SAMPLED_TOKENS, TEXT_TOKENS, token_blocks
 
 logger = logging.getLogger(__name__)
-
-_SAMPLED_TOKENS = 128  # length of a text sampled from the model
-_TEXT_TOKENS = 512  # longer texts are cut
-_DATASETS = {  # EasyEdit's short names
-    "wikipedia": "wikimedia/wikipedia:20231101.en",
-    "wikitext": "Salesforce/wikitext:wikitext-103-raw-v1",
-    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
-}
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Uncentred second moment of one layer's keys.
-
-    Attributes:
-        mean: E[k kᵀ], (d_k, d_k), on the CPU.
-        n_tokens: tokens it was averaged over.
-    """
-
-    mean: Tensor
-    n_tokens: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +61,7 @@ def moments(
     Args:
         model: the unedited model.
         tok: its tokenizer.
-        hparams: mom2_dataset, mom2_n_samples, mom2_dtype, stats_dir, seed, layers and module names.
+        hparams: mom2_dataset, mom2_n_samples, mom2_tolerance, mom2_dtype, stats_dir, seed, layers and module names.
         show_progress: None shows bars on a terminal only.
 
     Raises:
@@ -101,47 +80,12 @@ def moments(
     found = {layer: _read_cached(path, layout.edited[layer].shape[0]) for layer, path in places.items() if path.is_file()}
     missing = [layer for layer in places if layer not in found]
     if missing:
-        rows = _token_rows(model, tok, hparams, show_progress)
-        fresh = sum_moments(model, layout, missing, rows, hparams, show_progress=show_progress)
+        blocks = token_blocks(model, tok, hparams)
+        fresh = sum_moments(model, layout, missing, blocks, hparams, show_progress=show_progress)
         for layer, moment in fresh.items():
             _write_cached(places[layer], moment)
         found.update(fresh)
     return {layer: found[layer] for layer in places}
-
-
-def sum_moments(
-    model: PreTrainedModel,
-    layout: Layout,
-    layers: Sequence[int],
-    rows: Sequence[Sequence[int]],
-    hparams: RLSEditHyperParams,
-    *,
-    show_progress: bool | None = None,
-) -> dict[int, Moment]:
-    """Sum ``k kᵀ`` over all tokens of the rows, at all layers in one pass.
-
-    Args:
-        model: the model; run up to the last of the layers.
-        layout: its modules.
-        layers: which edited layers.
-        rows: token ids.
-        hparams: mom2_dtype (type of the sum) and batch_tokens.
-        show_progress: None shows a bar on a terminal only.
-    """
-    modules = {layer: layout.edited[layer].module for layer in layers}
-    dtype = getattr(torch, hparams.mom2_dtype)
-    sums: dict[int, Tensor] = {}
-    n_tokens = sum(len(row) for row in rows)
-    with undisturbed(model), progress_bar(n_tokens, "second moments", "tok", show_progress) as bar:
-        for group in chunks([len(row) for row in rows], hparams.batch_tokens):
-            batch = pad([rows[i] for i in group], "right", device_of(model))
-            with tap(inputs=modules, stop=True) as seen:
-                run(model, batch)
-            for layer, inputs in seen.items():
-                keys = inputs[batch.mask.to(inputs.device).bool()].to(dtype)
-                sums[layer] = sums.get(layer, torch.zeros(keys.shape[1], keys.shape[1]).to(keys)).addmm_(keys.T, keys)
-            bar.update(int(batch.mask.sum()))
-    return {layer: Moment((total / n_tokens).cpu(), n_tokens) for layer, total in sums.items()}
 
 
 def anchor_pairs(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, prompts: Sequence[str]) -> AnchorPairs:
@@ -211,45 +155,6 @@ def write_npz(path: str | Path, moment: Moment, n_texts: int) -> None:
     os.replace(file.name, path)
 
 
-def _token_rows(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, show_progress: bool | None
-) -> list[list[int]]:
-    """The text behind the moments, tokenised."""
-    source, n = hparams.mom2_dataset, hparams.mom2_n_samples
-    if source == "self":
-        with progress_bar(n, "sampling text", "text", show_progress) as bar:
-            return sample_texts(model, tok, n, _SAMPLED_TOKENS, hparams.seed, bar)
-    texts = _file_texts(Path(source)) if source.endswith(".txt") else _dataset_texts(source, n, hparams.seed)
-    rows = [row for text in texts[:n] if (row := tok(text, truncation=True, max_length=_TEXT_TOKENS)["input_ids"])]
-    if not rows:
-        raise AnchorError(f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: self.")
-    return rows
-
-
-def _file_texts(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as exc:
-        raise AnchorError(f"Text file {path.absolute()} can't be read: {exc.strerror}. Change mom2_dataset.") from exc
-    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
-
-
-def _dataset_texts(source: str, n: int, seed: int) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as exc:
-        raise AnchorError(
-            f"mom2_dataset '{source}' needs the datasets package: pip install 'easyedit-rls[datasets]', or set mom2_dataset: self."
-        ) from exc
-    name, _, config = _DATASETS.get(source, source).partition(":")
-    try:
-        stream = load_dataset(name, config or None, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
-        texts: list[str] = [record["text"] for record in stream.take(n) if record["text"].strip()]
-    except (OSError, ValueError, KeyError) as exc:
-        raise AnchorError(f"Data set '{source}' can't be loaded: {exc} Check its name, its 'text' column and the network.") from exc
-    return texts
-
-
 def easyedit_files(model: PreTrainedModel, layout: Layout, hparams: RLSEditHyperParams) -> dict[int, Path]:
     """Where EasyEdit caches each layer's moments: ``<stats_dir>/<model>/<dataset>_stats/<module>_<dtype>_mom2_<n_samples>.npz``."""
     model_name = (model.config._name_or_path or hparams.model_name).rstrip("/").rsplit("/")[-1]
@@ -265,8 +170,8 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
         content = Path(source).read_bytes() if Path(source).is_file() else b""
         identity = f"file {hashlib.sha256(content).hexdigest()}"
     else:
-        identity = f"{source} seed {hparams.seed} tokens {_SAMPLED_TOKENS} {_TEXT_TOKENS}"
-    identity = f"{identity} {hparams.mom2_dtype} vocabulary {len(tok)}"
+        identity = f"{source} seed {hparams.seed} tokens {SAMPLED_TOKENS} {TEXT_TOKENS}"
+    identity = f"{identity} {hparams.mom2_dtype} tolerance {hparams.mom2_tolerance} vocabulary {len(tok)}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = cache_folder() / "moments" / fingerprint(model)
     name = re.sub(r"[^\w.-]+", "-", Path(source).name)
@@ -278,8 +183,8 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
 
 def _read_cached(path: Path, d_k: int) -> Moment:
     with safe_open(path, framework="pt") as stored:
-        moment = Moment(stored.get_tensor("mean"), int(stored.metadata()["n_tokens"]))
-    logger.info("Second moments of %d tokens read from %s", moment.n_tokens, path)
+        moment = Moment(stored.get_tensor("mean"), int(stored.metadata()["n_tokens"]), float(stored.metadata()["error"]))
+    logger.info("Second moments of %d tokens (relative error about %.3f) read from %s", moment.n_tokens, moment.error, path)
     return _checked(moment, d_k, path)
 
 
@@ -287,7 +192,7 @@ def _write_cached(path: Path, moment: Moment) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         temporary = Path(file.name)
-    save_file({"mean": moment.mean.contiguous()}, temporary, metadata={"n_tokens": str(moment.n_tokens)})
+    save_file({"mean": moment.mean.contiguous()}, temporary, metadata={"n_tokens": str(moment.n_tokens), "error": str(moment.error)})
     os.replace(temporary, path)
 
 

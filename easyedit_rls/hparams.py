@@ -56,6 +56,9 @@ class RLSEditHyperParams:
         "self",
     )
     mom2_n_samples: int = _setting("How many texts to use, at most; a .txt file gives a text a paragraph.", 400)
+    mom2_tolerance: float = _setting(
+        "Relative error of the moments at which no more text is read; it falls with the square root of the tokens. 0 reads all.", 0.05
+    )
     mom2_dtype: str = _setting("Type the moments are summed in: float32 or float64.", "float32")
     max_length: int = _setting("Longest prompt that EasyEdit's evaluation tokenises.", 40)
     batch_size: int = _setting("Edits that EasyEdit hands over at once.", 1)
@@ -109,17 +112,17 @@ class RLSEditHyperParams:
         self._check("v_loss_layer", self.v_loss_layer >= self.layers[-1], f"the last edited layer ({self.layers[-1]}) or above")
         for name in ("clamp_norm_factor", "v_lr", "gradient_step"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("v_weight_decay", "kl_factor", "mom2_update_weight", "lambda_reg", "mu_reg", "early_stopping_margin"):
-            self._check(name, getattr(self, name) >= 0, "0 or above")
         for name in (
-            "v_num_grad_steps",
-            "mom2_n_samples",
-            "batch_size",
-            "batch_tokens",
-            "max_length",
-            "checkpoint_every",
-            "n_templates",
+            "v_weight_decay",
+            "kl_factor",
+            "mom2_update_weight",
+            "lambda_reg",
+            "mu_reg",
+            "early_stopping_margin",
+            "mom2_tolerance",
         ):
+            self._check(name, getattr(self, name) >= 0, "0 or above")
+        for name in _COUNTS:
             self._check(name, getattr(self, name) >= 1, "1 or above")
         self._check("lambda_reg", self.lambda_reg > 0 or self.mu_reg > 0, "above 0 where mu_reg is 0")
         self._check("lambda_reg", self.lambda_reg > 0 or self.mom2_adjustment, "above 0 where mom2_adjustment is false")
@@ -209,6 +212,7 @@ _OBJECTIVE = (
     "mom2_update_weight",
     "mom2_dataset",
     "mom2_n_samples",
+    "mom2_tolerance",
     "mom2_dtype",
     "stats_dir",
     "context_templates",
@@ -216,6 +220,26 @@ _OBJECTIVE = (
     "seed",
     "forgetting_factor",
     "forgetting_memory",
+)
+
+_NOT_NEGATIVE = (
+    "v_weight_decay",
+    "kl_factor",
+    "mom2_update_weight",
+    "mom2_tolerance",
+    "lambda_reg",
+    "mu_reg",
+    "early_stopping_margin",
+)
+
+_COUNTS = (
+    "v_num_grad_steps",
+    "mom2_n_samples",
+    "n_templates",
+    "batch_size",
+    "batch_tokens",
+    "max_length",
+    "checkpoint_every",
 )
 
 _CHOICES = {

@@ -5,11 +5,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
-def progress_bar(total: int, desc: str, unit: str, show_progress: bool | None) -> "tqdm[Any]":
+def progress_bar(total: int | None, desc: str, unit: str, show_progress: bool | None) -> "tqdm[Any]":
     """A bar on stderr.
 
     Args:
-        total: units of work.
+        total: units of work, None where nobody knows.
         desc: label.
         unit: what is counted.
         show_progress: True or False, or None to show it on a terminal only.

@@ -1,5 +1,6 @@
 """Text sampled from the model itself, leaving the caller's random state as it was."""
 
+from collections.abc import Iterator
 from itertools import cycle
 
 import torch
@@ -31,9 +32,7 @@ def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n: in
     return texts
 
 
-def sample_texts(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: int, n_tokens: int, seed: int, progress: "object | None" = None
-) -> list[list[int]]:
+def sample_texts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: int, n_tokens: int, seed: int) -> Iterator[list[list[int]]]:
     """Token rows the model writes by itself, each from a random first token, at temperature 1.
 
     Starting from a random token instead of the start token alone keeps the texts varied, as LLM-QAT (arXiv 2305.17888) found
@@ -45,21 +44,19 @@ def sample_texts(
         n_texts: how many rows.
         n_tokens: tokens sampled for each.
         seed: same seed, same texts.
-        progress: a tqdm bar to advance by the rows done.
+
+    Yields:
+        some rows at a time, sampled when they are asked for.
     """
     start = tok("")["input_ids"]
     special = set(tok.all_special_ids)
     ordinary = torch.tensor([i for i in range(len(tok)) if i not in special])
     generator = torch.Generator().manual_seed(seed)
     firsts = ordinary[torch.randint(len(ordinary), (n_texts,), generator=generator)]
-    rows: list[list[int]] = []
     for at in range(0, n_texts, _ROWS_AT_ONCE):
         some = firsts[at : at + _ROWS_AT_ONCE, None]
         prompt = torch.cat([torch.tensor([start] * len(some), dtype=torch.long).reshape(len(some), -1), some], dim=1)
-        rows += _sample(model, tok, prompt, n_tokens, seed + 1 + at)
-        if progress is not None:
-            progress.update(len(some))  # type: ignore[attr-defined]
-    return rows
+        yield _sample(model, tok, prompt, n_tokens, seed + 1 + at)
 
 
 def _sample(

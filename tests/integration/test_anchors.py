@@ -9,6 +9,8 @@ import torch
 
 from easyedit_rls import AnchorError, RLSEditor, anchors
 from easyedit_rls.model.layout import find_layout
+from easyedit_rls.moments import Moment, _Convergence, sum_moments
+from easyedit_rls.texts import token_blocks
 from tests.reference import hidden_at
 from tests.tolerances import FLOAT32
 
@@ -45,15 +47,48 @@ def test_moments_over_a_text_file_equal_the_plain_mean(model, tok, settings, tex
         assert float((found[layer].mean.double() - expected).norm() / expected.norm()) < FLOAT32
 
 
+@pytest.mark.parametrize("n_texts", [20, 2000])
+def test_the_error_of_moments_is_estimated_from_two_halves(n_texts):
+    """Keys of unlike variances, alike within a text, as in language; against the error that is known here."""
+    generator = torch.Generator().manual_seed(n_texts)
+    scale = torch.logspace(-2, 2, 40)
+    texts = scale * (torch.randn(n_texts, 1, 40, generator=generator) + torch.randn(n_texts, 5, 40, generator=generator))
+    watch = _Convergence(texts[:10].flatten(0, 1))
+    for start in range(0, n_texts, 10):
+        half = torch.arange(10)[:, None].expand(10, 5).flatten() % 2
+        watch.add(texts[start : start + 10].flatten(0, 1), half)
+    keys = texts.flatten(0, 1) / scale / 2**0.5
+    true = float((keys.T @ keys / len(keys) - torch.eye(40)).norm() / 40**0.5)
+    assert true / 1.5 < watch.error() < true * 1.5
+
+
+def test_no_more_text_is_read_than_the_tolerance_needs(model, tok, settings):
+    hp = settings(mom2_dataset="self", mom2_n_samples=400, layers=[1])
+    asked = []
+
+    def blocks():
+        for block in token_blocks(model, tok, hp):
+            asked.append(len(block))
+            yield block
+
+    layout = find_layout(model, hp)
+    whole = sum_moments(model, layout, [1], token_blocks(model, tok, hp), settings(mom2_tolerance=0, layers=[1]))[1]
+    loose = settings(mom2_tolerance=1.5 * whole.error, layers=[1])
+    some = sum_moments(model, layout, [1], blocks(), loose)[1]
+    assert 0 < some.n_tokens < whole.n_tokens
+    assert sum(asked) < 400  # the rest was not even sampled
+    assert whole.error < some.error < loose.mom2_tolerance
+
+
 def test_the_number_of_texts_limits_what_is_read(model, tok, settings, text_file):
     few = anchors.moments(model, tok, settings(mom2_dataset=text_file, mom2_n_samples=1))
     assert few[1].n_tokens == len(tok(TEXT.split("\n\n")[0])["input_ids"])
 
 
 def test_text_from_the_model_itself_is_repeatable_and_varied(model, tok, settings):
-    first = anchors._token_rows(model, tok, settings(seed=3), False)
-    assert first == anchors._token_rows(model, tok, settings(seed=3), False)
-    assert first != anchors._token_rows(model, tok, settings(seed=4), False)
+    first, again, other = ([row for block in token_blocks(model, tok, settings(seed=seed)) for row in block] for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
     assert len({tuple(row) for row in first}) == len(first) == 8
     assert all(len(row) == len(first[0]) for row in first)
     assert not set(tok.all_special_ids) & {token for row in first for token in row}
@@ -86,7 +121,7 @@ def test_moments_are_cached_by_all_that_changes_them(model, tok, settings, text_
 def test_a_cached_file_of_another_width_is_refused(model, tok, settings, text_file, requests):
     hp = settings(mom2_dataset=text_file, layers=[1], mom2_n_samples=2, seed=11)
     (place,) = anchors._cache_places(model, find_layout(model, hp), tok, hp).values()
-    anchors._write_cached(place, anchors.Moment(torch.eye(7), 5))
+    anchors._write_cached(place, Moment(torch.eye(7), 5))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(AnchorError, match=r"width 7, but the layer's is .*Delete it"):
         RLSEditor(model, tok, hp).edit(requests)
@@ -125,7 +160,7 @@ def test_easyedits_files_are_found_before_any_text(model, tok, settings, tmp_pat
 
 
 def test_written_files_read_back(tmp_path):
-    moment = anchors.Moment(torch.eye(3) * 2, 40)
+    moment = Moment(torch.eye(3) * 2, 40)
     anchors.write_npz(tmp_path / "a" / "b.npz", moment, n_texts=9)
     back = anchors.read_npz(tmp_path / "a" / "b.npz", 3)
     assert back.n_tokens == 40
@@ -136,7 +171,7 @@ def test_written_files_read_back(tmp_path):
 
 
 def test_bad_npz_files(tmp_path, model, tok, settings):
-    anchors.write_npz(tmp_path / "narrow.npz", anchors.Moment(torch.eye(3), 4), 1)
+    anchors.write_npz(tmp_path / "narrow.npz", Moment(torch.eye(3), 4), 1)
     with pytest.raises(AnchorError, match="width 3, but the layer's is 5"):
         anchors.read_npz(tmp_path / "narrow.npz", 5)
     (tmp_path / "junk.npz").write_bytes(b"junk")

@@ -1,0 +1,80 @@
+"""Ordinary text, tokenised: written by the model itself, from a file, or from a Hugging Face data set."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.errors import AnchorError
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.sampling import sample_texts
+
+SAMPLED_TOKENS = 128  # length of a text sampled from the model
+TEXT_TOKENS = 512  # longer texts are cut
+_BLOCK_TOKENS = 4096
+_DATASETS = {  # EasyEdit's short names
+    "wikipedia": "wikimedia/wikipedia:20231101.en",
+    "wikitext": "Salesforce/wikitext:wikitext-103-raw-v1",
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
+}
+
+
+def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams) -> Iterator[list[list[int]]]:
+    """The text that `mom2_dataset` names, up to `mom2_n_samples` texts, in blocks of some thousand tokens.
+
+    Sampled text is written block by block, so whoever stops early saves the rest.
+
+    Args:
+        model: writes the text where the source is 'self'.
+        tok: its tokenizer.
+        hparams: mom2_dataset, mom2_n_samples, seed.
+
+    Yields:
+        rows of token ids.
+
+    Raises:
+        AnchorError: the source can't be read, or has no text.
+    """
+    source, n = hparams.mom2_dataset, hparams.mom2_n_samples
+    if source == "self":
+        yield from sample_texts(model, tok, n, SAMPLED_TOKENS, hparams.seed)
+        return
+    texts = _file_texts(Path(source)) if source.endswith(".txt") else _dataset_texts(source, n, hparams.seed)
+    block: list[list[int]] = []
+    n_tokens, is_empty = 0, True
+    for text in texts[:n]:
+        if row := tok(text, truncation=True, max_length=TEXT_TOKENS)["input_ids"]:
+            block.append(row)
+            n_tokens, is_empty = n_tokens + len(row), False
+        if n_tokens >= _BLOCK_TOKENS:
+            yield block
+            block, n_tokens = [], 0
+    if block:
+        yield block
+    if is_empty:
+        raise AnchorError(f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: self.")
+
+
+def _file_texts(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise AnchorError(f"Text file {path.absolute()} can't be read: {exc.strerror}. Change mom2_dataset.") from exc
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _dataset_texts(source: str, n: int, seed: int) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as exc:
+        raise AnchorError(
+            f"mom2_dataset '{source}' needs the datasets package: pip install 'easyedit-rls[datasets]', or set mom2_dataset: self."
+        ) from exc
+    name, _, config = _DATASETS.get(source, source).partition(":")
+    try:
+        stream = load_dataset(name, config or None, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
+        texts: list[str] = [record["text"] for record in stream.take(n) if record["text"].strip()]
+    except (OSError, ValueError, KeyError) as exc:
+        raise AnchorError(f"Data set '{source}' can't be loaded: {exc} Check its name, its 'text' column and the network.") from exc
+    return texts
