@@ -4,7 +4,8 @@
 
 Three editors take the same records in turns, each on a model of its own:
   peer      AlphaEdit of the checkout (without one, a plain loop that works as it does, and the output says so)
-  same      RLSEdit with the peer's value settings: 25 steps, no early stopping, the same clamp, learning rate and KL weight
+  same      RLSEdit with the peer's value settings: 25 steps, the same clamp, learning rate, KL weight and five templates, and the only
+            stopping rule that AlphaEdit has, which can't be switched off: a loss below 0.05
   defaults  RLSEdit as shipped
 All edit the same layers. Preparation is left out on all sides: moments, projections, templates.
 The losses are those of the values at the last step.
@@ -41,9 +42,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or hub name of the model")
     parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
     parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[3, 4, 5, 6, 7], help="layers all three edit (default: AlphaEdit's, %(default)s)"
-    )
+    parser.add_argument("--layers", type=int, nargs="+", help="layers all three edit (default: those of the settings)")
     parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
     parser.add_argument("--count", type=int, default=40, help="number of records (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
@@ -58,7 +57,7 @@ def main() -> None:
     models = {name: AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() for name in ("peer", "same", "defaults")}
     templates = sample_templates(models["peer"], tok, 5, shipped["seed"])
     defaults = RLSEditHyperParams.from_dict(shipped)
-    plain = {"early_stopping": "off", "v_num_grad_steps": 25, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "v_lr": 0.5}
+    plain = {"early_stopping": "loss", "v_num_grad_steps": 25, "clamp_norm_factor": 0.75, "kl_factor": 0.0625, "v_lr": 0.5}
     same = RLSEditHyperParams.from_dict({**shipped, **plain, "context_templates": templates})
     peer = make_peer(models["peer"], tok, same, templates)
     editors = {

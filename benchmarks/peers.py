@@ -163,7 +163,7 @@ class PlainLoop:
                     there = log_probs[row.target_start - 1 : len(row.ids) - 1].gather(1, torch.tensor(row.target)[:, None])
                     losses.append(-there.mean() / len(fact.rows))
             loss = torch.stack(losses).sum() + hp.v_weight_decay * delta.norm() / h.norm() ** 2
-            if step == hp.v_num_grad_steps - 1:
+            if loss < 0.05 or step == hp.v_num_grad_steps - 1:
                 break
             (delta.grad,) = torch.autograd.grad(loss, delta)
             adam.step()

@@ -168,7 +168,7 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
     source = hparams.mom2_dataset
     if source.endswith(".txt"):
         content = Path(source).read_bytes() if Path(source).is_file() else b""
-        identity = f"file {hashlib.sha256(content).hexdigest()}"
+        identity = f"file {hashlib.sha256(content).hexdigest()} seed {hparams.seed}"
     else:
         identity = f"{source} seed {hparams.seed} tokens {SAMPLED_TOKENS} {TEXT_TOKENS}"
     identity = f"{identity} {hparams.mom2_dtype} tolerance {hparams.mom2_tolerance} vocabulary {len(tok)}"

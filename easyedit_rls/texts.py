@@ -1,5 +1,6 @@
 """Ordinary text, tokenised: written by the model itself, from a file, or from a Hugging Face data set."""
 
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     if source == "self":
         yield from sample_texts(model, tok, n, SAMPLED_TOKENS, hparams.seed)
         return
-    texts = _file_texts(Path(source)) if source.endswith(".txt") else _dataset_texts(source, n, hparams.seed)
+    texts = _file_texts(Path(source), hparams.seed) if source.endswith(".txt") else _dataset_texts(source, n, hparams.seed)
     block: list[list[int]] = []
     n_tokens, is_empty = 0, True
     for text in texts[:n]:
@@ -56,12 +57,14 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
         raise AnchorError(f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: self.")
 
 
-def _file_texts(path: Path) -> list[str]:
+def _file_texts(path: Path, seed: int) -> list[str]:
+    """A file's paragraphs, shuffled: neighbours are alike, so the first thousand say little about the rest."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as exc:
         raise AnchorError(f"Text file {path.absolute()} can't be read: {exc.strerror}. Change mom2_dataset.") from exc
-    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+    texts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+    return random.Random(seed).sample(texts, len(texts))
 
 
 def _dataset_texts(source: str, n: int, seed: int) -> list[str]:

@@ -81,8 +81,10 @@ def test_no_more_text_is_read_than_the_tolerance_needs(model, tok, settings):
 
 
 def test_the_number_of_texts_limits_what_is_read(model, tok, settings, text_file):
-    few = anchors.moments(model, tok, settings(mom2_dataset=text_file, mom2_n_samples=1))
-    assert few[1].n_tokens == len(tok(TEXT.split("\n\n")[0])["input_ids"])
+    few = {anchors.moments(model, tok, settings(mom2_dataset=text_file, mom2_n_samples=1, seed=seed))[1].n_tokens for seed in range(6)}
+    lengths = {len(tok(text)["input_ids"]) for text in TEXT.replace(" \n", "\n").split("\n\n")}
+    assert few <= lengths
+    assert len(few) > 1  # which text comes first depends on the seed: neighbours in a file are alike
 
 
 def test_text_from_the_model_itself_is_repeatable_and_varied(model, tok, settings):

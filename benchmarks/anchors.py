@@ -1,0 +1,77 @@
+"""Second moments from nothing: time, tokens, and what the number of tokens is worth; prints one JSON object.
+
+    python benchmarks/anchors.py --model models/smollm2-135m --data pararel_dev.json --text wikitext2_test.txt --layers 6 7 8 9 10
+
+Each source is read once with the shipped tolerance and once to the end (`--texts` of it), each from an empty cache; with either, the same
+stream is edited and measured. A source is what `mom2_dataset` takes: self, or a text file.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, versions
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
+from easyedit_rls.anchors import moments
+
+
+def measure(args: argparse.Namespace, source: str, tolerance: float | None, n_texts: int | None) -> dict[str, Any]:
+    settings = {**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), "mom2_dataset": source}
+    settings |= {} if tolerance is None else {"mom2_tolerance": tolerance}
+    settings |= {} if n_texts is None else {"mom2_n_samples": n_texts}
+    settings |= {"layers": args.layers} if args.layers else {}
+    hparams = RLSEditHyperParams.from_dict(settings)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tok = AutoTokenizer.from_pretrained(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["EASYEDIT_RLS_CACHE"] = folder
+        begun = time.perf_counter()
+        found = moments(model, tok, hparams, show_progress=True)
+        seconds = time.perf_counter() - begun
+        print(f"{source}, tolerance {hparams.mom2_tolerance}: {seconds:.1f} s", file=sys.stderr)
+        result = {
+            "source": Path(source).name,
+            "tolerance": hparams.mom2_tolerance,
+            "seconds": seconds,
+            "tokens": max(moment.n_tokens for moment in found.values()),
+            "error": max(moment.error for moment in found.values()),
+        }
+        if args.data:
+            records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
+            editor = RLSEditor(model, tok, hparams, show_progress=False)
+            for start in range(0, len(records), args.batch):
+                editor.edit(records[start : start + args.batch])
+            result["after_the_edits"] = evaluate(model, tok, records).means()
+            result["perplexity"] = perplexity(model, tok, args.text.read_text(encoding="utf-8"))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub name of the model")
+    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
+    parser.add_argument("--layers", type=int, nargs="+", help="edited layers (default: those of the settings)")
+    parser.add_argument("--sources", nargs="+", default=["self"], help="what to take the moments from (default: %(default)s)")
+    parser.add_argument("--texts", type=int, help="how many texts to read to the end, for each source (default: the settings' number)")
+    parser.add_argument("--data", type=Path, help="records to edit, in CounterFact's JSON format; without them only the moments are timed")
+    parser.add_argument("--text", type=Path, help="for --data: text to take the perplexity on")
+    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=100, help="number of records (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=20, help="edits a batch (default: %(default)s)")
+    args = parser.parse_args()
+    results = [
+        measure(args, source, tolerance, n_texts) for source in args.sources for tolerance, n_texts in ((None, None), (0.0, args.texts))
+    ]
+    print(json.dumps({"results": results, "versions": versions(), "machine": machine()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
