@@ -12,9 +12,10 @@ BIN := $(VENV)/bin
 MODEL := models/smollm2-135m
 ARGS ?=
 HOST_PYTHON ?= python3
+BENCH_PYTHON = $(if $(EASYEDIT_HOME),$(HOST_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-host lint format clean
+.PHONY: help demo test test-slow test-host bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/'
@@ -33,6 +34,14 @@ test-host: $(MODEL)/config.json  ## run the tests against EasyEdit: EASYEDIT_HOM
 	@EASYEDIT_HOME="$(EASYEDIT_HOME)" $(HOST_PYTHON) -c "import pytest, hypothesis, easyedit_rls.host.find as find; find.easyeditor()" \
 		|| { echo "HOST_PYTHON=$(HOST_PYTHON) needs EasyEdit's requirements and: pip install -e '.[dev]'"; exit 2; }
 	EASYEDIT_HOME="$(EASYEDIT_HOME)" $(HOST_PYTHON) -m pytest tests/host $(ARGS)
+
+bench: $(MODEL)/config.json  ## time values, moments and update: DATA=records in CounterFact's format; with EASYEDIT_HOME, against EasyEdit (an hour)
+	@test -n "$(DATA)" || { echo "Set DATA to a file of records in CounterFact's JSON format"; exit 2; }
+	mkdir -p outputs/bench
+	$(BENCH_PYTHON) benchmarks/update.py $(ARGS) > outputs/bench/update.json
+	$(BENCH_PYTHON) benchmarks/anchors.py --model $(MODEL) > outputs/bench/anchors.json
+	$(BENCH_PYTHON) benchmarks/values.py --model $(MODEL) --data "$(DATA)" > outputs/bench/values.json
+	$(BENCH_PYTHON) benchmarks/end_to_end.py --model $(MODEL) --data "$(DATA)" > outputs/bench/end_to_end.json
 
 lint: $(VENV)/.ready  ## ruff and mypy
 	$(BIN)/ruff check .
