@@ -110,7 +110,7 @@ def anchor_pairs(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
             with tap(inputs={layer: weight.module for layer, weight in layout.edited.items()}, stop=True) as seen:
                 run(model, pad([row], "right", device_of(model)))
             for layer, inputs in seen.items():
-                keys[layer].append(inputs[0].float())
+                keys[layer].append(inputs.reshape(len(row), -1).float())
     return AnchorPairs(keys={layer: torch.cat(parts) for layer, parts in keys.items()}, values={})
 
 

@@ -172,7 +172,7 @@ class _Stage:
         if between:
             part.level, part.hidden = level, hidden_of(outputs[-1])
             part.forms = part.forms + [form_of(output) for output in outputs]
-        return seen["state"]
+        return seen["state"].reshape(*part.batch.ids.shape, -1)  # some models flatten rows and tokens before the MLP
 
     def _cache_of(self, part: _Part) -> DynamicCache | None:
         if part.beginnings is None:

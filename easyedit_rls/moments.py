@@ -86,7 +86,8 @@ def _keys(
             run(model, batch)
         is_token = batch.mask.bool()
         half = (torch.tensor(group, device=is_token.device) % 2)[:, None].expand_as(is_token)[is_token]
-        yield {layer: (inputs[is_token.to(inputs.device)].to(dtype), half.to(inputs.device)) for layer, inputs in seen.items()}
+        shaped = {layer: inputs.reshape(*is_token.shape, -1) for layer, inputs in seen.items()}  # some models flatten rows and tokens
+        yield {layer: (inputs[is_token.to(inputs.device)].to(dtype), half.to(inputs.device)) for layer, inputs in shaped.items()}
 
 
 class _Convergence:

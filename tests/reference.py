@@ -17,7 +17,7 @@ def hidden_at(model, module, ids, position, is_input=False):
     with torch.no_grad():
         model(torch.tensor([ids]))
     handle.remove()
-    return seen[0][0, position].float()
+    return seen[0].reshape(len(ids), -1)[position].float()
 
 
 def plain_key(model, layout: Layout, fact: Fact, layer: int):
