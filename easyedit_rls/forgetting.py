@@ -23,9 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from easyedit_rls.errors import NumericalError, StateMismatchError
+from easyedit_rls.errors import NumericalError
 from easyedit_rls.linalg import cholesky, information_drift, pack_symmetric, row_major, spd_inverse, symmetrize_, unpack_symmetric
 from easyedit_rls.recursion import prior, probes
+from easyedit_rls.revertible import Revertible
 
 _LEAST_FACTOR = 0.5  # one batch never fades the past by more than half
 _CURE = "Raise lambda_reg, or use more text for the second moments (mom2_n_samples)."
@@ -51,7 +52,7 @@ class _Pending:
     drift: float
 
 
-class ForgettingLeastSquares:
+class ForgettingLeastSquares(Revertible[_Pending]):
     """Running solution of one layer's regularised least-squares problem, older edits fading. Interface as `RecursiveLeastSquares`.
 
     A and P are kept in float64 where the device has it: two (d_k, d_k) matrices of twice the covariance's size.
@@ -90,27 +91,7 @@ class ForgettingLeastSquares:
         self._n_edits = 0
         self._surprise = (0.0, 0.0)
         self._drift = 0.0
-        self._pending: _Pending | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """Current solution W_t, (d_k, d_v); do not write to it."""
-        return self._W if self._pending is None else self._pending.W
-
-    @property
-    def weight_before(self) -> Tensor | None:
-        """What `rollback` would make of `weight`; None where nothing can be rolled back."""
-        return None if self._pending is None else self._W
-
-    @property
-    def n_edits(self) -> int:
-        """Edits taken in and not retracted, faded ones too."""
-        return self._n_edits if self._pending is None else self._pending.n_edits
-
-    @property
-    def has_pending(self) -> bool:
-        """Whether there is a change that `rollback` would take back."""
-        return self._pending is not None
+        self._pending = None
 
     def covariance(self) -> Tensor:
         """C_t as a new (d_k, d_k) tensor in the solution's dtype; costs an inversion."""
@@ -182,21 +163,6 @@ class ForgettingLeastSquares:
         A = self._information()
         self._A, self._W, self._n_edits, self._pending = A, pending.W, pending.n_edits, None
         self._surprise, self._drift = pending.surprise, pending.drift
-
-    def rollback(self) -> None:
-        """Take the last change back: weight and information are bit for bit those before it.
-
-        Raises:
-            StateMismatchError: there is no change, or it was taken back already.
-        """
-        if self._pending is None:
-            raise StateMismatchError(f"No batch of {self.name} can be rolled back: only the last one can, and only once.")
-        self._pending = None
-
-    def adopt(self, W: Tensor) -> None:
-        """Go on from a weight that somebody else wrote, (d_k, d_v), keeping the information. The last change becomes final."""
-        self.commit()
-        self._W = W.to(self._W, copy=True)
 
     def drift(self) -> float:
         """Relative error of the last batch's solve, seen through fixed random probes; A itself does not drift."""

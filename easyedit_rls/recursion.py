@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from easyedit_rls.errors import NumericalError, StateMismatchError
+from easyedit_rls.errors import NumericalError
 from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.linalg import (
     cholesky,
@@ -46,6 +46,7 @@ from easyedit_rls.linalg import (
     symmetrize_,
     unpack_symmetric,
 )
+from easyedit_rls.revertible import Revertible
 
 N_PROBES = 8
 
@@ -67,7 +68,7 @@ class _Pending:
     n_edits: int
 
 
-class RecursiveLeastSquares:
+class RecursiveLeastSquares(Revertible[_Pending]):
     """Running solution of one layer's regularised least-squares problem.
 
     Owns its tensors: nothing given to it is kept by reference, except that `weight` hands out the live tensor (read only, by
@@ -103,7 +104,7 @@ class RecursiveLeastSquares:
         self._n_edits = n_edits
         self._C, self._W, self._Z = C.contiguous(), W.contiguous(), probes(W)
         self._Y = (A @ self._Z.to(A)).to(W.dtype)
-        self._pending: _Pending | None = None
+        self._pending = None
         self._unfolded: tuple[_Term, ...] = ()  # committed, but not yet in C
         self._spare: Tensor | None = None  # memory for the next weight
 
@@ -121,26 +122,6 @@ class RecursiveLeastSquares:
         state = cls.__new__(cls)
         state._assemble(C, W, A, n_edits, name)
         return state
-
-    @property
-    def weight(self) -> Tensor:
-        """Current solution W_t, (d_k, d_v). Do not write to it; it is good until the change after the next."""
-        return self._W if self._pending is None else self._pending.W
-
-    @property
-    def weight_before(self) -> Tensor | None:
-        """What `rollback` would make of `weight`; None where nothing can be rolled back."""
-        return None if self._pending is None else self._W
-
-    @property
-    def n_edits(self) -> int:
-        """Edits taken in and not retracted."""
-        return self._n_edits if self._pending is None else self._pending.n_edits
-
-    @property
-    def has_pending(self) -> bool:
-        """Whether there is a change that `rollback` would take back."""
-        return self._pending is not None
 
     def covariance(self) -> Tensor:
         """C_t as a new (d_k, d_k) tensor."""
@@ -213,19 +194,9 @@ class RecursiveLeastSquares:
             self._unfolded = (*self._unfolded, *pending.terms)
 
     def rollback(self) -> None:
-        """Take the last change back: weight and covariance are bit for bit those before it.
-
-        Raises:
-            StateMismatchError: there is no change, or it was taken back already.
-        """
-        if self._pending is None:
-            raise StateMismatchError(f"No batch of {self.name} can be rolled back: only the last one can, and only once.")
-        self._spare, self._pending = self._pending.W, None
-
-    def adopt(self, W: Tensor) -> None:
-        """Go on from a weight that somebody else wrote, (d_k, d_v), keeping the covariance. The last change becomes final."""
-        self.commit()
-        self._W = W.to(self._W, copy=True)
+        spare = None if self._pending is None else self._pending.W
+        super().rollback()
+        self._spare = spare
 
     def drift(self) -> float:
         """Relative error of C as the inverse of A, seen through fixed random probes (see `linalg.information_drift`)."""
