@@ -128,6 +128,23 @@ def test_two_runs_with_one_seed_are_identical(family, tok, requests, settings):
     assert not same(results[0][0], results[2][0])
 
 
+def test_preparing_beforehand_changes_nothing_but_when(family, tok, requests, settings):
+    from tests.conftest import FAMILIES
+
+    results = []
+    for prepares in (False, True):
+        model = FAMILIES[family]()
+        editor = RLSEditor(model, tok, settings(context_templates=None, n_templates=2))
+        if prepares:
+            editor.prepare()
+            assert sorted(editor.state.layers) == [1, 2]
+            assert editor.n_edits == 0
+        editor.edit(requests)
+        assert len(editor.state.templates) == 2
+        results.append(weights(model))
+    assert same(*results)
+
+
 def test_the_callers_world_is_as_found(model, tok, requests, settings, monkeypatch):
     monkeypatch.setattr(tok, "padding_side", "left")
     model.train()
