@@ -113,15 +113,7 @@ class RLSEditHyperParams:
         self._check("v_loss_layer", self.v_loss_layer >= self.layers[-1], f"the last edited layer ({self.layers[-1]}) or above")
         for name in ("clamp_norm_factor", "v_lr", "gradient_step"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        for name in (
-            "v_weight_decay",
-            "kl_factor",
-            "mom2_update_weight",
-            "lambda_reg",
-            "mu_reg",
-            "early_stopping_margin",
-            "mom2_tolerance",
-        ):
+        for name in _NOT_NEGATIVE:
             self._check(name, getattr(self, name) >= 0, "0 or above")
         for name in _COUNTS:
             self._check(name, getattr(self, name) >= 1, "1 or above")
