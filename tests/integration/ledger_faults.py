@@ -3,23 +3,30 @@
 It edits a tiny model in forked children. A child is killed by SIGKILL either from outside at a random moment, or by itself at the n-th
 write, sync, rename, link or removal, before it or half-way through it. Then a new editor takes the ledger: every change that was
 reported must be there, at most one more, and after the rest of the stream the state must be bit for bit that of a run in peace.
-It stands on its own so that nothing but one thread runs when it forks.
+It stands on its own so that nothing but one thread runs when it forks: tqdm gets a lock of its own process in place of one shared
+with the children, which a child killed while it holds it would never give back, and no monitoring thread.
+
+A killed process loses nothing that the system has taken, synced or not: only a power cut would show that a sync is missing. So the
+syncs are counted, and died at, but the disk isn't waited for.
 """
 
-import contextlib
+import faulthandler
 import json
 import os
 import random
 import shutil
 import signal
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from easyedit_rls import RLSEditor
@@ -27,6 +34,8 @@ from easyedit_rls.ledger import compact as compact_module
 from easyedit_rls.ledger import files, journal, ledger
 from easyedit_rls.ledger.ledger import latest
 from tests.conftest import tiny_llama, tiny_settings
+
+CHILD_LIMIT_S = 300.0  # a child takes a second or two
 
 FACTS = [
     {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
@@ -66,7 +75,7 @@ class KillingOs:
                 elif self.halfway:
                     real(*args, **kwargs)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
+            return None if name == "fsync" else real(*args, **kwargs)
 
         return call
 
@@ -104,26 +113,35 @@ def outcome(one):
 
 
 def in_child(tok, folder, killing=None, delay_s=None):
-    """Let a child work until it dies or is done; returns the changes it reported, and whether it was killed."""
+    """Let a child work until it dies or is done; returns the changes it reported, and the seconds it took to its end, None if killed."""
     reader, writer = os.pipe()
+    start = time.perf_counter()
     pid = os.fork()
     if pid == 0:
-        with contextlib.suppress(BaseException):
-            if killing is not None:
-                watch(killing)
+        faulthandler.dump_traceback_later(CHILD_LIMIT_S, exit=True)
+        try:
+            watch(killing if killing is not None else KillingOs(0, False))
             go_on(editor(tok, folder), folder, lambda n: os.write(writer, f"{n}\n".encode()))
             os._exit(0)
-        os._exit(1)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
     os.close(writer)
-    if delay_s is not None:
-        time.sleep(delay_s)
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
+    ended = 0
+    while delay_s is not None and ended == 0:
+        if time.perf_counter() - start >= delay_s:
+            os.kill(pid, signal.SIGKILL)
+            break
+        time.sleep(0.001)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    lasted_s = time.perf_counter() - start
+    if ended == 0:
+        _, status = os.waitpid(pid, 0)
     with open(reader) as stream:
         reported = [int(line) for line in stream if line.endswith("\n")]
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) != 0:
         raise RuntimeError("a child failed by itself")
-    return max(reported, default=0), os.WIFSIGNALED(status)
+    return max(reported, default=0), None if os.WIFSIGNALED(status) else lasted_s
 
 
 def examine(tok, folder, reported, expected, after_each):
@@ -149,6 +167,8 @@ def same(a, b):
 
 def main(tokenizer, scratch, n_random, shard, n_shards):
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     tok = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     scratch = Path(scratch)
     after_each = []
@@ -164,23 +184,26 @@ def main(tokenizer, scratch, n_random, shard, n_shards):
     start = time.perf_counter()
     go_on(editor(tok, scratch / "count"), scratch / "count", lambda n: None)
     whole_s = time.perf_counter() - start
-    watch(os)
+    points = counting.n
 
     chance = random.Random(shard)
-    injected = [(KillingOs(at, halfway), None) for at in range(1, counting.n + 1) for halfway in (False, True)]
+    injected = [(KillingOs(at, halfway), None) for at in range(1, points + 1) for halfway in (False, True)]
     trials = injected[shard::n_shards]
     problems, killed, in_the_middle = [], {"injected": 0, "random": 0}, 0
     while trials or killed["random"] < n_random:
         killing, delay_s = trials.pop() if trials else (None, chance.uniform(0, whole_s))
         folder = scratch / "trial"
-        reported, was_killed = in_child(tok, folder, killing, delay_s)
-        killed["random" if killing is None else "injected"] += was_killed
-        in_the_middle += was_killed and 0 < reported < len(STREAM)
+        reported, lasted_s = in_child(tok, folder, killing, delay_s)
+        if lasted_s is None:
+            killed["random" if killing is None else "injected"] += 1
+            in_the_middle += 0 < reported < len(STREAM)
+        else:  # the run that was timed was a slow one, and later moments would all be too late
+            whole_s = min(whole_s, lasted_s)
         problem = examine(tok, folder, reported, expected, after_each)
         if problem is not None:
             problems.append(f"{f'call {killing.at}, halfway {killing.halfway}' if killing else f'{delay_s} s'}: {problem}")
         shutil.rmtree(folder)
-    sys.stdout.write(json.dumps({"points": counting.n, "killed": killed, "in_the_middle": in_the_middle, "problems": problems}))
+    sys.stdout.write(json.dumps({"points": points, "killed": killed, "in_the_middle": in_the_middle, "problems": problems}))
 
 
 if __name__ == "__main__":

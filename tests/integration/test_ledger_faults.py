@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
+LIMIT_S = 1800.0  # it takes two or three minutes
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can't fork")
 def test_killed_editors_lose_nothing_that_was_reported(tok, tmp_path):
@@ -28,10 +30,14 @@ def test_killed_editors_lose_nothing_that_was_reported(tok, tmp_path):
         ]
         children.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     results = []
-    for child in children:
-        out, err = child.communicate()
-        assert child.returncode == 0, err
-        results.append(json.loads(out))
+    try:
+        for child in children:
+            out, err = child.communicate(timeout=LIMIT_S)
+            assert child.returncode == 0, err
+            results.append(json.loads(out))
+    finally:
+        for child in children:
+            child.kill()
     assert [problem for result in results for problem in result["problems"]] == []
     points = results[0]["points"]
     assert points > 100
