@@ -2,6 +2,7 @@
 
 import importlib.resources
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,14 @@ SMOLLM2 = Path(os.environ.get("EASYEDIT_RLS_TEST_MODEL", REPOSITORY / "models" /
 def _own_cache(tmp_path_factory, monkeypatch):
     """Moments are cached in a folder of this test run, never in the user's."""
     monkeypatch.setenv("EASYEDIT_RLS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """SIGINT raises KeyboardInterrupt also where the run is in the background of a script, which starts its programs deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
