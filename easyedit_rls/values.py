@@ -8,7 +8,8 @@ and kept in a ball of radius clamp_norm_factor · ‖h‖. The facts don't inter
 and each fact stops by itself.
 
 Tokens before the subject's last one never see δ (attention is causal), so they run once and stay in the model's own key-value
-cache; each step runs only the tokens from there on.
+cache; each step runs only the tokens from there on. A text that already predicts its target well hardly pulls any more, so it keeps its
+last gradient for some steps (`settled_nll`, `settled_every`); before a fact is called done, all its texts are run.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -25,9 +27,9 @@ from easyedit_rls.errors import NumericalError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.keys import Fact
 from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
-from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
+from easyedit_rls.model.forward import chunks, device_of, pad, run
 from easyedit_rls.model.layout import Layout
-from easyedit_rls.model.prefix import Heads, fork
+from easyedit_rls.model.prefix import Heads
 
 _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
 _NO_TOKEN = -1  # stands where an output has no target: the essence prompt's
@@ -61,7 +63,7 @@ def optimise_values(
         model: in evaluation mode, its parameters without gradient.
         layout: its modules.
         facts: tokenised facts.
-        hparams: v_lr, v_num_grad_steps, clamp_norm_factor, v_weight_decay, kl_factor, early_stopping.
+        hparams: v_*, clamp_norm_factor, kl_factor, early_stopping, early_stopping_margin, settled_nll, settled_every, batch_tokens.
         progress: a bar to advance by the facts that are done.
 
     Raises:
@@ -90,183 +92,254 @@ class _Row:
 
     Attributes:
         fact: number of its fact.
-        is_bare: whether it is the prompt without a text in front.
         head: tokens before the subject's last one.
         tail: tokens from there on, as far as an output is wanted.
         first: position in the tail of the first output that is wanted.
-        target: tokens that those outputs shall predict; none for the essence prompt, whose distribution shall stay.
-        weight: of each target token in its fact's loss.
+        target: tokens that the outputs from there on shall predict; none for the essence prompt, whose distribution shall stay.
+        share: of its mean NLL in its fact's loss; 0 for the essence prompt.
     """
 
     fact: int
     head: tuple[int, ...]
     tail: tuple[int, ...]
-    is_bare: bool
     first: int
     target: tuple[int, ...]
-    weight: float
+    share: float
 
 
 def _rows(facts: Sequence[Fact]) -> list[_Row]:
+    """Of each fact its prompts, the bare one first, then the essence prompt."""
     rows = []
     for f, fact in enumerate(facts):
-        for r, row in enumerate(fact.rows):
-            cut, weight = row.subject_last, 1.0 / (len(fact.rows) * len(row.target))
-            rows.append(_Row(f, row.ids[:cut], row.ids[cut:-1], r == 0, row.target_start - 1 - cut, row.target, weight))
+        for row in fact.rows:
+            cut = row.subject_last
+            rows.append(_Row(f, row.ids[:cut], row.ids[cut:-1], row.target_start - 1 - cut, row.target, 1.0 / len(fact.rows)))
         cut = fact.essence.subject_last
-        rows.append(_Row(f, fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], False, 0, (), 0.0))
+        rows.append(_Row(f, fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], 0, (), 0.0))
     return rows
 
 
-class _Group:
-    """Rows that run together: their heads in the model's cache, their tails' states at the value layer, and where outputs are wanted.
+@dataclass(frozen=True)
+class _Outputs:
+    """Outputs of the loss layer at the tokens where one is wanted.
 
-    Heads run once through all layers. Tails run once up to the value layer; each step starts from there.
+    Attributes:
+        states: (wanted, d).
+        number: for each, which of the rows that ran it belongs to.
+        targets: which of them shall predict a token.
+        token: that token, (targets,).
+        weight: of its NLL in the fact's loss, (targets,).
+        essences: which of them are of essence prompts.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[_Row], heads: Heads) -> None:
-        device = device_of(model)
-        self.cache, head_mask = heads.of([row.head for row in rows])
-        self.tails = pad([row.tail for row in rows], "right", device, after=head_mask)
-        with record_outputs(layout.lower_layers) as below:
-            self._run(model, layout.value_layer)
-        self.states, self.forms = hidden_of(below[-1]), [form_of(output) for output in below]
-        self.fact, self.is_bare = (torch.tensor([getattr(row, name) for row in rows], device=device) for name in ("fact", "is_bare"))
-        wanted = [(r, row.first + j, token, row.weight) for r, row in enumerate(rows) for j, token in enumerate(row.target or (_NO_TOKEN,))]
-        self.row, self.position, self.token, self.weight = (torch.tensor(column, device=device) for column in zip(*wanted))
+    states: Tensor
+    number: Tensor
+    targets: Tensor
+    token: Tensor
+    weight: Tensor
+    essences: Tensor
 
-    def forward(self, model: PreTrainedModel, layout: Layout, delta: Tensor) -> Tensor:
-        """Outputs of the loss layer where they are wanted, (wanted, d), with δ (rows, d) added at each row's first token."""
-        changed = self.states[:, :1] + delta[:, None].to(self.states.dtype)
-        with skip_layers(layout.lower_layers, self.forms, torch.cat([changed, self.states[:, 1:]], dim=1)):
-            return self._run(model, layout.loss_layer)[self.row, self.position]
 
-    def keep(self, stay: Tensor) -> bool:
-        """Drop the rows of facts that are done; returns whether any row is left."""
-        stays = stay[self.fact]
-        rows = stays.nonzero().flatten()
-        wanted = stays[self.row]
-        if self.cache is not None:
-            self.cache.batch_select_indices(rows)
-        self.tails = Batch(self.tails.ids[rows], self.tails.mask[rows], self.tails.positions[rows])
-        self.row = (stays.cumsum(0) - 1)[self.row[wanted]]
-        self.position, self.token, self.weight = self.position[wanted], self.token[wanted], self.weight[wanted]
-        self.states, self.fact = self.states[rows], self.fact[rows]
-        return bool(len(rows))
+class _Texts:
+    """The texts of a group of facts: their heads in the model's cache, their tails' states at the value layer.
 
-    def _run(self, model: PreTrainedModel, until: nn.Module) -> Tensor:
+    Heads run once through all layers, tails once up to the value layer; each step starts from there.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[_Row], batch_tokens: int) -> None:
+        self._model, self._layout, self._rows, self._batch_tokens = model, layout, rows, batch_tokens
+        self._heads = Heads(model, layout.loss_layer, {row.head for row in rows}, batch_tokens)
+        found: dict[int, Tensor] = {}
+        for group in chunks([len(row.tail) for row in rows], batch_tokens):
+            with record_outputs(layout.lower_layers) as below:
+                self._run(group, layout.value_layer)
+            self._forms = [form_of(output) for output in below]
+            found |= {i: state[: len(rows[i].tail)] for i, state in zip(group, hidden_of(below[-1]))}
+        self.states = [found[i] for i in range(len(rows))]  # of each tail at the value layer, (length, d)
+
+    def forward(self, chosen: Sequence[int], delta: Tensor) -> _Outputs:
+        """Run rows from the value layer on, with δ, (chosen, d), added at the first token of their tails."""
+        device, states = delta.device, []
+        wanted: list[tuple[int, int, float]] = []  # which of the chosen, token, weight
+        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens):
+            numbers = [chosen[k] for k in group]
+            hidden = pad_sequence([self.states[i] for i in numbers], batch_first=True)
+            first = hidden[:, :1] + delta[group][:, None].to(hidden.dtype)
+            with skip_layers(self._layout.lower_layers, self._forms, torch.cat([first, hidden[:, 1:]], dim=1)):
+                output = self._run(numbers, self._layout.loss_layer)
+            places = [(j, self._rows[i].first + n) for j, i in enumerate(numbers) for n in range(len(self._rows[i].target) or 1)]
+            states.append(output[tuple(torch.tensor(places, device=device).unbind(1))])
+            for k, row in zip(group, (self._rows[i] for i in numbers)):
+                wanted += [(k, token, row.share / len(row.target)) for token in row.target] or [(k, _NO_TOKEN, 0.0)]
+        targets = [place for place, (_, token, _) in enumerate(wanted) if token != _NO_TOKEN]
+        essences = [place for place, (_, token, _) in enumerate(wanted) if token == _NO_TOKEN]
+        return _Outputs(
+            states=torch.cat(states),
+            number=torch.tensor([k for k, _, _ in wanted], device=device),
+            targets=torch.tensor(targets, dtype=torch.long, device=device),
+            token=torch.tensor([wanted[place][1] for place in targets], dtype=torch.long, device=device),
+            weight=torch.tensor([wanted[place][2] for place in targets], device=device),
+            essences=torch.tensor(essences, dtype=torch.long, device=device),
+        )
+
+    def _run(self, numbers: Sequence[int], until: nn.Module) -> Tensor:
+        cache, head_mask = self._heads.of([self._rows[i].head for i in numbers])
+        batch = pad([self._rows[i].tail for i in numbers], "right", device_of(self._model), after=head_mask)
         with tap(outputs={"end": until}, stop=True) as seen:
-            cache = None if self.cache is None else fork(self.cache)
-            run(model, self.tails, cache=cache, use_cache=cache is not None)
+            run(self._model, batch, cache=cache, use_cache=cache is not None)
         return seen["end"]
 
 
 class _Optimisation:
-    """One group of facts on their way to their values. Every tensor has a row a fact, also for those that are done."""
+    """One group of facts on their way to their values.
+
+    `delta` and `gradient` live beside the model; what decides on the next step lives on the CPU, and comes there in one piece.
+    """
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
-        self.model, self.layout, self.hparams = model, layout, hparams
-        rows = _rows(facts)
-        heads = Heads(model, layout.loss_layer, {row.head for row in rows}, hparams.batch_tokens)
-        packed = chunks([len(row.tail) for row in rows], hparams.batch_tokens)
-        self.groups = [_Group(model, layout, [rows[i] for i in group], heads) for group in packed]
-        self.h = _bare_states(self.groups, len(facts))
-        self.delta = torch.zeros_like(self.h, requires_grad=True)
-        self.is_active = torch.ones(len(facts), dtype=torch.bool, device=self.h.device)
+        self.layout, self.hparams = layout, hparams
+        self.rows = _rows(facts)
+        self.texts = _Texts(model, layout, self.rows, hparams.batch_tokens)
+        firsts = [next(i for i, row in enumerate(self.rows) if row.fact == f) for f in range(len(facts))]
+        self.h = torch.stack([self.texts.states[i][0].float() for i in firsts])
+        self.delta = torch.zeros_like(self.h)
+        self.gradient = self.h.new_zeros(len(self.rows), self.h.shape[1])  # of each row's part of the loss, when it last ran
         self.essence: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
+
+        self.fact = torch.tensor([row.fact for row in self.rows])
+        self.is_essence = torch.tensor([not row.target for row in self.rows])
+        self.share = torch.tensor([row.share for row in self.rows])
+        self.part = torch.zeros(len(self.rows))  # of each row in its fact's loss, when it last ran
+        self.falls_short = torch.zeros(len(self.rows), dtype=torch.bool)  # whether its target was not the most probable text
+        self.age = torch.full((len(self.rows),), hparams.settled_every)  # steps since it last ran
+        self.decay = torch.zeros(len(facts))
+        self.is_active = torch.ones(len(facts), dtype=torch.bool)
 
     def run(self, progress: "tqdm[Any] | None") -> Values:
         """Adam, until each fact is done."""
         hp, n_facts = self.hparams, len(self.h)
         final = torch.zeros_like(self.h)
-        final_loss, final_nll = self.h.new_zeros(2, n_facts)
-        steps = torch.zeros(n_facts, dtype=torch.long, device=self.h.device)
-        adam = torch.optim.Adam([self.delta], lr=hp.v_lr)
+        final_loss, final_nll = torch.zeros(2, n_facts)
+        steps = torch.zeros(n_facts, dtype=torch.long)
+        adam = torch.optim.Adam([self.delta], lr=hp.v_lr, betas=(hp.v_momentum, 0.999))
         for step in range(hp.v_num_grad_steps):
             is_last = step == hp.v_num_grad_steps - 1
-            with torch.set_grad_enabled(not is_last):
-                loss, nll, is_probable = self._loss()
-            done = self.is_active & self._is_done(loss, is_probable, is_last)
-            final[done], final_loss[done], final_nll[done], steps[done] = (
-                self.delta.detach()[done],
-                loss.detach()[done],
-                nll.detach()[done],
-                step,
-            )
+            self.age += 1
+            self._refresh(self._due(is_last), wants_gradient=not is_last)
+            if len(kept := self._kept(self._done(is_last))):
+                self._refresh(kept, wants_gradient=True)
+            done = self._done(is_last)
+            final[done.to(final.device)] = self.delta[done.to(final.device)]
+            final_loss[done], final_nll[done], steps[done] = self._loss()[done], self._nll()[done], step
             if progress is not None:
                 progress.update(int(done.sum()))
             self.is_active &= ~done
             if not bool(self.is_active.any()):
                 break
-            (self.delta.grad,) = torch.autograd.grad(loss, self.delta, self.is_active.to(loss))
+            self.delta.grad = self._whole_gradient() * self.is_active.to(self.delta.device)[:, None]
             adam.step()
             self._clamp()
-            if bool(done.any()):
-                self.groups = [group for group in self.groups if group.keep(self.is_active)]
-        return Values(z=self.h + final, h=self.h, loss=final_loss, nll=final_nll, steps=steps)
+        to = self.h.device
+        return Values(z=self.h + final, h=self.h, loss=final_loss.to(to), nll=final_nll.to(to), steps=steps.to(to))
 
     def step_once(self, progress: "tqdm[Any] | None") -> Values:
         """One step of a given length down the gradient at δ = 0, as UltraEdit (arXiv 2505.14679) takes its values from one backward pass.
 
         The losses are those before the step, since nothing is run after it.
         """
-        with torch.enable_grad():
-            loss, nll, _ = self._loss()
-        (gradient,) = torch.autograd.grad(loss, self.delta, torch.ones_like(loss))
+        self._refresh(self._due(True), wants_gradient=True)
         length = self.hparams.gradient_step * self.h.norm(dim=1, keepdim=True)
         if progress is not None:
             progress.update(len(self.h))
-        steps = torch.ones(len(self.h), dtype=torch.long, device=self.h.device)
-        return Values(z=self.h - length * F.normalize(gradient, dim=1), h=self.h, loss=loss.detach(), nll=nll.detach(), steps=steps)
+        to = self.h.device
+        return Values(
+            z=self.h - length * F.normalize(self._whole_gradient(), dim=1),
+            h=self.h,
+            loss=self._loss().to(to),
+            nll=self._nll().to(to),
+            steps=torch.ones(len(self.h), dtype=torch.long, device=to),
+        )
 
-    def _loss(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss and NLL of each fact, and whether its target is the most probable text in every template; (facts,) each."""
-        hp, groups = self.hparams, self.groups
-        states = torch.cat([group.forward(self.model, self.layout, self.delta[group.fact]) for group in groups])
-        token, weight = (torch.cat([getattr(group, name) for group in groups]) for name in ("token", "weight"))
-        fact = torch.cat([group.fact[group.row] for group in groups])
-        log_probs = F.log_softmax(self.layout.logits(states), dim=1)
-        is_target = token != _NO_TOKEN
-        zeros = torch.zeros(len(self.h), device=self.h.device)
-        kl = zeros.index_add(0, fact[~is_target], self._essence_divergence(log_probs[~is_target], fact[~is_target]))
+    def _due(self, is_last: bool) -> Tensor:
+        """Rows that must run in this step: those of active facts, less the settled ones that ran a short while ago."""
+        is_settled = ~self.is_essence & (self.part < self.hparams.settled_nll * self.share) & (self.age < self.hparams.settled_every)
+        return (self.is_active[self.fact] & ~(is_settled & ~torch.tensor(is_last))).nonzero().flatten()
 
-        log_probs, token, weight, fact = log_probs[is_target], token[is_target], weight[is_target], fact[is_target]
-        token_log_probs = log_probs.gather(1, token[:, None]).squeeze(1)
-        nll = zeros.index_add(0, fact, -token_log_probs * weight)
-        decay = self.delta.norm(dim=1) / self.h.norm(dim=1) ** 2
-        with torch.no_grad():
-            others = log_probs.scatter(1, token[:, None], -torch.inf).amax(1)
-            falls_short = (token_log_probs - others <= hp.early_stopping_margin).float()
-            is_probable = zeros.index_add(0, fact, falls_short) == 0
-        return nll + hp.kl_factor * kl + hp.v_weight_decay * decay, nll, is_probable
+    def _kept(self, candidates: Tensor) -> Tensor:
+        """Rows of facts that look done, (facts,), whose figures are of an earlier step."""
+        return (candidates[self.fact] & (self.age > 0)).nonzero().flatten()
 
-    def _essence_divergence(self, log_probs: Tensor, fact: Tensor) -> Tensor:
-        """KL(p_δ ‖ p_0) after "{subject} is a", a number for each row; the first call notes p_0 down."""
+    def _refresh(self, chosen: Tensor, wants_gradient: bool) -> None:
+        """Run rows, and note down their parts of the loss and, on demand, the gradients of those."""
+        where = chosen.to(self.h.device)
+        fact = self.fact.to(self.h.device)[where]
+        delta = self.delta[fact].requires_grad_(wants_gradient)
+        with torch.set_grad_enabled(wants_gradient):
+            outputs = self.texts.forward(chosen.tolist(), delta)
+            logits = self.layout.logits(outputs.states)
+        part, falls_short, slope = self._judge(logits.detach(), outputs, fact)
+        if wants_gradient:
+            (self.gradient[where],) = torch.autograd.grad(logits, delta, slope)
+        decay = self.hparams.v_weight_decay * self.delta.norm(dim=1) / self.h.norm(dim=1) ** 2
+        known = torch.cat([part, falls_short, decay]).cpu()
+        self.part[chosen], self.falls_short[chosen] = known[: len(fact)], known[len(fact) : 2 * len(fact)] > 0
+        self.decay, self.age[chosen] = known[2 * len(fact) :], 0
+
+    def _judge(self, logits: Tensor, outputs: _Outputs, fact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the outputs say of the rows that ran.
+
+        Returns:
+            Each row's part of the loss, (rows,); how many target tokens fall short of the most probable text, (rows,); the gradient of
+            the parts' sum in the logits, (wanted, vocabulary): w·(p − 1_target) for a target token's −w·log p, and
+            kl_factor · p · (log p − log p_0 − KL) for the essence prompt's divergence.
+        """
+        log_probs = F.log_softmax(logits, dim=1)
+        targets, token, essences = outputs.targets, outputs.token, outputs.essences
+        part, falls_short = log_probs.new_zeros(2, len(fact))
+        of_target = log_probs[targets, token]
+        part.index_add_(0, outputs.number[targets], -of_target * outputs.weight)
+        log_probs[targets, token] = -torch.inf
+        others = log_probs.amax(1)[targets]
+        log_probs[targets, token] = of_target
+        is_short = of_target - others <= self.hparams.early_stopping_margin
+        falls_short.index_add_(0, outputs.number[targets], is_short.to(falls_short))
+
         if self.essence is None:
             self.essence = log_probs.new_empty(len(self.h), log_probs.shape[1])
-            self.essence[fact] = log_probs.detach()
-        return F.kl_div(self.essence[fact], log_probs, log_target=True, reduction="none").sum(1)
+            self.essence[fact[outputs.number[essences]]] = log_probs[essences]
+        change = log_probs[essences] - self.essence[fact[outputs.number[essences]]]
+        slope = log_probs.exp_()
+        divergence = (slope[essences] * change).sum(1, keepdim=True)
+        part[outputs.number[essences]] = self.hparams.kl_factor * divergence.squeeze(1)
+        scale = slope.new_ones(len(slope), 1).index_put((targets,), outputs.weight[:, None])
+        slope *= scale
+        slope[targets, token] -= outputs.weight
+        slope[essences] *= self.hparams.kl_factor * (change - divergence)
+        return part, falls_short, slope
 
-    def _is_done(self, loss: Tensor, is_probable: Tensor, is_last: bool) -> Tensor:
+    def _whole_gradient(self) -> Tensor:
+        """Of each fact's loss in its δ, (facts, d)."""
+        parts: Tensor = torch.zeros_like(self.h).index_add_(0, self.fact.to(self.h.device), self.gradient)
+        decay: Tensor = self.hparams.v_weight_decay * F.normalize(self.delta, dim=1) / self.h.norm(dim=1, keepdim=True) ** 2
+        return parts + decay
+
+    def _nll(self) -> Tensor:
+        return torch.zeros_like(self.decay).index_add(0, self.fact[~self.is_essence], self.part[~self.is_essence])
+
+    def _loss(self) -> Tensor:
+        return torch.zeros_like(self.decay).index_add(0, self.fact, self.part) + self.decay
+
+    def _done(self, is_last: bool) -> Tensor:
+        """Active facts that stop here, (facts,)."""
         if is_last:
-            return torch.ones_like(is_probable)
+            return self.is_active.clone()
         if self.hparams.early_stopping == "argmax":
-            return is_probable
+            return self.is_active & (torch.zeros_like(self.decay).index_add(0, self.fact, self.falls_short.float()) == 0)
         if self.hparams.early_stopping == "loss":
-            return loss.detach() < _LOSS_GOAL
-        return torch.zeros_like(is_probable)
+            return self.is_active & (self._loss() < _LOSS_GOAL)
+        return torch.zeros_like(self.is_active)
 
     def _clamp(self) -> None:
         """Back into the ball of radius clamp_norm_factor · ‖h‖."""
-        with torch.no_grad():
-            radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
-            self.delta.mul_((radius / self.delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
-
-
-def _bare_states(groups: Sequence[_Group], n_facts: int) -> Tensor:
-    """h of each fact, (facts, d), float32: the value layer's output at the subject's last token of the bare prompt."""
-    states = groups[0].states
-    h = torch.zeros(n_facts, states.shape[-1], device=states.device)
-    for group in groups:
-        h[group.fact[group.is_bare]] = group.states[group.is_bare, 0].float()
-    return h
+        radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
+        self.delta.mul_((radius / self.delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))

@@ -45,27 +45,49 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
     bare = fact.rows[0]
     h = hidden_at(model, layout.value_layer, bare.ids, bare.subject_last)
     delta = torch.zeros_like(h, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=hp.v_lr)
+    adam = torch.optim.Adam([delta], lr=hp.v_lr, betas=(hp.v_momentum, 0.999))
     with torch.no_grad():
         essence_0 = F.log_softmax(logits(fact.essence, torch.zeros_like(h))[fact.essence.subject_last], dim=0)
-    for step in range(hp.v_num_grad_steps):
-        adam.zero_grad()
-        nlls, leads = [], []
-        for row in fact.rows:
+
+    def look(row):
+        """Of one text: its NLL (the divergence for the essence prompt), by how much its target leads, and its gradient."""
+        if row is fact.essence:
+            essence = F.log_softmax(logits(row, delta)[row.subject_last], dim=0)
+            term, lead = (essence.exp() * (essence - essence_0)).sum(), torch.inf
+        else:
             out = logits(row, delta)[row.target_start - 1 : len(row.ids) - 1]
             targets = torch.tensor(row.target)
-            nlls.append(F.cross_entropy(out, targets))
             others = out.detach().clone()
             others[torch.arange(len(targets)), targets] = -torch.inf
-            leads.append((out.detach()[torch.arange(len(targets)), targets] - others.max(1).values).min())
-        nll = torch.stack(nlls).mean()
-        essence = F.log_softmax(logits(fact.essence, delta)[fact.essence.subject_last], dim=0)
-        kl = (essence.exp() * (essence - essence_0)).sum()
-        loss = nll + hp.kl_factor * kl + hp.v_weight_decay * delta.norm() / h.norm() ** 2
-        is_done = {"off": False, "loss": loss < 0.05, "argmax": min(leads) > hp.early_stopping_margin}[hp.early_stopping]
-        if is_done or step == hp.v_num_grad_steps - 1:
-            return h + delta.detach(), loss.item(), nll.item(), step
-        loss.backward()
+            lead = float((out.detach()[torch.arange(len(targets)), targets] - others.max(1).values).min())
+            term = F.cross_entropy(out, targets)
+        return term.item(), lead, *torch.autograd.grad(term, delta)
+
+    rows = [*fact.rows, fact.essence]
+    weights = [*[1 / len(fact.rows)] * len(fact.rows), hp.kl_factor]
+    seen, ran = {}, {}
+
+    def totals():
+        nll = sum(seen[r][0] for r in range(len(fact.rows))) / len(fact.rows)
+        decay = hp.v_weight_decay * float(delta.detach().norm() / h.norm() ** 2)
+        loss = nll + hp.kl_factor * seen[len(rows) - 1][0] + decay
+        leads = min(lead for _, lead, _ in seen.values())
+        return nll, loss, {"off": False, "loss": loss < 0.05, "argmax": leads > hp.early_stopping_margin}[hp.early_stopping]
+
+    for step in range(hp.v_num_grad_steps):
+        is_last = step == hp.v_num_grad_steps - 1
+        for r, row in enumerate(rows):
+            is_settled = r in seen and row is not fact.essence and seen[r][0] < hp.settled_nll and step - ran[r] < hp.settled_every
+            if is_last or not is_settled:
+                seen[r], ran[r] = look(row), step
+        if totals()[2]:
+            for r in [r for r in ran if ran[r] < step]:
+                seen[r], ran[r] = look(rows[r]), step
+        nll, loss, is_done = totals()
+        if is_done or is_last:
+            return h + delta.detach(), loss, nll, step
+        decay = hp.v_weight_decay * delta.detach() / delta.detach().norm().clamp(min=1e-30) / h.norm() ** 2
+        delta.grad = sum(weight * seen[r][2] for r, weight in enumerate(weights)) + decay
         adam.step()
         radius = hp.clamp_norm_factor * h.norm()
         with torch.no_grad():

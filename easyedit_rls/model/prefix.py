@@ -30,6 +30,7 @@ class Heads:
         unlike = sorted(texts)
         self._number = {text: i for i, text in enumerate(unlike)}
         self._found = _run_heads(model, end, unlike, batch_tokens) if any(unlike) else None
+        self._widths = [] if self._found is None else _widths(self._found[1])
 
     def of(self, texts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache | None, Tensor | None]:
         """One cache with a row for each text, and its mask, (rows, cached); (None, None) if the texts have no token at all."""
@@ -38,12 +39,19 @@ class Heads:
         whole, whole_mask = self._found
         rows = torch.tensor([self._number[text] for text in texts], device=self._device)
         mask = whole_mask[rows]
-        width = int(mask.any(0).flip(0).nonzero().max()) + 1
+        width = max(self._widths[self._number[text]] for text in texts)
         cache = DynamicCache(config=self._config)
         for number, layer in enumerate(whole.layers):
             if layer.is_initialized:
                 cache.update(layer.keys[rows, :, -width:], layer.values[rows, :, -width:], number)
         return cache, mask[:, -width:]
+
+
+def _widths(mask: Tensor) -> list[int]:
+    """Columns from each row's first token to the end; 0 for a row without any."""
+    has_begun = mask.cummax(1).values
+    widths: list[int] = has_begun.sum(1).tolist()
+    return widths
 
 
 def _run_heads(model: PreTrainedModel, end: nn.Module, heads: Sequence[Sequence[int]], batch_tokens: int) -> tuple[DynamicCache, Tensor]:

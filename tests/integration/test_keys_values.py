@@ -8,7 +8,7 @@ from easyedit_rls.keys import LayerWalk, collect_keys, locate_facts, value_state
 from easyedit_rls.model.capture import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.requests import parse_requests
-from easyedit_rls.values import optimise_values
+from easyedit_rls.values import _Texts, optimise_values
 from tests.reference import hidden_at, plain_key, plain_value
 from tests.tolerances import PADDING, VALUES
 
@@ -62,6 +62,28 @@ def test_batched_values_equal_the_plain_path(model, located, settings, early_sto
         assert sorted(values.steps.tolist())[2] < hp.v_num_grad_steps - 1  # the three that random attention can reach
     if early_stopping == "off":
         assert set(values.steps.tolist()) == {hp.v_num_grad_steps - 1}
+
+
+@pytest.mark.parametrize("early_stopping", ["off", "argmax"])
+def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settings, early_stopping, monkeypatch):
+    layout, facts = located
+    hp = settings(early_stopping=early_stopping, settled_nll=4.0, settled_every=4, v_momentum=0.5)
+    n_rows = []
+    forward = _Texts.forward
+    monkeypatch.setattr(_Texts, "forward", lambda self, chosen, delta: n_rows.append(len(chosen)) or forward(self, chosen, delta))
+    with undisturbed(model):
+        values = optimise_values(model, layout, facts, hp)
+        lazy, n_rows[:] = sum(n_rows), []
+        full = optimise_values(model, layout, facts, settings(early_stopping=early_stopping, v_momentum=0.5))
+    for i, fact in enumerate(facts):
+        z, loss, nll, steps = plain_value(model, layout, fact, hp)
+        assert int(values.steps[i]) == steps
+        assert float((values.z[i] - z).norm() / (z - values.h[i]).norm().clamp(min=1e-6)) < VALUES
+        assert float(values.loss[i]) == pytest.approx(loss, rel=VALUES)  # at the end every text has run
+        assert float(values.nll[i]) == pytest.approx(nll, rel=VALUES, abs=1e-4)
+    if early_stopping == "off":
+        assert lazy < 0.9 * sum(n_rows)
+    assert not torch.equal(values.z, full.z)
 
 
 def test_one_step_goes_down_the_plain_gradient(model, located, settings):

@@ -87,6 +87,8 @@ def test_a_missing_file_gives_its_absolute_path_and_the_shipped_names():
         ({"v_num_grad_steps": 0}, "1 or above"),
         ({"fact_token": "last"}, "'subject_last'"),
         ({"targets": "paper"}, "'residual' or 'published'"),
+        ({"v_momentum": 1.0}, "0 or above, and below 1"),
+        ({"settled_every": 0}, "1 or above"),
         ({"early_stopping": "yes"}, "'argmax' or 'loss' or 'off'"),
         ({"alg_name": "MEMIT"}, "alg_name is 'MEMIT'; allowed: RLSEdit"),
         ({"rewrite_module_tmp": "mlp"}, "one {} for the layer"),
