@@ -247,7 +247,7 @@ class _Optimisation:
 
         The losses are those before the step, since nothing is run after it.
         """
-        self._refresh(self._due(True), wants_gradient=True)
+        self._refresh(self._due(is_last=True), wants_gradient=True)
         length = self.hparams.gradient_step * self.h.norm(dim=1, keepdim=True)
         if progress is not None:
             progress.update(len(self.h))
@@ -261,9 +261,12 @@ class _Optimisation:
         )
 
     def _due(self, is_last: bool) -> Tensor:
-        """Rows that must run in this step: those of active facts, less the settled ones that ran a short while ago."""
-        is_settled = ~self.is_essence & (self.part < self.hparams.settled_nll * self.share) & (self.age < self.hparams.settled_every)
-        return (self.is_active[self.fact] & ~(is_settled & ~torch.tensor(is_last))).nonzero().flatten()
+        """Rows that must run in this step: those of active facts; before the last step not the settled ones that ran a short while ago."""
+        due = self.is_active[self.fact]
+        if not is_last:
+            is_settled = ~self.is_essence & (self.part < self.hparams.settled_nll * self.share)
+            due = due & ~(is_settled & (self.age < self.hparams.settled_every))
+        return due.nonzero().flatten()
 
     def _kept(self, candidates: Tensor) -> Tensor:
         """Rows of facts that look done, (facts,), whose figures are of an earlier step."""
