@@ -6,7 +6,7 @@ Three editors take the same records in turns, each on a model of its own:
   peer      AlphaEdit of the checkout (without one, a plain loop that works as it does, and the output says so)
   same      RLSEdit with the peer's value settings: 25 steps, the same Adam, clamp, KL weight and five templates, and the only
             stopping rule that AlphaEdit has, which can't be switched off: a loss below 0.05. Texts whose target has an NLL below
-            0.2 nats run at every third step only (`settled_nll`)
+            0.1 nats run at every third step only (`settled_nll`)
   defaults  RLSEdit as shipped
 All edit the same layers. Preparation is left out on all sides: moments, projections, templates.
 The losses are those of the values at the last step.
@@ -59,7 +59,7 @@ def main() -> None:
     templates = sample_templates(models["peer"], tok, 5, shipped["seed"])
     defaults = RLSEditHyperParams.from_dict(shipped)
     plain = {
-        "settled_nll": 0.2,
+        "settled_nll": 0.1,
         "v_momentum": 0.9,
         "early_stopping": "loss",
         "v_num_grad_steps": 25,

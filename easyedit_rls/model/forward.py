@@ -1,14 +1,16 @@
 """Batches of token rows and one way to run them through any decoder."""
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_PADDING = 1.3  # rows that run together differ in length by this factor at most
+_PASS = 40  # tokens that a pass costs as much as beside its own: small products run at less than full speed
 _LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
 
 
@@ -60,20 +62,47 @@ def run(model: nn.Module, batch: Batch, cache: Any = None, use_cache: bool = Fal
 
 
 def chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut indices into groups of similar length, so that little is spent on padding and no padded group holds more than `max_tokens`.
+    """Cut indices into groups of similar length, so that passes and padding together cost the least, and no padded group holds more than
+    `max_tokens`.
 
-    A row longer than `max_tokens` makes a group of its own. No other group but the last is smaller than eight rows.
+    A row longer than `max_tokens` makes a group of its own.
     """
-    group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        is_full = (len(group) + 1) * lengths[i] > max_tokens
-        is_unlike = len(group) >= _LEAST_ROWS and lengths[i] > _PADDING * lengths[group[0]]
-        if group and (is_full or is_unlike):
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    ends = [k + 1 for k, i in enumerate(order) if k + 1 == len(order) or lengths[order[k + 1]] != lengths[i]]
+    start = 0
+    for end in _cuts([lengths[order[end - 1]] for end in ends], ends, max_tokens):
+        most = max(1, max_tokens // max(1, lengths[order[end - 1]]))
+        n_parts = math.ceil((end - start) / most)
+        places = [start + (end - start) * part // n_parts for part in range(n_parts + 1)]
+        yield from (order[first:last] for first, last in pairwise(places))
+        start = end
+
+
+def _cuts(widths: Sequence[int], ends: Sequence[int], max_tokens: int) -> list[int]:
+    """Where to cut sorted rows, by dynamic programming: of all cuts between rows unlike in length, those of the least cost.
+
+    Args:
+        widths: the lengths that occur, rising.
+        ends: for each, the number of rows up to that length.
+        max_tokens: tokens in one pass, at most.
+    """
+    starts = [0, *ends]
+    costs, before = [0.0], [0]
+    for k, width in enumerate(widths):
+        found = []
+        for j in range(k + 1):
+            n_rows = ends[k] - starts[j]
+            if n_rows >= _LEAST_ROWS or k == len(widths) - 1:
+                tokens = n_rows * width
+                found.append((costs[j] + tokens + _PASS * math.ceil(tokens / max_tokens), j))
+        cost, j = min(found, default=(math.inf, 0))
+        costs.append(cost)
+        before.append(j)
+    cuts, k = [], len(widths)
+    while k:
+        cuts.append(starts[k])
+        k = before[k]
+    return cuts[::-1]
 
 
 def device_of(model: nn.Module) -> torch.device:
