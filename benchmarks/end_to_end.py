@@ -4,9 +4,10 @@
 
 Three editors take the same records in turns, each on a model of its own:
   peer      AlphaEdit of the checkout (without one, a plain loop that works as it does, and the output says so)
-  same      RLSEdit with the peer's value settings: 25 steps, the same Adam, clamp, KL weight and five templates, and the only
-            stopping rule that AlphaEdit has, which can't be switched off: a loss below 0.05. Texts whose target has an NLL below
-            0.1 nats run at every third step only (`settled_nll`)
+  same      RLSEdit with the peer's value settings: 25 steps, the same clamp, KL weight and five templates, and the only stopping
+            rule that AlphaEdit has, which can't be switched off: a loss below 0.05. Its own are the step rule (Adam with a
+            momentum of 0.5 and a rate of 0.7, theirs 0.9 and 0.5) and that texts whose target has an NLL below 0.1 nats run at
+            every third step only (`settled_nll`). `--steps` gives it fewer than 25
   defaults  RLSEdit as shipped
 All edit the same layers. Preparation is left out on all sides: moments, projections, templates.
 The losses are those of the values at the last step.
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
     parser.add_argument("--count", type=int, default=40, help="number of records (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="steps of a value with the peer's settings, at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -59,16 +61,17 @@ def main() -> None:
     templates = sample_templates(models["peer"], tok, 5, shipped["seed"])
     defaults = RLSEditHyperParams.from_dict(shipped)
     plain = {
-        "settled_nll": 0.1,
-        "v_momentum": 0.9,
         "early_stopping": "loss",
         "v_num_grad_steps": 25,
         "clamp_norm_factor": 0.75,
         "kl_factor": 0.0625,
         "v_lr": 0.5,
+        "v_momentum": 0.9,
+        "context_templates": templates,
     }
-    same = RLSEditHyperParams.from_dict({**shipped, **plain, "context_templates": templates})
-    peer = make_peer(models["peer"], tok, same, templates)
+    rule = {"v_lr": 0.7, "v_momentum": 0.5, "settled_nll": 0.1, "v_num_grad_steps": args.steps}
+    same = RLSEditHyperParams.from_dict({**shipped, **plain, **rule})
+    peer = make_peer(models["peer"], tok, RLSEditHyperParams.from_dict({**shipped, **plain}), templates)
     editors = {
         "peer": peer.edit,
         "same": prepared(models["same"], tok, same),

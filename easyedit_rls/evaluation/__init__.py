@@ -1,6 +1,19 @@
 """What editing has done to a model: batched metrics."""
 
+from easyedit_rls.evaluation.easyedit import add_locality, edit_quality
+from easyedit_rls.evaluation.generation import Answer, answers, consistency, fluency, generate
 from easyedit_rls.evaluation.metrics import Evaluation, evaluate
 from easyedit_rls.evaluation.perplexity import perplexity
 
-__all__ = ["Evaluation", "evaluate", "perplexity"]
+__all__ = [
+    "Answer",
+    "Evaluation",
+    "add_locality",
+    "answers",
+    "consistency",
+    "edit_quality",
+    "evaluate",
+    "fluency",
+    "generate",
+    "perplexity",
+]

@@ -1,0 +1,102 @@
+"""EasyEdit's own figures, batched: `rewrite_acc`, `rephrase_acc`, locality and portability.
+
+The same numbers as `compute_edit_quality` gives for its default, teacher forcing by tokens (`eval_metric="token_em"`), which runs one
+prompt at a time through the whole model; here all prompts of all records share passes. What is measured is EasyEdit's choice: a prompt's
+tokens are counted without the answer, and where several prompts of one record run together there, left-padded, models with absolute
+positions (GPT-2) see them shifted; here they don't.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.errors import RequestError
+from easyedit_rls.evaluation.scoring import Score, score_rows
+from easyedit_rls.model.subject import Row
+
+_ANSWERED = {"rewrite_acc": ("prompt", "target_new"), "rephrase_acc": ("rephrase_prompt", "target_new")}
+
+
+def edit_quality(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    batch_tokens: int = 2048,
+    show_progress: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Figures of each record, in the shape in which EasyEdit gives them.
+
+    Args:
+        model: edited or not.
+        tok: its tokenizer.
+        records: EasyEdit's dicts: prompt and target_new, and where there are any rephrase_prompt, locality and portability, the
+            last two as {name: {"prompt": …, "ground_truth": …}}. A prompt may be a list, with as many answers.
+        batch_tokens: tokens in one pass, at most.
+        show_progress: None shows a bar on a terminal only.
+
+    Returns:
+        For each record ``{"rewrite_acc": [share of answer tokens that are the argmax], "rephrase_acc": [...],
+        "locality": {"<name>_output": [[argmax tokens]]}, "portability": {"<name>_acc": [...]}}``; of what a record lacks there is nothing.
+
+    Raises:
+        RequestError: names the record, the field and the cure.
+    """
+    asked = [list(_asked(record, i)) for i, record in enumerate(records)]
+    rows = [_row(tok, prompt, answer, i) for i, parts in enumerate(asked) for _, _, texts in parts for prompt, answer in texts]
+    scores = iter(score_rows(model, rows, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress))
+    return [_quality(parts, scores) for parts in asked]
+
+
+def add_locality(before: Sequence[Mapping[str, Any]], after: Sequence[dict[str, Any]]) -> None:
+    """Write `<name>_acc` into `after`: how many of the answers' tokens are as before the edit (EasyEdit's `finalize_locality_metrics`).
+
+    Args:
+        before: `edit_quality` of the unedited model.
+        after: of the edited one, on the same records.
+    """
+    for old, new in zip(before, after, strict=True):
+        for name in list(new["locality"]):
+            pairs = zip(old["locality"][name], new["locality"][name], strict=True)
+            new["locality"][name.removesuffix("_output") + "_acc"] = [sum(a == b for a, b in zip(x, y)) / len(y) for x, y in pairs]
+
+
+def _asked(record: Mapping[str, Any], index: int) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+    """(section, name, prompts with answers) of everything a record asks; the section of the first two is empty."""
+    for name, (prompt, answer) in _ANSWERED.items():
+        if name == "rewrite_acc" or record.get(prompt):
+            yield "", name, _pairs(record.get(prompt), record.get(answer), index, prompt, answer)
+    for section, ending in (("locality", "output"), ("portability", "acc")):
+        for name, part in (record.get(section) or {}).items():
+            if not isinstance(part, Mapping):
+                raise RequestError("is not a mapping. Give {'prompt': …, 'ground_truth': …}.", index=index, field=f"{section}.{name}")
+            names = f"{section}.{name}.prompt", f"{section}.{name}.ground_truth"
+            yield section, f"{name}_{ending}", _pairs(part.get("prompt"), part.get("ground_truth"), index, *names)
+
+
+def _pairs(prompts: Any, answers: Any, index: int, prompt_field: str, answer_field: str) -> list[tuple[str, str]]:
+    prompts, answers = ([value] if isinstance(value, str) else value for value in (prompts, answers))
+    for values, field in ((prompts, prompt_field), (answers, answer_field)):
+        if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
+            raise RequestError("is neither a text nor a list of texts.", index=index, field=field)
+    if len(prompts) != len(answers):
+        raise RequestError(f"has {len(answers)} texts for {len(prompts)} prompts. Give one for each.", index=index, field=answer_field)
+    return list(zip(prompts, answers))
+
+
+def _row(tok: PreTrainedTokenizerBase, prompt: str, answer: str, index: int) -> Row:
+    ids, n_prompt = tok(f"{prompt} {answer}")["input_ids"], len(tok(prompt)["input_ids"])
+    if n_prompt >= len(ids):
+        raise RequestError(f"{answer!r} has no token of its own behind {prompt!r}.", index=index)
+    return Row(ids=tuple(ids), subject_last=n_prompt - 1, target_start=n_prompt)
+
+
+def _quality(parts: Sequence[tuple[str, str, list[tuple[str, str]]]], scores: Iterator[Score]) -> dict[str, Any]:
+    """One record's figures, from as many scores as it has prompts."""
+    result: dict[str, Any] = {"locality": {}, "portability": {}}
+    for section, name, texts in parts:
+        found = [next(scores) for _ in texts]
+        place = result[section] if section else result
+        place[name] = [list(s.predicted) for s in found] if name.endswith("_output") else [s.accuracy for s in found]
+    return result

@@ -1,0 +1,187 @@
+"""What an edited model writes by itself: answers, fluency, consistency.
+
+Teacher forcing overstates success: it gives the model the answer's first tokens and its length (Yang et al. 2025, arXiv 2502.11177).
+So answers are generated too, greedily and until they end.
+"""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.errors import RLSEditError
+from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.forward import chunks, device_of, pad
+from easyedit_rls.progress import progress_bar
+
+_ENDS = (".", "\n")  # EasyEdit's ends of an answer, besides the model's own end token
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer against the wanted one, both without case, articles, punctuation and doubled spaces (SQuAD's rule).
+
+    Attributes:
+        text: what the model wrote, up to the end of the answer.
+        is_exact: whether it is the wanted one.
+        is_contained: whether it holds the wanted one, as whole words.
+    """
+
+    text: str
+    is_exact: bool
+    is_contained: bool
+
+
+def answers(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    wanted: Sequence[str],
+    *,
+    max_new_tokens: int = 20,
+    batch_tokens: int = 2048,
+    show_progress: bool | None = None,
+) -> list[Answer]:
+    """Let the model answer each prompt: greedy decoding until a full stop, a line's end or the model's end token.
+
+    Args:
+        model: edited or not.
+        tok: its tokenizer.
+        prompts: one or more.
+        wanted: as many answers.
+        max_new_tokens: tokens an answer, at most.
+        batch_tokens: tokens in one pass, at most.
+        show_progress: None shows a bar on a terminal only.
+    """
+    texts = generate(
+        model,
+        tok,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stops=_ENDS,
+        batch_tokens=batch_tokens,
+        desc="answers",
+        show_progress=show_progress,
+    )
+    return [judge(_up_to_end(text), answer) for text, answer in zip(texts, wanted, strict=True)]
+
+
+def judge(text: str, wanted: str) -> Answer:
+    """Compare a generated answer with the wanted one."""
+    given, asked = _plain(text), _plain(wanted)
+    return Answer(text=text, is_exact=given == asked, is_contained=bool(asked) and f" {asked} " in f" {given} ")
+
+
+def generate(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    top_k: int | None = None,
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    desc: str = "generating",
+    show_progress: bool | None = None,
+) -> list[str]:
+    """Continuations of prompts, in order, through the model's own `generate`.
+
+    Args:
+        model: any decoder with `generate`.
+        tok: its tokenizer.
+        prompts: texts to go on from.
+        max_new_tokens: tokens of a continuation, at most.
+        stops: a continuation ends behind the first of these.
+        top_k: None decodes greedily; a number samples from that many tokens at temperature 1 (ROME takes 5 for its fluency).
+        seed: of the sampling; the caller's random state stays as it is.
+        batch_tokens: tokens held in one pass, at most.
+        desc: label of the progress bar.
+        show_progress: None shows a bar on a terminal only.
+    """
+    rows = [tok(prompt)["input_ids"] for prompt in prompts]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=top_k is not None,
+        **({} if top_k is None else {"top_k": top_k, "temperature": 1.0, "top_p": 1.0}),
+        eos_token_id=model.generation_config.eos_token_id if model.generation_config is not None else tok.eos_token_id,
+        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
+        stop_strings=list(stops) or None,
+    )
+    texts: dict[int, str] = {}
+    device = device_of(model)
+    random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with undisturbed(model), random, progress_bar(len(rows), desc, "text", show_progress) as bar:
+        torch.manual_seed(seed)
+        for group in chunks([len(row) + max_new_tokens for row in rows], batch_tokens):
+            batch = pad([rows[i] for i in group], "left", device)
+            given: dict[str, Any] = {"tokenizer": tok} if stops else {}
+            out = model.generate(batch.ids, attention_mask=batch.mask, generation_config=config, **given)
+            new = tok.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True)
+            texts |= dict(zip(group, new))
+            bar.update(len(group))
+    return [texts[i] for i in range(len(rows))]
+
+
+def fluency(texts: Sequence[str]) -> float:
+    """Generation entropy (Zhang et al. 2018, arXiv 1809.05972; ROME's "fluency"): low where a text repeats itself.
+
+    The mean over texts of ``(2/3 · H_2 + 4/3 · H_3) / 2`` with H_n the entropy of the text's n-grams of words, bits.
+
+    Raises:
+        RLSEditError: nltk is missing.
+    """
+    return fmean(fmean(weight * _entropy(_words(text), n) for n, weight in ((2, 2 / 3), (3, 4 / 3))) for text in texts)
+
+
+def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Cosine of TF-IDF vectors (ROME's "consistency"): do generated texts use the words of texts about the new answer?
+
+    Args:
+        texts: what the model wrote about a subject.
+        references: texts about other subjects for which the new answer is true.
+
+    Raises:
+        RLSEditError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ModuleNotFoundError as exc:
+        raise RLSEditError("Consistency needs scikit-learn. Run `pip install 'easyedit-rls[evaluation]'`.") from exc
+    a, b = TfidfVectorizer().fit_transform([" ".join(texts), " ".join(references)])
+    return float((a @ b.T).toarray()[0, 0])
+
+
+def _entropy(words: Sequence[str], n: int) -> float:
+    """Of the n-grams, bits; 0 where there is none."""
+    counts = Counter(zip(*(words[i:] for i in range(n)))).values()
+    total = sum(counts)
+    return sum(-count / total * math.log2(count / total) for count in counts)
+
+
+def _words(text: str) -> list[str]:
+    """Penn Treebank words. (ROME cuts the text into sentences first, which takes data that nltk would have to download.)"""
+    try:
+        from nltk.tokenize import word_tokenize
+    except ModuleNotFoundError as exc:
+        raise RLSEditError("Fluency needs nltk. Run `pip install 'easyedit-rls[evaluation]'`.") from exc
+    words: list[str] = word_tokenize(text, preserve_line=True)
+    return words
+
+
+def _up_to_end(text: str) -> str:
+    """The text before its first end; a full stop inside a number or a name ("3.5", "J.R.") ends it too, as in EasyEdit."""
+    return re.split("|".join(map(re.escape, _ENDS)), text.strip(), maxsplit=1)[0].strip()
+
+
+def _plain(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
