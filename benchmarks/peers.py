@@ -1,20 +1,16 @@
 """Who we are timed against: AlphaEdit of an EasyEdit checkout, or, without one, a plain loop that works as it does."""
 
-import contextlib
-import io
 import os
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from easyedit_rls import RLSEditHyperParams
-from easyedit_rls.anchors import moments, write_npz
-from easyedit_rls.host.find import easyeditor
+from easyedit_rls.anchors import moments
+from easyedit_rls.host.builtin import BuiltinEditor
 from easyedit_rls.keys import Fact, locate_facts
 from easyedit_rls.model.capture import tap
 from easyedit_rls.model.layout import find_layout
@@ -42,69 +38,13 @@ class AlphaEdit:
 
     name = "AlphaEdit of the EasyEdit checkout"
 
-    def __init__(self, model: Any, tok: Any, hp: RLSEditHyperParams, templates: Sequence[str]) -> None:
-        easyeditor()
-        from easyeditor import AlphaEditHyperParams
-        from easyeditor.models.alphaedit import AlphaEdit_main
-
-        self.model, self.tok, self._main = model, tok, AlphaEdit_main
-        self._folder = tempfile.TemporaryDirectory()
-        stats, weight = Path(self._folder.name), hp.rewrite_module_tmp
-        name = model.config._name_or_path.rsplit("/", 1)[-1]
-        for layer, moment in moments(model, tok, hp).items():
-            write_npz(
-                stats / name / "wikitext_stats" / f"{weight.format(layer)}_float32_mom2_{hp.mom2_n_samples}.npz", moment, hp.mom2_n_samples
-            )
-        shared = (
-            "layers",
-            "clamp_norm_factor",
-            "v_num_grad_steps",
-            "v_lr",
-            "v_loss_layer",
-            "v_weight_decay",
-            "kl_factor",
-            "mom2_n_samples",
-        )
-        names = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module")
-        self.settings = AlphaEditHyperParams(
-            **{key: getattr(hp, key) for key in (*shared, *names)},
-            layer_selection="all",
-            fact_token="subject_last",
-            mom2_adjustment=True,
-            mom2_update_weight=15000,
-            mom2_dataset="wikitext",
-            mom2_dtype="float32",
-            nullspace_threshold=2e-2,
-            L2=1.0,
-            alg_name="AlphaEdit",
-            device="cpu" if model.device.type == "cpu" else model.device.index,
-            model_name=f"{name}-llama",  # AlphaEdit looks for the family in the name
-            stats_dir=str(stats),
-            P_loc=str(stats / "none.pt"),
-        )
-        with contextlib.redirect_stdout(io.StringIO()):
-            projections = [AlphaEdit_main.get_project(model, tok, layer, self.settings) for layer in hp.layers]
-            AlphaEdit_main.P, AlphaEdit_main.P_loaded = torch.stack([p.cpu() for p in projections]), True
-            torch.save(AlphaEdit_main.P, self.settings.P_loc)
-        AlphaEdit_main.CONTEXT_TEMPLATES_CACHE = [["{}"], [text.replace("{", " ").replace("}", " ") + "{}" for text in templates]]
-        AlphaEdit_main.cache_c_new = False
+    def __init__(self, model: Any, tok: Any, hparams: RLSEditHyperParams, templates: Sequence[str]) -> None:
+        self._editor = BuiltinEditor("AlphaEdit", model, tok, hparams, templates, {"L2": 1.0})
 
     def edit(self, requests: Sequence[EditRequest]) -> list[float]:
         """Edit one batch; returns each fact's final loss, as printed."""
-        given = [
-            {
-                "prompt": r.prompt,
-                "subject": r.subject,
-                "target_new": r.target if r.target.startswith(" ") else f" {r.target}",
-                "case_id": r.case_id,
-            }
-            for r in requests
-        ]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            self._main.apply_AlphaEdit_to_model(self.model, self.tok, given, self.settings)
         losses, last = [], 0.0
-        for line in printed.getvalue().splitlines():
+        for line in self._editor.edit(requests).splitlines():
             if match := _LOSS.match(line):
                 last = float(match[1])
             elif _DONE.match(line):
