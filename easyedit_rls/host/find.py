@@ -12,6 +12,14 @@ from easyedit_rls.errors import HostError
 _CLONE = "git clone https://github.com/zjunlp/EasyEdit, and set EASYEDIT_HOME to its folder."
 
 
+def easyeditor_is_there() -> bool:
+    """Whether `easyeditor` would find a package to import; imports nothing."""
+    home = os.environ.get("EASYEDIT_HOME")
+    if "easyeditor" in sys.modules:
+        return True
+    return is_checkout(Path(home).expanduser()) if home else importlib.util.find_spec("easyeditor") is not None
+
+
 def easyeditor() -> ModuleType:
     """Import EasyEdit and return its package.
 

@@ -1,0 +1,86 @@
+"""``easyedit-rls compare``: the same stream of edits through several editors, and a report of how they fare."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from easyedit_rls.cli.command import command
+from easyedit_rls.compare.plan import Contender, Plan
+from easyedit_rls.compare.report import write_report
+from easyedit_rls.compare.results import METRICS
+from easyedit_rls.compare.run import run_all
+from easyedit_rls.errors import HyperParamsError, RequestError
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.sampling import sample_templates
+from easyedit_rls.records import read_records
+
+_N_TEMPLATES = 5  # MEMIT's
+
+
+@command("compare")
+def main(config: DictConfig) -> None:
+    """Hydra entry point; see ``--help``."""
+    console = Console()
+    out = Path(config.out)
+    plan = make_plan(config, out)
+    plan.save(out)
+    for contender in plan.contenders:
+        console.print(f"{contender.name}: {json.dumps(dict(contender.settings)) if contender.settings else 'settings made for the model'}")
+    run_all(out, plan)
+    result = write_report(out, plan)
+    shown = [name for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "exact") if name in result["unedited"]]
+    figures = Table("", *(METRICS[name] for name in shown), "perplexity", "s an edit", title=f"{plan.count} edits, measured after the last")
+    for name, found in {"unedited": result["unedited"], **result["contenders"]}.items():
+        means = [f"{found[metric]['mean']:.3f}" for metric in shown]
+        figures.add_row(name, *means, *(f"{found[key]:.2f}" if key in found else "" for key in ("perplexity", "seconds_per_edit")))
+    console.print(figures)
+    console.print(f"Written to {out}: report.html, table.md, table.csv, results.json, figures/")
+
+
+def make_plan(config: DictConfig, out: Path) -> Plan:
+    """The plan that the configuration asks for.
+
+    Raises:
+        HyperParamsError: settings of nobody, or of a method unknown.
+        RequestError: the records or the text can't be read.
+    """
+    names = [config.alg_name] if isinstance(config.alg_name, str) else [str(name) for name in config.alg_name]
+    if len(set(names)) < len(names):
+        raise HyperParamsError(f"alg_name names an editor twice: {', '.join(names)}. Tell them apart behind a hyphen, as in RLSEdit-soft.")
+    changes: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
+    if config.data.file is None:
+        raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
+    n_records = len(read_records(config.data.file, config.data.first, config.data.count))
+    if config.eval.text is not None and not Path(config.eval.text).is_file():
+        raise RequestError(f"{config.eval.text} can't be read. Check the path.", field="eval.text")
+    hparams = RLSEditHyperParams.from_hparams(config.model.hparams)
+    return Plan(
+        model=str(config.model.path),
+        hparams=hparams.to_dict(),
+        templates=tuple(hparams.context_templates or _templates(config.model.path, hparams.seed)),
+        data=str(config.data.file),
+        first=config.data.first,
+        count=n_records,
+        batch=config.data.batch,
+        every=config.eval.every,
+        text=config.eval.text,
+        answers=config.eval.answers,
+        fluency=config.eval.fluency,
+        threads=config.threads,
+        contenders=tuple(Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})}) for name in names),
+    )
+
+
+def _templates(model: str, seed: int) -> list[str]:
+    tok = AutoTokenizer.from_pretrained(model)
+    return sample_templates(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), tok, _N_TEMPLATES, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What a comparison runs: model, records, contenders, measurements; written down before the first edit, so that a run can go on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from easyedit_rls.errors import HyperParamsError
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One editor with its settings.
+
+    Attributes:
+        name: what tables and figures call it: the method's name, and behind a hyphen what sets it apart from others of that method.
+        settings: what differs from the settings made for the model.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def alg_name(self) -> str:
+        """The method."""
+        return self.name.partition("-")[0]
+
+    @property
+    def folder(self) -> str:
+        """A name for its files."""
+        return self.name.replace("/", "-")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One comparison.
+
+    Attributes:
+        model: folder or hub name.
+        hparams: settings of RLSEdit, whole; the built-in editors' are made of them.
+        templates: texts before prompts, the same for all; RLSEdit takes the first `n_templates`.
+        data: file of records.
+        first: first record.
+        count: number of records.
+        batch: edits a batch.
+        every: batches between two checkpoints.
+        text: plain text for perplexity, or None.
+        answers: whether the model shall generate answers at the last checkpoint.
+        fluency: at how many records it shall go on writing there, 0 for none.
+        threads: torch's; None leaves it alone.
+        contenders: in the order of the tables.
+    """
+
+    model: str
+    hparams: Mapping[str, Any]
+    templates: tuple[str, ...]
+    data: str
+    first: int
+    count: int
+    batch: int
+    every: int
+    text: str | None
+    answers: bool
+    fluency: int
+    threads: int | None
+    contenders: tuple[Contender, ...]
+
+    @property
+    def n_batches(self) -> int:
+        """Batches of the stream."""
+        return -(-self.count // self.batch)
+
+    def is_checkpoint(self, n_batches_done: int) -> bool:
+        """Whether to measure after this many batches."""
+        return n_batches_done % self.every == 0 or n_batches_done == self.n_batches
+
+    def contender(self, name: str) -> Contender:
+        """The contender of this name."""
+        return next(contender for contender in self.contenders if contender.name == name)
+
+    def save(self, folder: Path) -> None:
+        """Write it into the comparison's folder.
+
+        Raises:
+            HyperParamsError: the folder holds results of another plan; names what differs. More contenders are fine.
+        """
+        path = folder / PLAN
+        if path.is_file():
+            old, new = asdict(Plan.load(folder)), asdict(self)
+            names = {contender.name for contender in self.contenders}
+            old["contenders"] = [c for c in old["contenders"] if c["name"] in names]
+            new["contenders"] = [c for c in new["contenders"] if c["name"] in {o["name"] for o in old["contenders"]}]
+            old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+            if differences := [name for name in new if old[name] != new[name]]:
+                raise HyperParamsError(
+                    f"{folder} holds results of another comparison; different: {', '.join(differences)}. "
+                    "Give another folder (out=…), or remove this one."
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Plan":
+        """Read the plan of a comparison's folder."""
+        raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        contenders = tuple(Contender(**contender) for contender in raw["contenders"])
+        return cls(**{**raw, "templates": tuple(raw["templates"]), "contenders": contenders})

@@ -1,0 +1,186 @@
+"""From the contenders' checkpoints to tables: means with intervals, retention, differences between contenders."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from easyedit_rls.compare.plan import Contender, Plan
+from easyedit_rls.compare.stream import RESULT
+from easyedit_rls.errors import RLSEditError
+
+METRICS = {  # name -> what tables call it
+    "rewrite_accuracy": "rewrite accuracy",
+    "paraphrase_accuracy": "paraphrase accuracy",
+    "neighborhood_accuracy": "neighbourhood accuracy",
+    "efficacy": "efficacy (ES)",
+    "generalization": "generalization (PS)",
+    "specificity": "specificity (NS)",
+    "exact": "generated answer exact",
+    "contained": "generated answer contained",
+    "rewrite_acc": "EasyEdit rewrite_acc",
+    "rephrase_acc": "EasyEdit rephrase_acc",
+    "locality": "EasyEdit locality",
+    "portability": "EasyEdit portability",
+}
+_LEVEL = 0.95
+_RESAMPLES = 9_999
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over records with its bootstrap interval (percentiles; Efron 1979) at 95 %."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one contender's run found.
+
+    Attributes:
+        contender: which.
+        settings: its whole settings.
+        before: checkpoint of the unedited model, on all records.
+        checkpoints: in order of edits; each with n_edits, records, deviation, perplexity, seconds_per_edit.
+        versions: of the package, torch and Python.
+    """
+
+    contender: Contender
+    settings: Mapping[str, Any]
+    before: Mapping[str, Any]
+    checkpoints: Sequence[Mapping[str, Any]]
+    versions: Mapping[str, str]
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The checkpoint after the last edit."""
+        return self.checkpoints[-1]
+
+    def column(self, metric: str, first: int = 0, end: int | None = None) -> list[float | None]:
+        """A metric of the records at the end, those from `first` up to `end`."""
+        return [record.get(metric) for record in self.last["records"][first:end]]
+
+    def retention(self, batch: int, metric: str = "rewrite_accuracy") -> list[list[float]]:
+        """For each checkpoint: the metric's mean over each batch of edits so far."""
+        table = []
+        for checkpoint in self.checkpoints:
+            values = [record[metric] for record in checkpoint["records"]]
+            table.append([fmean(values[at : at + batch]) for at in range(0, len(values), batch)])
+        return table
+
+
+def load_runs(folder: Path, plan: Plan) -> list[Run]:
+    """Read the results of all contenders.
+
+    Raises:
+        RLSEditError: one has none.
+    """
+    runs = []
+    for contender in plan.contenders:
+        place = folder / contender.folder
+        if not (place / RESULT).is_file():
+            raise RLSEditError(f"{contender.name} has no result in {place}. Run the comparison again; it goes on where it stopped.")
+        head = json.loads((place / RESULT).read_text(encoding="utf-8"))
+        before, *checkpoints = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.glob("checkpoint-*.json")))
+        runs.append(Run(contender, head["settings"], before, checkpoints, head["versions"]))
+    return runs
+
+
+def estimate(values: Sequence[float | None], seed: int = 0) -> Estimate | None:
+    """Mean and interval over the records that have a value; None where none has."""
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
+        return None
+    if known.min() == known.max():
+        return Estimate(float(known[0]), float(known[0]), float(known[0]))
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (known,), np.mean, confidence_level=_LEVEL, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    )
+    return Estimate(float(known.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Estimate | None:
+    """Mean difference on the same records, with the interval of the paired bootstrap: not 0 where the interval leaves it out."""
+    return estimate([None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)])
+
+
+def summary(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
+    """All figures, for results.json."""
+    kept = min(100, plan.count)
+    result: dict[str, Any] = {"plan": asdict(plan), "unedited": _whole(runs[0].before, plan, None), "contenders": {}, "differences": {}}
+    for run in runs:
+        figures = _whole(run.last, plan, kept)
+        figures |= {"seconds_per_edit": float(np.median(run.last["seconds_per_edit"])), "settings": run.settings, "versions": run.versions}
+        result["contenders"][run.contender.name] = {**figures, "checkpoints": run.checkpoints}
+    for run in runs[1:]:
+        names = f"{runs[0].contender.name} − {run.contender.name}"
+        pairs = {metric: difference(runs[0].column(metric), run.column(metric)) for metric in METRICS}
+        result["differences"][names] = {metric: asdict(found) for metric, found in pairs.items() if found is not None}
+    return result
+
+
+def _whole(checkpoint: Mapping[str, Any], plan: Plan, kept: int | None) -> dict[str, Any]:
+    columns = {metric: [record.get(metric) for record in checkpoint["records"]] for metric in METRICS}
+    found = {metric: estimate(values) for metric, values in columns.items()}
+    figures: dict[str, Any] = {metric: asdict(value) for metric, value in found.items() if value is not None}
+    if kept is not None:
+        retained = estimate(columns["rewrite_accuracy"][:kept])
+        figures["retention"] = {"first": kept, **(asdict(retained) if retained else {})}
+    figures |= {name: checkpoint[name] for name in ("perplexity", "fluency") if checkpoint.get(name) is not None}
+    deviation = checkpoint["deviation"].values()
+    return figures | {"deviation": max(deviation) if deviation else 0.0}
+
+
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a contender each, and the unedited model."""
+    everyone = {"unedited": result["unedited"], **result["contenders"]}
+    shown = [metric for metric in METRICS if any(metric in figures for figures in everyone.values())]
+    kept = next(iter(result["contenders"].values()))["retention"]["first"]
+    header = [
+        "",
+        *(METRICS[metric] for metric in shown),
+        f"first {kept} at the end",
+        "perplexity",
+        "fluency",
+        "largest ‖ΔW‖/‖W‖",
+        "s an edit",
+    ]
+    rows = []
+    for name, figures in everyone.items():
+        cells = [_interval(figures.get(metric)) for metric in [*shown, "retention"]]
+        others = [_number(figures.get("perplexity"), 2), _number(figures.get("fluency"), 2), _number(figures.get("deviation"), 3)]
+        rows.append([name, *cells, *others, _number(figures.get("seconds_per_edit"), 2)])
+    used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
+    return [header[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def comma_separated(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as CSV."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return file.getvalue()
+
+
+def _interval(found: Mapping[str, float] | None) -> str:
+    return f"{found['mean']:.3f} ({found['low']:.3f}–{found['high']:.3f})" if found and "mean" in found else ""
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

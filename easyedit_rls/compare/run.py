@@ -1,0 +1,63 @@
+"""Runs a comparison: a fresh process for each contender, one after the other; those that are done are not run again."""
+
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from easyedit_rls.compare.plan import Contender, Plan
+from easyedit_rls.compare.stream import RESULT
+from easyedit_rls.errors import HostError, RLSEditError
+from easyedit_rls.host.find import easyeditor_is_there
+from easyedit_rls.progress import progress_bar
+
+_LAST_LINES = 20
+
+
+def run_all(folder: Path, plan: Plan, show_progress: bool | None = None) -> None:
+    """Run every contender that has no result yet.
+
+    Args:
+        folder: where the plan is and the results go.
+        plan: what to run.
+        show_progress: None shows a bar with the time left on a terminal only; each batch's line is shown either way.
+
+    Raises:
+        HostError: a contender needs EasyEdit, and there is none; told before anything runs.
+        RLSEditError: a contender failed; with the end of what it printed. The others' results stay.
+    """
+    waiting = [contender for contender in plan.contenders if not (folder / contender.folder / RESULT).is_file()]
+    foreign = [contender.name for contender in waiting if contender.alg_name != "RLSEdit"]
+    if foreign and not easyeditor_is_there():
+        raise HostError(
+            f"{', '.join(foreign)} need EasyEdit. git clone https://github.com/zjunlp/EasyEdit, install what its requirements.txt "
+            "lists, and set EASYEDIT_HOME to its folder; or compare settings of RLSEdit with each other: alg_name=RLSEdit,RLSEdit-soft."
+        )
+    n_done = (len(plan.contenders) - len(waiting)) * plan.n_batches
+    with progress_bar(len(plan.contenders) * plan.n_batches, "comparing", "batch", show_progress) as bar:
+        bar.update(n_done)
+        for contender in waiting:
+            _run_one(folder, plan, contender, lambda line: (bar.write(line), bar.update()))
+
+
+def _run_one(folder: Path, plan: Plan, contender: Contender, on_batch: Callable[[str], object]) -> None:
+    log = folder / f"{contender.folder}.log"
+    command = [sys.executable, "-m", "easyedit_rls.compare.stream", str(folder), contender.name]
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child,
+    ):
+        try:
+            for line in child.stdout or ():
+                file.write(line)
+                file.flush()
+                last.append(line)
+                if line.startswith(f"{contender.name}: batch "):
+                    on_batch(line.rstrip())
+        except BaseException:
+            child.kill()
+            raise
+    if child.returncode:
+        raise RLSEditError(f"{contender.name} ended with status {child.returncode}; {log} has all it printed, which ends:\n{''.join(last)}")

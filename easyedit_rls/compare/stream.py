@@ -1,0 +1,144 @@
+"""One contender's run, in a process of its own: ``python -m easyedit_rls.compare.stream FOLDER NAME``.
+
+Edits the stream batch by batch and measures at each checkpoint all records so far. What it finds goes to
+``FOLDER/<contender>/checkpoint-<edits>.json``, and at the end ``result.json`` says that it is whole. A run that was broken off begins
+anew: most editors' states die with their process.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import easyedit_rls
+from easyedit_rls.compare.plan import Contender, Plan
+from easyedit_rls.editor import RLSEditor
+from easyedit_rls.evaluation import add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.records import EditRecord, read_records
+from easyedit_rls.requests import EditRequest
+
+RESULT = "result.json"
+_FLUENT_TOKENS = 100  # ROME's
+
+Edit = Callable[[Sequence[EditRequest]], Any]
+
+
+def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
+    """Edit and measure; writes into the contender's own folder."""
+    place = folder / contender.folder
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    records = read_records(plan.data, plan.first, plan.count)
+    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
+    tok = AutoTokenizer.from_pretrained(plan.model)
+    edit, settings = make_editor(plan, contender, model, tok)
+    scale = _Measure(plan, model, tok, records)
+    _write(place / "checkpoint-000000.json", scale.before)
+    seconds: list[float] = []
+    for number in range(1, plan.n_batches + 1):
+        batch = records[(number - 1) * plan.batch : number * plan.batch]
+        begun = time.perf_counter()
+        edit([record.request for record in batch])
+        seconds.append((time.perf_counter() - begun) / len(batch))
+        line = f"{contender.name}: batch {number} of {plan.n_batches}, {seconds[-1]:.2f} s/edit"
+        if plan.is_checkpoint(number):
+            found = scale.now(min(number * plan.batch, len(records)), is_last=number == plan.n_batches)
+            _write(place / f"checkpoint-{found['n_edits']:06d}.json", {**found, "seconds_per_edit": seconds})
+            line += f", rewrite accuracy {_mean(found['records'], 'rewrite_accuracy'):.3f} over {found['n_edits']}"
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    versions = {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    _write(place / RESULT, {"name": contender.name, "settings": settings, "versions": versions, "threads": torch.get_num_threads()})
+
+
+def make_editor(plan: Plan, contender: Contender, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> tuple[Edit, dict[str, Any]]:
+    """A contender as a function of a batch, and its whole settings."""
+    if contender.alg_name == "RLSEdit":
+        settings = {**plan.hparams, **contender.settings}
+        settings.setdefault("context_templates", None)
+        if settings["context_templates"] is None:
+            settings["context_templates"] = list(plan.templates)[: settings.get("n_templates", len(plan.templates))]
+        hparams = RLSEditHyperParams.from_dict(settings)
+        editor = RLSEditor(model, tok, hparams, show_progress=False)
+        editor.prepare()
+        return editor.edit, hparams.to_dict()
+    from easyedit_rls.host.builtin import BuiltinEditor
+
+    shared = RLSEditHyperParams.from_dict(dict(plan.hparams))
+    builtin = BuiltinEditor(contender.alg_name, model, tok, shared, plan.templates, contender.settings)
+    return builtin.edit, dict(vars(builtin.settings))
+
+
+class _Measure:
+    """What is measured at each checkpoint, against the unedited model."""
+
+    def __init__(self, plan: Plan, model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord]) -> None:
+        self._plan, self._model, self._tok, self._records = plan, model, tok, records
+        self._text = Path(plan.text).read_text(encoding="utf-8") if plan.text else None
+        self._weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self._quality = edit_quality(model, tok, [record.easyedit for record in records])
+        self.before = self.now(len(records), is_last=True)
+
+    def now(self, n_edits: int, is_last: bool) -> dict[str, Any]:
+        """Figures of the first records, and of the model as a whole."""
+        records = self._records[:n_edits]
+        counterfact = evaluate(self._model, self._tok, [record.request for record in records], show_progress=False).records
+        quality = edit_quality(self._model, self._tok, [record.easyedit for record in records])
+        add_locality(self._quality[:n_edits], quality)
+        found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
+        result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation()}
+        if self._text is not None:
+            result["perplexity"] = perplexity(self._model, self._tok, self._text, show_progress=False)
+        if is_last and self._plan.answers:
+            prompts, wanted = [r.request.prompt for r in records], [r.request.target for r in records]
+            for figures, answer in zip(found, answers(self._model, self._tok, prompts, wanted)):
+                figures |= {"answer": answer.text, "exact": float(answer.is_exact), "contained": float(answer.is_contained)}
+        if is_last and self._plan.fluency:
+            prompts = [record.generation_prompts[0] for record in records if record.generation_prompts][: self._plan.fluency]
+            result["fluency"] = (
+                fluency(generate(self._model, self._tok, prompts, max_new_tokens=_FLUENT_TOKENS, top_k=5)) if prompts else None
+            )
+        return {**result, "records": found}
+
+    def _deviation(self) -> dict[str, float]:
+        """‖W − W_0‖/‖W_0‖ of each weight that has changed."""
+        changed = {name: weight.detach() - self._weights[name] for name, weight in self._model.named_parameters()}
+        return {name: float(change.norm() / self._weights[name].norm()) for name, change in changed.items() if bool(change.any())}
+
+
+def _easyedit(figures: Mapping[str, Any]) -> dict[str, float | None]:
+    """EasyEdit's figures of one record as one number each."""
+    sections = {
+        name: [x for key, part in figures[name].items() if key.endswith("_acc") for x in part] for name in ("locality", "portability")
+    }
+    found: dict[str, float | None] = {name: fmean(figures[name]) if name in figures else None for name in ("rewrite_acc", "rephrase_acc")}
+    return found | {name: fmean(values) if values else None for name, values in sections.items()}
+
+
+def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
+    return fmean(record[name] for record in records)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, ensure_ascii=False, default=str), encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    FOLDER = Path(sys.argv[1])
+    PLAN = Plan.load(FOLDER)
+    run_contender(FOLDER, PLAN, PLAN.contender(sys.argv[2]))
