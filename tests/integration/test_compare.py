@@ -1,0 +1,123 @@
+"""`easyedit-rls compare`, run as a user runs it, on a tiny model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.conftest import tiny_llama, tiny_settings
+
+ARGUMENTS = [
+    "alg_name=RLSEdit,RLSEdit-short",
+    "settings.RLSEdit-short.v_num_grad_steps=2",
+    "model.path=model",
+    "model.hparams=tiny.yaml",
+    "data.file=records.jsonl",
+    "data.batch=2",
+    "eval.every=1",
+    "eval.text=text.txt",
+    "eval.fluency=2",
+    "threads=1",
+    "out=out",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tok, demo_text, requests):
+    folder = tmp_path_factory.mktemp("compare")
+    tiny_llama().save_pretrained(folder / "model")
+    tok.save_pretrained(folder / "model")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings("llama").to_dict()))
+    (folder / "text.txt").write_text(demo_text, encoding="utf-8")
+    more = {"ground_truth": "stones", "rephrase_prompt": "It is", "locality_prompt": "The river Rhine", "locality_ground_truth": "flows"}
+    records = [{**request, **more, "generation_prompts": ["The river"]} for request in requests]
+    (folder / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+def command(*changes):
+    return [sys.executable, "-m", "easyedit_rls.cli.main", "compare", *ARGUMENTS, *changes]
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    done = subprocess.run(command(), cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def without_times(path):
+    """Results but for what a clock says."""
+    result = json.loads(path.read_text())
+    for contender in result["contenders"].values():
+        contender.pop("seconds_per_edit")
+        for checkpoint in contender["checkpoints"]:
+            checkpoint.pop("seconds_per_edit")
+    return result
+
+
+def test_everything_is_written(folder, done):
+    out = folder / "out"
+    assert {"report.html", "results.json", "table.md", "table.csv", "figures", "plan.json", "RLSEdit.log"} <= {
+        p.name for p in out.iterdir()
+    }
+    result = json.loads((out / "results.json").read_text())
+    ours, short = (result["contenders"][name] for name in ("RLSEdit", "RLSEdit-short"))
+    assert [checkpoint["n_edits"] for checkpoint in ours["checkpoints"]] == [2, 4]
+    assert ours["rewrite_accuracy"]["mean"] > short["rewrite_accuracy"]["mean"]
+    assert (ours["settings"]["v_num_grad_steps"], short["settings"]["v_num_grad_steps"]) == (20, 2)
+    assert ours["settings"]["context_templates"] == short["settings"]["context_templates"]
+    assert {"exact", "contained", "locality", "rewrite_acc", "perplexity", "fluency"} <= ours.keys()
+    assert result["unedited"]["locality"]["mean"] == 1
+    assert "answer" in ours["checkpoints"][-1]["records"][0]
+
+
+def test_a_line_a_batch(done):
+    for line in ("RLSEdit: batch 2 of 2", "RLSEdit-short: batch 1 of 2", '{"v_num_grad_steps": 2}', "rewrite accuracy"):
+        assert line in done.stdout + done.stderr
+
+
+def test_a_broken_off_run_goes_on_to_the_same_table(folder, done):
+    """Killed while the second editor edits; the first one's results are taken as they are."""
+    out = folder / "killed"
+    log = out / "RLSEdit-short.log"
+    child = subprocess.Popen(
+        command("out=killed"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not (log.is_file() and "batch 1" in log.read_text()) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not (out / "results.json").exists()
+    first = (out / "RLSEdit" / "result.json").stat().st_mtime_ns
+    again = subprocess.run(command("out=killed"), cwd=folder, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (out / "RLSEdit" / "result.json").stat().st_mtime_ns == first
+    assert without_times(out / "results.json") == without_times(folder / "out" / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (["data.batch=3"], "holds results of another comparison; different: batch"),
+        (["data.file=null", "out=x"], "Give a file of records: data.file=FILE"),
+        (["data.file=none.json", "out=x"], "none.json can't be read"),
+        (["alg_name=RLSEdit,RLSEdit", "out=x"], "names an editor twice"),
+        (["alg_name=RLSEdit", "settings.RLSEdit.v_rl=3", "out=y"], "v_rl"),
+        (["alg_name=MEMIT", "out=x"], "MEMIT need EasyEdit"),
+    ],
+)
+def test_faults_name_the_cure(folder, done, changes, problem):
+    environment = {**os.environ, "EASYEDIT_HOME": str(folder)}
+    failed = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, env=environment)
+    assert failed.returncode == 1
+    assert problem in failed.stderr
+    assert "Traceback" not in failed.stderr or "ended with status" in failed.stderr
+    shutil.rmtree(folder / "x", ignore_errors=True)

@@ -1,0 +1,148 @@
+"""A comparison's arithmetic, plans and pages; nothing is edited here."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from easyedit_rls import HostError, HyperParamsError, RLSEditError
+from easyedit_rls.compare.figures import draw
+from easyedit_rls.compare.plan import Contender, Plan
+from easyedit_rls.compare.report import write_report
+from easyedit_rls.compare.results import Run, comma_separated, difference, estimate, load_runs, markdown, summary, table
+from easyedit_rls.compare.run import run_all
+
+PLAN = Plan(
+    model="model",
+    hparams={"v_lr": 0.5},
+    templates=("It was late. ",),
+    data="records.json",
+    first=0,
+    count=5,
+    batch=2,
+    every=2,
+    text=None,
+    answers=False,
+    fluency=0,
+    threads=1,
+    contenders=(Contender("RLSEdit"), Contender("RLSEdit-soft", {"v_lr": 0.1})),
+)
+
+
+def checkpoint(hits: list[int], **more) -> dict:
+    records = [{"case_id": i, "rewrite_accuracy": float(hit), "specificity": None} for i, hit in enumerate(hits)]
+    return {"n_edits": len(hits), "records": records, "deviation": {"w": 0.1 * len(hits)}, **more}
+
+
+def a_run(name: str, *hits: list[int]) -> Run:
+    seconds = {"seconds_per_edit": [2.0, 1.0, 3.0]}
+    before = checkpoint([0] * 5, perplexity=30.0)
+    return Run(Contender(name), {"v_lr": 0.5}, before, [checkpoint(h, perplexity=31.0, **seconds) for h in hits], {"torch": "2"})
+
+
+RUNS = [a_run("RLSEdit", [1, 1, 1, 0], [1, 1, 1, 1, 1]), a_run("RLSEdit-soft", [1, 0, 0, 0], [0, 1, 0, 0, 0])]
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(100):
+        values = (generator.random(60) < 0.7).astype(float).tolist()
+        found = estimate(values)
+        assert found.low <= found.mean <= found.high
+        assert found.mean == pytest.approx(sum(values) / 60)
+        held += found.low <= 0.7 <= found.high
+    assert 88 <= held <= 100
+
+
+def test_records_without_a_figure_do_not_count():
+    assert estimate([None, 1.0, None, 0.0]).mean == 0.5
+    assert estimate([None]) is None
+    assert estimate([0.25, 0.25]).high == 0.25
+
+
+def test_differences_are_paired():
+    """Both swing by record, but one is always 0.1 better: unpaired intervals overlap, the paired one is a point."""
+    ours = [0.1, 0.9, 0.3, 0.7, 0.5]
+    theirs = [value - 0.1 for value in ours]
+    found = difference(ours, theirs)
+    assert found.mean == pytest.approx(0.1)
+    assert found.low > 0.09
+    assert difference([1.0, None], [None, 1.0]) is None
+    with pytest.raises(ValueError):
+        difference([1.0], [1.0, 2.0])
+
+
+def test_retention_is_by_batch():
+    assert RUNS[0].retention(2) == [[1.0, 0.5], [1.0, 1.0, 1.0]]
+    assert RUNS[1].retention(2) == [[0.5, 0.0], [0.5, 0.0, 0.0]]
+
+
+def test_summary_and_tables():
+    result = summary(PLAN, RUNS)
+    ours = result["contenders"]["RLSEdit"]
+    assert (ours["rewrite_accuracy"]["mean"], ours["perplexity"], ours["seconds_per_edit"]) == (1.0, 31.0, 2.0)
+    assert ours["retention"] == {"first": 5, "mean": 1.0, "low": 1.0, "high": 1.0}
+    assert result["unedited"]["rewrite_accuracy"]["mean"] == 0
+    assert result["differences"]["RLSEdit − RLSEdit-soft"]["rewrite_accuracy"]["mean"] == pytest.approx(0.8)
+    assert "specificity" not in ours
+    header, rows = table(result)
+    assert [row[0] for row in rows] == ["unedited", "RLSEdit", "RLSEdit-soft"]
+    assert "specificity (NS)" not in header
+    assert rows[1][header.index("rewrite accuracy")] == "1.000 (1.000–1.000)"
+    assert rows[2][header.index("first 5 at the end")].startswith("0.200 (")
+    assert markdown(header, rows).count("\n") == 5
+    assert comma_separated(["a", "b"], [["1,2", "3"]]) == 'a,b\n"1,2",3\n'
+
+
+def test_checkpoints_are_where_they_should_be():
+    assert [n for n in range(1, PLAN.n_batches + 1) if PLAN.is_checkpoint(n)] == [2, 3]
+    assert [n for n in range(1, 4) if replace(PLAN, every=9).is_checkpoint(n)] == [3]
+
+
+def test_a_plan_is_kept_and_held_to(tmp_path):
+    PLAN.save(tmp_path)
+    assert Plan.load(tmp_path) == PLAN
+    PLAN.save(tmp_path)
+    replace(PLAN, contenders=(*PLAN.contenders, Contender("ROME"))).save(tmp_path)  # one more is fine
+    with pytest.raises(HyperParamsError, match="different: count, batch"):
+        replace(PLAN, batch=3, count=4).save(tmp_path)
+    with pytest.raises(HyperParamsError, match="different: contenders"):
+        replace(PLAN, contenders=(Contender("RLSEdit", {"v_lr": 1.0}),)).save(tmp_path)
+
+
+def test_names():
+    assert [(c.alg_name, c.folder) for c in (Contender("RLSEdit-soft"), Contender("MEMIT"))] == [
+        ("RLSEdit", "RLSEdit-soft"),
+        ("MEMIT", "MEMIT"),
+    ]
+
+
+def test_editors_of_easyedit_need_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("EASYEDIT_HOME", str(tmp_path))
+    plan = replace(PLAN, contenders=(Contender("RLSEdit"), Contender("MEMIT"), Contender("ROME")))
+    with pytest.raises(HostError, match=r"MEMIT, ROME need EasyEdit.*set EASYEDIT_HOME"):
+        run_all(tmp_path, plan)
+    with pytest.raises(RLSEditError, match=r"RLSEdit has no result .* Run the comparison again"):
+        load_runs(tmp_path, plan)
+
+
+def test_figures_are_drawn_twice_each(tmp_path):
+    drawn = draw(PLAN, RUNS, tmp_path)
+    assert {"rewrite_accuracy", "perplexity", "deviation", "seconds", "retention-RLSEdit", "retention-RLSEdit-soft"} == drawn.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
+    assert (tmp_path / "seconds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("easyedit_rls.compare.report.load_runs", lambda folder, plan: RUNS)
+    result = write_report(tmp_path, PLAN)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert result["plan"]["count"] == 5
+    assert page.count("<svg") == 6
+    assert not re.search(r"(src|href)=[\"']https?:|@import|<script|<link", page.replace('xlink:href="#', ""))
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)), "one figure's parts would be drawn in another"
+    assert all(target in ids for target in re.findall(r'xlink:href="#([^"]+)"', page))
+    assert {"results.json", "table.md", "table.csv", "report.html", "figures"} == {path.name for path in tmp_path.iterdir()}
