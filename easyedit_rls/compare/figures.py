@@ -10,7 +10,7 @@ from easyedit_rls.compare.results import METRICS, Run
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_SIZE = (4.4, 3.3)  # inches; one fills a phone's width, three stand side by side on a screen
+_SIZE = (4.4, 3.6)  # inches; one fills a phone's width, three stand side by side on a screen
 _NUMBERS_UP_TO = 60  # cells of a heat map
 
 
@@ -79,7 +79,7 @@ def _lines(
     if limits is not None:
         axes.set_ylim(limits[0] - 0.02, limits[1] + 0.02)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, framealpha=0.8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return _save(figure, path, what)
 
 

@@ -68,16 +68,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _differences(differences: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Paired differences; those whose interval leaves out 0 stand out."""
-    shown = [metric for metric in METRICS if any(metric in found for found in differences.values())]
     rows = []
-    for names, found in differences.items():
-        cells = [names]
-        for metric in shown:
-            one = found.get(metric)
-            is_clear = one is not None and (one["low"] > 0 or one["high"] < 0)
-            cells.append("" if one is None else f"{one['mean']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f}){' *' if is_clear else ''}")
-        rows.append(cells)
-    return _table(["", *(METRICS[metric] for metric in shown)], rows) if rows else "<p>There is one editor only.</p>"
+    for metric, label in METRICS.items():
+        cells = [_change(found.get(metric)) for found in differences.values()]
+        rows += [[label, *cells]] if any(cells) else []
+    return _table(["", *differences], rows) if rows else "<p>There is one editor only.</p>"
+
+
+def _change(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return ""
+    is_clear = found["low"] > 0 or found["high"] < 0
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}){' *' if is_clear else ''}"
 
 
 def _figure(path: Path, what: str) -> str:

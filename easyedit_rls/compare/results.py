@@ -143,26 +143,19 @@ def _whole(checkpoint: Mapping[str, Any], plan: Plan, kept: int | None) -> dict[
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a contender each, and the unedited model."""
+    """Header and rows: a figure each, with a column for the unedited model and for each contender."""
     everyone = {"unedited": result["unedited"], **result["contenders"]}
-    shown = [metric for metric in METRICS if any(metric in figures for figures in everyone.values())]
     kept = next(iter(result["contenders"].values()))["retention"]["first"]
-    header = [
-        "",
-        *(METRICS[metric] for metric in shown),
-        f"first {kept} at the end",
-        "perplexity",
-        "fluency",
-        "largest ‖ΔW‖/‖W‖",
-        "s an edit",
-    ]
-    rows = []
-    for name, figures in everyone.items():
-        cells = [_interval(figures.get(metric)) for metric in [*shown, "retention"]]
-        others = [_number(figures.get("perplexity"), 2), _number(figures.get("fluency"), 2), _number(figures.get("deviation"), 3)]
-        rows.append([name, *cells, *others, _number(figures.get("seconds_per_edit"), 2)])
-    used = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
-    return [header[i] for i in used], [[row[i] for i in used] for row in rows]
+    intervals = {**METRICS, "retention": f"rewrite accuracy of the first {kept}"}
+    numbers = {
+        "perplexity": ("perplexity", 2),
+        "fluency": ("fluency, bits", 2),
+        "deviation": ("largest ‖W − W₀‖/‖W₀‖", 3),
+        "seconds_per_edit": ("seconds an edit, median", 2),
+    }
+    rows = [[label, *(_interval(figures.get(name)) for figures in everyone.values())] for name, label in intervals.items()]
+    rows += [[label, *(_number(figures.get(name), digits) for figures in everyone.values())] for name, (label, digits) in numbers.items()]
+    return ["", *everyone], [row for row in rows if any(row[1:])]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

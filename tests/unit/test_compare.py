@@ -88,11 +88,14 @@ def test_summary_and_tables():
     assert result["differences"]["RLSEdit − RLSEdit-soft"]["rewrite_accuracy"]["mean"] == pytest.approx(0.8)
     assert "specificity" not in ours
     header, rows = table(result)
-    assert [row[0] for row in rows] == ["unedited", "RLSEdit", "RLSEdit-soft"]
-    assert "specificity (NS)" not in header
-    assert rows[1][header.index("rewrite accuracy")] == "1.000 (1.000–1.000)"
-    assert rows[2][header.index("first 5 at the end")].startswith("0.200 (")
-    assert markdown(header, rows).count("\n") == 5
+    assert header == ["", "unedited", "RLSEdit", "RLSEdit-soft"]
+    cells = {row[0]: row[1:] for row in rows}
+    assert "specificity (NS)" not in cells
+    assert cells["rewrite accuracy"][1] == "1.000 (1.000–1.000)"
+    assert cells["rewrite accuracy of the first 5"][0] == ""
+    assert cells["rewrite accuracy of the first 5"][2].startswith("0.200 (")
+    assert cells["perplexity"] == ["30.00", "31.00", "31.00"]
+    assert markdown(header, rows).count("\n") == 2 + len(rows)
     assert comma_separated(["a", "b"], [["1,2", "3"]]) == 'a,b\n"1,2",3\n'
 
 
