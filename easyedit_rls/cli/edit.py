@@ -1,0 +1,66 @@
+"""``easyedit-rls edit``: edit a file of records into a model and save it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from easyedit_rls.cli.command import command
+from easyedit_rls.editor import RLSEditor
+from easyedit_rls.errors import RequestError
+from easyedit_rls.evaluation import evaluate
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.records import read_records
+
+_SHOWN = (
+    ("efficacy", "Efficacy: P(new) > P(true)"),
+    ("rewrite_accuracy", "Rewrite accuracy: new answer is the argmax"),
+    ("paraphrase_accuracy", "Paraphrase accuracy: argmax"),
+    ("specificity", "Specificity: P(true) > P(new) on neighbours"),
+)
+
+
+@command("edit")
+def main(config: DictConfig) -> None:
+    """Hydra entry point; see ``--help``."""
+    console = Console()
+    if config.data.file is None:
+        raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
+    requests = [record.request for record in read_records(config.data.file, config.data.first, config.data.count)]
+    settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
+    hparams = RLSEditHyperParams.from_hparams(config.model.hparams).to_dict()
+    hparams |= {**settings, **({"state_dir": str(config.state_dir)} if config.state_dir else {})}
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.dtype)).eval()
+    tok = AutoTokenizer.from_pretrained(config.model.path)
+    before = evaluate(model, tok, requests, show_progress=True).means()
+    editor = RLSEditor(model, tok, RLSEditHyperParams.from_dict(hparams))
+    if editor.n_edits:
+        console.print(f"{config.state_dir} holds {editor.n_edits} edits; they are in the model, and these come on top.")
+    batches = [requests[at : at + config.data.batch] for at in range(0, len(requests), config.data.batch)]
+    reports = [editor.edit(batch).to_dict() for batch in tqdm(batches, desc="batches", unit="batch")]
+    after = evaluate(model, tok, requests, show_progress=True).means()
+    editor.close()
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = {"before": before, "after": after, "batches": reports, "settings": editor.hparams.to_dict()}
+    (out / "edits.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if config.save:
+        model.save_pretrained(out)
+        tok.save_pretrained(out)
+    figures = Table("", "Before", "After", title=f"{len(requests)} edits, measured after the last")
+    for name, label in _SHOWN:
+        if after[name] is not None:
+            figures.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}")
+    console.print(figures)
+    console.print(f"Written to {out}: edits.json" + (", and the edited model as save_pretrained writes it" if config.save else ""))
+
+
+if __name__ == "__main__":
+    main()
