@@ -1,0 +1,79 @@
+"""Seconds to evaluate records, against EasyEdit's `compute_edit_quality` in the same process, in turns; prints one JSON object.
+
+    EASYEDIT_HOME=CHECKOUT python benchmarks/evaluation.py --model models/smollm2-135m-llama --data pararel_dev.json --threads 2
+
+Both score the same prompts by the same rule (rewrite, rephrase, all neighbours), and must give the same numbers. EasyEdit loads a model by
+what its folder is called, so the folder's name must contain the family's, as in smollm2-llama.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import machine, spread, versions
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from easyedit_rls.evaluation import edit_quality, evaluate
+from easyedit_rls.host.builtin import BuiltinEditor
+from easyedit_rls.host.find import easyeditor
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.records import read_records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
+    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=200, help="number of records (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=50, help="records in a turn (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    package = easyeditor()
+
+    records = read_records(args.data, args.first, args.count)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tok = AutoTokenizer.from_pretrained(args.model)
+    settings = BuiltinEditor("FT", model, tok, RLSEditHyperParams.from_hparams(args.hparams), []).settings
+    seconds: dict[str, list[float]] = {"EasyEdit": [], "edit_quality": [], "evaluate": []}
+    n_unlike = 0
+    edit_quality(model, tok, [record.easyedit for record in records[:5]])  # warm
+    for at in range(0, len(records), args.block):
+        block = records[at : at + args.block]
+        begun = time.perf_counter()
+        ours = edit_quality(model, tok, [record.easyedit for record in block])
+        seconds["edit_quality"].append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            theirs = [package.compute_edit_quality(model, settings.model_name, settings, tok, record.easyedit, "cpu") for record in block]
+        seconds["EasyEdit"].append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        evaluate(model, tok, [record.request for record in block])
+        seconds["evaluate"].append(time.perf_counter() - begun)
+        for one, other in zip(ours, theirs):
+            parts = [(one[name], other[name]) for name in ("rewrite_acc", "rephrase_acc") if name in one]
+            parts += [(one["locality"][name], other["locality"][name]) for name in one["locality"]]
+            n_unlike += any(a != [type(x)(x) if isinstance(x, list) else float(x) for x in b] for a, b in parts)
+        print({name: round(values[-1], 2) for name, values in seconds.items()}, file=sys.stderr)
+    ratios = [a / b for a, b in zip(seconds["EasyEdit"], seconds["edit_quality"])]
+    result = {
+        "records": [args.first, args.first + len(records)],
+        "seconds": {name: sum(values) for name, values in seconds.items()},
+        "times_faster": spread(ratios),
+        "times_faster_whole": sum(seconds["EasyEdit"]) / sum(seconds["edit_quality"]),
+        "records_with_another_number": n_unlike,
+        "versions": versions(),
+        "machine": machine(),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
