@@ -6,6 +6,7 @@ import pytest
 
 from easyedit_rls import RequestError, parse_requests
 from easyedit_rls.host import zsre_requests
+from easyedit_rls.records import read_records
 
 ZSRE = [
     {
@@ -103,3 +104,32 @@ def test_zsre_subjects_need_the_right_file(easyeditor, tmp_path):
     path.write_text(json.dumps([{**ZSRE[0], "subject": ""}]))
     with pytest.raises(RequestError, match=r"record 0"):
         zsre_requests(easyeditor.ZsreDataset(str(path)), path)
+
+
+def test_files_give_the_same_records_as_the_hosts_classes(easyeditor, tmp_path):
+    """`read_records` reads what ZsreDataset and KnowEditDataset make of the same files."""
+    knowedit = [
+        {
+            "subject": "Leo",
+            "prompt": "Which family does Leo belong to?",
+            "target_new": "Felidae",
+            "ground_truth": ["Canidae", "dogs"],
+            "portability": {"Reasoning": [{"prompt": "Leo's relatives are", "ground_truth": [["cats", "felines"]]}]},
+            "locality": {"Relation_Specificity": [{"prompt": "The place of Leo is", "ground_truth": [["Africa"]]}]},
+        }
+    ]
+    (tmp_path / "zsre.json").write_text(json.dumps(ZSRE))
+    (tmp_path / "knowedit.json").write_text(json.dumps(knowedit))
+    theirs = list(easyeditor.ZsreDataset(str(tmp_path / "zsre.json")))
+    ours = read_records(tmp_path / "zsre.json")
+    assert [record.request.case_id for record in ours] == [item["case_id"] for item in theirs]
+    for record, item in zip(ours, theirs):
+        for name in ("prompt", "target_new", "ground_truth", "rephrase_prompt"):
+            assert record.easyedit[name] == item[name]
+        near = {"prompt": [item["locality_prompt"]], "ground_truth": [item["locality_ground_truth"]]}
+        assert record.easyedit["locality"] == {"neighborhood": near}
+    (item,), (record,) = list(easyeditor.KnowEditDataset(str(tmp_path / "knowedit.json"))), read_records(tmp_path / "knowedit.json")
+    for name in ("subject", "prompt", "target_new"):
+        assert record.easyedit[name] == item[name]
+    assert record.easyedit["portability"]["Reasoning"]["prompt"] == [part["prompt"] for part in item["portability_r"]]
+    assert record.easyedit["locality"]["Relation_Specificity"]["prompt"] == [part["prompt"] for part in item["locality_rs"]]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from easyedit_rls import RequestError, evaluate, perplexity
+from easyedit_rls.evaluation import scoring
 from easyedit_rls.evaluation.scoring import score
 from easyedit_rls.requests import Probe
 
@@ -119,3 +120,19 @@ def test_perplexity_equals_the_plain_one(model, tok, demo_text, batch_tokens):
 def test_perplexity_needs_text(model, tok):
     with pytest.raises(RequestError, match="fewer than two tokens"):
         perplexity(model, tok, "")
+
+
+def test_answers_share_passes(model, tok, monkeypatch):
+    """A text that another one begins with is read off its pass; the scores stay those of one prompt at a time."""
+    seen = []
+    true = scoring.run
+    monkeypatch.setattr(scoring, "run", lambda model, batch: seen.append(batch.ids.shape) or true(model, batch))
+    probes = [Probe("The bread", answer) for answer in ("is warm", "is warm and wide", "is", "is warm")] + [Probe("Bread", "is")]
+    scores = score(model, tok, probes)
+    assert sum(rows for rows, _ in seen) == 2
+    for one, probe in zip(scores, probes):
+        nll, is_argmax = plain(model, tok, probe.prompt, probe.answer)
+        assert one.nll == pytest.approx(nll, rel=1e-4)
+        assert one.is_argmax == is_argmax
+        assert 0 <= one.accuracy <= 1
+        assert len(one.predicted) == len(tok(f"{probe.prompt} {probe.answer}")["input_ids"]) - len(tok(probe.prompt)["input_ids"])
