@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import tiny_llama, tiny_settings
+from tests.conftest import REPOSITORY, tiny_llama, tiny_settings
 
 ARGUMENTS = [
     "alg_name=RLSEdit,RLSEdit-short",
@@ -143,3 +143,18 @@ def test_edit_saves_the_model_and_goes_on_from_a_ledger(folder, done):
     changed = {name for name in unedited if not torch.equal(unedited[name], once[name])}
     assert changed == {"model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight"}
     assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments", "lines"),
+    [
+        ("stream.py", [], ["4 edits: rewrite accuracy by batch"]),
+        ("comparison.py", ["example"], ["RLSEdit: rewrite", "RLSEdit-soft: rewrite"]),
+    ],
+)
+def test_examples(folder, example, arguments, lines):
+    command = [sys.executable, str(REPOSITORY / "examples" / example), "model", "tiny.yaml", "records.jsonl", *arguments]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert all(line in ran.stdout for line in lines)
+    assert not arguments or (folder / arguments[0] / "report.html").is_file()
