@@ -67,6 +67,12 @@ class RLSEditHyperParams:
 
     lambda_reg: float = _setting("λ: pull toward the unedited weight. λ² is also the ridge of Norm-Constrained editing.", 0.0)
     mu_reg: float = _setting("μ: pull toward the anchor mapping.", 1.0)
+    nullspace_weight: float = _setting(
+        "How many tokens of ordinary text each direction stands for that ordinary keys are made of, besides n_0; 0 is the paper's prior, "
+        "and AlphaEdit's projection the limit of ever larger weights.",
+        0.0,
+    )
+    nullspace_threshold: float = _setting("Eigenvalue of E[kkᵀ] from which a direction counts as one of these (AlphaEdit's key).", 2e-2)
     targets: str = _setting(
         "'residual': V = K W + (z − h)/(layers left), right. 'published': V = (z − h), divided after the old output is "
         "subtracted, as the authors' code does; only to reproduce their figures.",
@@ -213,6 +219,8 @@ _OBJECTIVE = (
     "mu_reg",
     "mom2_adjustment",
     "mom2_update_weight",
+    "nullspace_weight",
+    "nullspace_threshold",
     "mom2_dataset",
     "mom2_n_samples",
     "mom2_tolerance",
@@ -229,6 +237,8 @@ _NOT_NEGATIVE = (
     "v_weight_decay",
     "kl_factor",
     "mom2_update_weight",
+    "nullspace_weight",
+    "nullspace_threshold",
     "mom2_tolerance",
     "lambda_reg",
     "mu_reg",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,9 +71,23 @@ def _anchor_terms(
         if not hp.mom2_adjustment or hp.mu_reg == 0:
             return {layer: (None, None, None) for layer in weights}
         found = moments(model, tok, hp, show_progress=show_progress)
-        return {layer: (found[layer].mean.to(W.device) * hp.mom2_update_weight, None, None) for layer, W in weights.items()}
+        return {layer: (_moment_gram(found[layer].mean.to(W.device), hp), None, None) for layer, W in weights.items()}
     pairs = anchors if isinstance(anchors, AnchorPairs) else anchor_pairs(model, tok, hp, anchors)
     return {layer: _pair_terms(pairs, layer, W) for layer, W in weights.items()}
+
+
+def _moment_gram(mean: Tensor, hp: RLSEditHyperParams) -> Tensor:
+    """``n_0 · E[kkᵀ] + nullspace_weight · Π``, (d_k, d_k).
+
+    Π projects on the eigenvectors of E[kkᵀ] with eigenvalues of at least `nullspace_threshold`: the directions that ordinary keys are made
+    of. AlphaEdit (Fang et al. 2025, arXiv 2410.02355) forbids any change there, which is the limit of an infinite weight.
+    """
+    gram = mean * hp.mom2_update_weight
+    if hp.nullspace_weight == 0:
+        return gram
+    eigenvalues, vectors = torch.linalg.eigh(mean.double())
+    ordinary = vectors[:, eigenvalues >= hp.nullspace_threshold]
+    return gram.double() + hp.nullspace_weight * (ordinary @ ordinary.T)
 
 
 def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> Solution:
