@@ -87,7 +87,7 @@ def _moment_gram(mean: Tensor, hp: RLSEditHyperParams) -> Tensor:
         return gram
     eigenvalues, vectors = torch.linalg.eigh(mean.double())
     ordinary = vectors[:, eigenvalues >= hp.nullspace_threshold]
-    return gram.double() + hp.nullspace_weight * (ordinary @ ordinary.T)
+    return gram.double().add_(ordinary @ ordinary.T, alpha=hp.nullspace_weight)
 
 
 def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> Solution:
