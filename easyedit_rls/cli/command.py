@@ -11,11 +11,12 @@ from omegaconf import DictConfig
 from easyedit_rls.errors import RLSEditError
 
 
-def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:
+def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:
     """Decorator: run the function with the config of this name, with overrides from the command line.
 
     Args:
-        config_name: a file in ``easyedit_rls/conf``, without its '.yaml'.
+        config_name: a file of the package, without its '.yaml'.
+        package: where it is.
     """
 
     def decorate(function: Callable[[DictConfig], None]) -> Callable[[], Any]:
@@ -26,7 +27,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
             except RLSEditError as exc:
                 sys.exit(f"easyedit-rls: {exc}")
 
-        main: Callable[[], Any] = hydra.main(version_base="1.3", config_path="pkg://easyedit_rls.conf", config_name=config_name)(guarded)
+        main: Callable[[], Any] = hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=config_name)(guarded)
         return main
 
     return decorate

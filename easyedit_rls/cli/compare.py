@@ -23,7 +23,7 @@ from easyedit_rls.records import read_records
 _N_TEMPLATES = 5  # MEMIT's
 
 
-@command("compare")
+@command("compare", "easyedit_rls.conf.streams")
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = Console()

@@ -26,7 +26,7 @@ _SHOWN = (
 )
 
 
-@command("edit")
+@command("edit", "easyedit_rls.conf.streams")
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = Console()
