@@ -316,8 +316,8 @@ class RLSEditor:
             solution, layers_left = self.state.layers[layer], len(hp.layers) - i
             W = solution.weight
             K = walk.keys(layer).to(W)
-            missing = values.z - walk.value_states(layer)
-            V = _targets(K, W, missing.to(W), layers_left, hp.targets)
+            share = walk.needed(layer, (values.z - walk.value_states(layer)) / layers_left)
+            V = _targets(K, W, share.to(W), layers_left, hp.targets)
             factors[layer] = solution.update(K, V, data["importance"], joins_last=True)
             weight.write(solution.weight)
             steps[layer] = self._step(layer, W)
@@ -362,9 +362,9 @@ class RLSEditor:
             self.layout.edited[layer].restore(parameter)
 
 
-def _targets(K: Tensor, W: Tensor, missing: Tensor, layers_left: int, kind: str) -> Tensor:
+def _targets(K: Tensor, W: Tensor, share: Tensor, layers_left: int, kind: str) -> Tensor:
     """Target outputs V of one layer: the old output plus this layer's share of what is missing at the value layer."""
     output = K @ W
-    if kind == "published":  # the authors' code takes z − h itself for the target output
-        return output + (missing - output) / layers_left
-    return output + missing / layers_left
+    if kind == "published":  # the authors' code takes z − h itself for the target output, and shares out what that leaves
+        return output + share - output / layers_left
+    return output + share

@@ -2,15 +2,20 @@
 
 import difflib
 import re
+import textwrap
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedModel
 
-from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.errors import HyperParamsError, LayoutError
+from easyedit_rls.model.capture import tap
+from easyedit_rls.model.structure import read_structure
 
 _PACKAGED = Path(__file__).parent / "_hparams" / "RLSEdit"  # in an installed wheel
 _CHECKOUT = Path(__file__).parents[1] / "hparams" / "RLSEdit"  # in a source tree
@@ -93,6 +98,11 @@ class RLSEditHyperParams:
         0.0,
     )
     settled_every: int = _setting("See settled_nll.", 3)
+    overshoot: float = _setting(
+        "By how much a value's change δ is lengthened once it is found, still within clamp_norm_factor. Above 1, rewordings follow "
+        "more often and other facts change more; cheaper than a larger margin, which takes steps.",
+        1.0,
+    )
     values: str = _setting(
         "How values are found: 'adam' (optimised, as in MEMIT), or 'gradient' (one forward and backward pass a fact, as in UltraEdit: "
         "several times faster still, and weaker).",
@@ -126,7 +136,7 @@ class RLSEditHyperParams:
         self._check("layers", list(self.layers) == sorted(set(self.layers)), "strictly ascending layer numbers")
         self._check("layers", all(layer >= 0 for layer in self.layers), "numbers from 0")
         self._check("v_loss_layer", self.v_loss_layer >= self.layers[-1], f"the last edited layer ({self.layers[-1]}) or above")
-        for name in ("clamp_norm_factor", "v_lr", "gradient_step"):
+        for name in ("clamp_norm_factor", "v_lr", "gradient_step", "overshoot"):
             self._check(name, getattr(self, name) > 0, "above 0")
         self._check("v_momentum", 0 <= self.v_momentum < 1, "0 or above, and below 1")
         for name in _NOT_NEGATIVE:
@@ -203,14 +213,80 @@ class RLSEditHyperParams:
         except HyperParamsError as exc:
             raise HyperParamsError(f"In {source}: {exc}") from exc
 
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, **changes: Any) -> "RLSEditHyperParams":
+        """Settings for a model that has no file: modules and layers read off it, everything else as tuned for SmolLM2-135M.
+
+        Layers lie at the depths of the published settings, on average (0.16 to 0.30 of all); `v_lr` is in the same proportion to the hidden
+        states at the value layer as there, seen in a pass of random tokens (a model on the meta device gets the published 0.5).
+
+        Args:
+            model: the model.
+            changes: settings that shall differ.
+
+        Raises:
+            LayoutError: the layout can't be told, or the layers can't be edited; says what was found.
+            HyperParamsError: a change is no setting, or out of range.
+        """
+        structure = read_structure(model)
+        layers = changes.get("layers", layers_by_depth(structure.n_layers))
+        for layer in layers:
+            if layer in structure.obstacles:
+                free = [n for n in range(structure.n_layers) if n not in structure.obstacles]
+                raise LayoutError(f"Layer {layer} can't be edited: {structure.obstacles[layer]}. Layers that can: {free}.")
+        own = {
+            "model_name": model.config._name_or_path or type(model).__name__,
+            "device": "cpu" if model.device.index is None else model.device.index,
+            "layers": list(layers),
+            "v_loss_layer": structure.n_layers - 1,
+            "v_lr": 0.5 if model.device.type == "meta" else _learning_rate(model, f"{structure.layers}.{layers[-1]}"),
+            "mom2_n_samples": max(400, structure.key_width // 8),  # 16 tokens a direction of the keys
+            **structure.module_names(),
+        }
+        tuned = cls.from_hparams("smollm2-135m").to_dict()
+        return cls.from_dict({**tuned, **own, **changes}, source=f"the settings for {own['model_name']}")
+
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain Python values."""
         return asdict(self)
+
+    def to_yaml(self) -> str:
+        """A settings file, a line a setting, with what it means."""
+        lines = []
+        for setting in fields(self):
+            value = (
+                yaml.safe_dump(getattr(self, setting.name), default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+            )
+            lines += textwrap.wrap(setting.metadata["help"], 118, initial_indent="# ", subsequent_indent="# ")
+            lines.append(f"{setting.name}: {value}")
+        return "\n".join(lines) + "\n"
 
     def objective(self) -> dict[str, Any]:
         """The settings that define the least-squares problem: what is edited, both regularisers, and where a fact sits."""
         return {name: getattr(self, name) for name in _OBJECTIVE}
 
+
+def layers_by_depth(n_layers: int) -> list[int]:
+    """Layers at the mean depth of the published settings' first and last ones.
+
+    >>> layers_by_depth(32)
+    [5, 6, 7, 8, 9, 10]
+    """
+    return list(range(round(_DEPTH[0] * n_layers), round(_DEPTH[1] * n_layers) + 1))
+
+
+def _learning_rate(model: PreTrainedModel, value_layer: str) -> float:
+    """The step that is `_STEP` of a hidden state's norm when every coordinate moves by it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (8, 16), generator=generator).to(model.device)
+    with torch.no_grad(), tap(outputs={"hidden": model.get_submodule(value_layer)}, stop=True) as seen:
+        model(input_ids=ids, use_cache=False)
+    hidden = seen["hidden"][:, 1:].float()  # the first token's norm is not like the others'
+    return float(f"{_STEP * float(hidden.norm(dim=-1).median()) / hidden.shape[-1] ** 0.5:.2g}")
+
+
+_DEPTH = (0.16, 0.30)  # means of the six published files: layers[0] / layers, layers[-1] / layers
+_STEP = 0.11  # SmolLM2-135M: v_lr 0.7, 24 = sqrt(d), hidden states of norm 150
 
 _OBJECTIVE = (
     "layers",

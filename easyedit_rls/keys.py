@@ -93,6 +93,11 @@ class LayerWalk:
         """
         return self._bare.last_states(self._layout.value_layer, False, layer)
 
+    def needed(self, layer: int, change: Tensor) -> Tensor:
+        """The change of the projection's output that a change of the layer's output, (facts, d), asks for, (facts, d), float32."""
+        outlet = self._layout.outlets[layer]
+        return outlet.needed(change, None if outlet.norm is None else self._bare.last_states(outlet.norm, True, layer))
+
 
 def collect_keys(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int) -> Tensor:
     """Keys of facts at one layer, with the weights as they are now: (facts, d_k), float32."""

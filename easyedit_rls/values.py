@@ -4,8 +4,8 @@ For each fact, ``z = h + δ`` at the last edited layer and the subject's last to
 
     mean over templates of the target's NLL  +  kl_factor · KL(p_δ ‖ p_0) at the subject in "{subject} is a"  +  v_weight_decay · ‖δ‖/‖h‖²
 
-and kept in a ball of radius clamp_norm_factor · ‖h‖. The facts don't interact: the loss is a sum, Adam works coordinate by coordinate,
-and each fact stops by itself.
+and kept in a ball of radius clamp_norm_factor · ‖h‖; what is found may be lengthened (`overshoot`). The facts don't interact: the loss
+is a sum, Adam works coordinate by coordinate, and each fact stops by itself.
 
 Tokens before the subject's last one never see δ (attention is causal), so they run once and stay in the model's own key-value
 cache; each step runs only the tokens from there on. A text that already predicts its target well hardly pulls any more, so it keeps its
@@ -42,7 +42,7 @@ class Values:
     Attributes:
         z: target hidden states, (facts, d).
         h: hidden states before the edit, (facts, d).
-        loss: the whole loss at the δ taken, (facts,), nats; with `values: gradient`, before the step.
+        loss: the whole loss at the δ found, (facts,), nats, before it is lengthened; with `values: gradient`, before the step.
         nll: its first term, (facts,), nats.
         steps: Adam steps taken, (facts,), int64.
     """
@@ -63,7 +63,7 @@ def optimise_values(
         model: in evaluation mode, its parameters without gradient.
         layout: its modules.
         facts: tokenised facts.
-        hparams: v_*, clamp_norm_factor, kl_factor, early_stopping, early_stopping_margin, settled_nll, settled_every, batch_tokens.
+        hparams: v_*, clamp_norm_factor, kl_factor, early_stopping, early_stopping_margin, overshoot, settled_*, batch_tokens.
         progress: a bar to advance by the facts that are done.
 
     Raises:
@@ -238,7 +238,8 @@ class _Optimisation:
                 break
             self.delta.grad = self._whole_gradient() * self.is_active.to(self.delta.device)[:, None]
             adam.step()
-            self._clamp()
+            self.delta.copy_(self._clamped(self.delta))
+        final = self._clamped(hp.overshoot * final)
         to = self.h.device
         return Values(z=self.h + final, h=self.h, loss=final_loss.to(to), nll=final_nll.to(to), steps=steps.to(to))
 
@@ -342,7 +343,8 @@ class _Optimisation:
             return self.is_active & (self._loss() < _LOSS_GOAL)
         return torch.zeros_like(self.is_active)
 
-    def _clamp(self) -> None:
+    def _clamped(self, delta: Tensor) -> Tensor:
         """Back into the ball of radius clamp_norm_factor · ‖h‖."""
         radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
-        self.delta.mul_((radius / self.delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
+        clamped: Tensor = delta * (radius / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+        return clamped

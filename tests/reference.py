@@ -85,7 +85,8 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
                 seen[r], ran[r] = look(rows[r]), step
         nll, loss, is_done = totals()
         if is_done or is_last:
-            return h + delta.detach(), loss, nll, step
+            longer = hp.overshoot * delta.detach()
+            return h + longer * min(1.0, float(hp.clamp_norm_factor * h.norm() / longer.norm().clamp(min=1e-12))), loss, nll, step
         decay = hp.v_weight_decay * delta.detach() / delta.detach().norm().clamp(min=1e-30) / h.norm() ** 2
         delta.grad = sum(weight * seen[r][2] for r, weight in enumerate(weights)) + decay
         adam.step()

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from easyedit_rls.errors import LayoutError
 
 _PASS = 40  # tokens that a pass costs as much as beside its own: small products run at less than full speed
 _LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
@@ -51,10 +54,36 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device, after: T
     return Batch(ids=ids.to(device), mask=whole, positions=positions)
 
 
-def run(model: nn.Module, batch: Batch, cache: Any = None, use_cache: bool = False) -> Any:
-    """Run a batch; positions are passed on where the model takes them (others derive them from the mask)."""
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model can be told each token's position."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def positions_follow_mask(model: PreTrainedModel) -> bool:
+    """Whether padding between two tokens leaves their distance as it is: told by position_ids, or seen in a pass of three tokens."""
+    if takes_positions(model):
+        return True
+    device = device_of(model)
+    with torch.no_grad():
+        plain = model(torch.tensor([[1, 2, 3]], device=device)).logits[0, -1]
+        padded = model(torch.tensor([[1, 2, 0, 0, 3]], device=device), attention_mask=torch.tensor([[1, 1, 0, 0, 1]], device=device)).logits
+    return torch.allclose(plain.float(), padded[0, -1].float(), rtol=0.0, atol=0.02 * float(plain.float().abs().max()))
+
+
+def run(model: PreTrainedModel, batch: Batch, cache: Any = None, use_cache: bool = False) -> Any:
+    """Run a batch; positions are passed on where the model takes them (others derive them from the mask).
+
+    Raises:
+        LayoutError: with a cache, rows as long as the model's sliding window, which would count their padding.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if cache is not None and window is not None and batch.mask.shape[1] > window:
+        raise LayoutError(
+            f"A text takes {batch.mask.shape[1]} tokens with its padding; the model's sliding window is {window}. "
+            "Shorten the prompts or templates."
+        )
     kwargs: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": use_cache}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if takes_positions(model):
         kwargs["position_ids"] = batch.positions
     if cache is not None:
         kwargs["past_key_values"] = cache

@@ -3,12 +3,19 @@
 import difflib
 import re
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from easyedit_rls.errors import LayoutError
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.capture import form_of, record_outputs, skip_layers
+from easyedit_rls.model.forward import positions_follow_mask
+from easyedit_rls.model.outlet import Outlet, find_outlet
+from easyedit_rls.model.structure import obstacle
 from easyedit_rls.model.weights import EditedWeight
 
 
@@ -17,66 +24,96 @@ class Layout:
     """Modules of one model, as its settings name them.
 
     Attributes:
+        model: the model.
         edited: layer number -> its edited weight, ascending.
-        lower_layers: decoder layers from the first to the value layer, which is the last edited one.
-        loss_layer: decoder layer whose output final norm and head read.
-        final_norm: the norm before the head.
-        head: the output head, or the embedding it is tied to.
+        layers: all decoder layers.
+        n_lower: how many there are up to the value layer, which is the last edited one.
+        loss_layer: decoder layer whose output the model's end (final norm, head) reads.
     """
 
+    model: PreTrainedModel
     edited: dict[int, EditedWeight]
-    lower_layers: list[nn.Module]
+    layers: list[nn.Module]
+    n_lower: int
     loss_layer: nn.Module
-    final_norm: nn.Module
-    head: nn.Module
+
+    @property
+    def lower_layers(self) -> list[nn.Module]:
+        """Decoder layers from the first to the value layer."""
+        return self.layers[: self.n_lower]
 
     @property
     def value_layer(self) -> nn.Module:
         """Decoder layer whose output the values are."""
-        return self.lower_layers[-1]
+        return self.layers[self.n_lower - 1]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits in float32 from the loss layer's output, (..., d) -> (..., vocabulary)."""
-        normed = self.final_norm(hidden)
-        if isinstance(self.head, nn.Embedding):
-            return F.linear(normed, self.head.weight).float()
-        logits: Tensor = self.head(normed)
-        return logits.float()
+        """Next-token logits in float32 from the loss layer's output, (n, d) -> (n, vocabulary).
+
+        What follows the layers is the model's own code, so a norm, a projection, scaled or capped logits are whatever they are there.
+        """
+        tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.get_input_embeddings().weight.device)
+        with skip_layers(self.layers, self._forms, hidden[:, None]):
+            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits[:, 0].float()
+
+    @cached_property
+    def outlets(self) -> dict[int, Outlet]:
+        """How each edited layer's output follows its projection's.
+
+        Raises:
+            LayoutError: something else than a factor and a norm stands between.
+        """
+        return {
+            layer: find_outlet(self.model, self.layers[layer], weight.module, weight.parameter_name)
+            for layer, weight in self.edited.items()
+        }
+
+    @cached_property
+    def _forms(self) -> list[Any]:
+        """What each layer returns beside the hidden states."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.model.get_input_embeddings().weight.device)
+        with torch.no_grad(), record_outputs(self.layers) as outputs:
+            self.model(input_ids=token, use_cache=False)
+        return [form_of(output) for output in outputs]
 
 
-def find_layout(model: nn.Module, hparams: RLSEditHyperParams) -> Layout:
+def find_layout(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Layout:
     """Look up every module that the settings name.
 
     Raises:
         LayoutError: a module is missing (with what there is instead), or can't be edited.
     """
+    layers = _layers(model, hparams.layer_module_tmp)
     for layer in (*hparams.layers, hparams.v_loss_layer):
-        _check_layer(model, hparams.layer_module_tmp, layer)
+        if layer >= len(layers):
+            raise LayoutError(
+                f"The model has no layer {layer}: its {len(layers)} layers are 0 to {len(layers) - 1}. Change layers or v_loss_layer."
+            )
+    for layer in hparams.layers:
+        if reason := obstacle(layers[layer]):
+            raise LayoutError(f"Layer {layer} can't be edited: {reason}.")
+    for setting in ("ln_f_module", "lm_head_module"):
+        _module(model, getattr(hparams, setting), setting)
     edited = {
         layer: EditedWeight(_module(model, name, "rewrite_module_tmp"), name)
         for layer in hparams.layers
         for name in [hparams.rewrite_module_tmp.format(layer)]
     }
-    return Layout(
-        edited=edited,
-        lower_layers=[
-            _module(model, hparams.layer_module_tmp.format(layer), "layer_module_tmp") for layer in range(hparams.layers[-1] + 1)
-        ],
-        loss_layer=_module(model, hparams.layer_module_tmp.format(hparams.v_loss_layer), "layer_module_tmp"),
-        final_norm=_module(model, hparams.ln_f_module, "ln_f_module"),
-        head=_module(model, hparams.lm_head_module, "lm_head_module"),
-    )
-
-
-def _check_layer(model: nn.Module, template: str, layer: int) -> None:
-    pattern = re.compile(re.escape(template).replace(r"\{\}", r"(\d+)") + "$")
-    numbers = [int(match.group(1)) for name, _ in model.named_modules() if (match := pattern.match(name))]
-    if not numbers:
-        _module(model, template.format(0), "layer_module_tmp")
-    if layer not in numbers:
+    if not positions_follow_mask(model):
         raise LayoutError(
-            f"The model has no layer {layer}: its {len(numbers)} layers are 0 to {max(numbers)}. Change layers or v_loss_layer."
+            f"{type(model).__name__} takes no position_ids and counts padding as text, so prompts of unlike lengths can't run together."
         )
+    return Layout(model, edited, layers, hparams.layers[-1] + 1, layers[hparams.v_loss_layer])
+
+
+def _layers(model: nn.Module, template: str) -> list[nn.Module]:
+    """The decoder layers, in order."""
+    pattern = re.compile(re.escape(template).replace(r"\{\}", r"(\d+)") + "$")
+    found = {int(match.group(1)): module for name, module in model.named_modules() if (match := pattern.match(name))}
+    if not found:
+        _module(model, template.format(0), "layer_module_tmp")
+    return [found[number] for number in sorted(found)]
 
 
 def _module(model: nn.Module, name: str, setting: str) -> nn.Module:

@@ -1,76 +1,110 @@
-"""Other decoder families: the fast path of keys and values equals the plain one, whatever positions, norms and masks a family has."""
+"""Every decoder family: settings are made from the model, the fast path of keys and values equals the plain one, and the edit lands."""
 
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
+from easyedit_rls import RLSEditHyperParams, RLSEditor
+from easyedit_rls.errors import LayoutError
+from easyedit_rls.evaluation.scoring import score
 from easyedit_rls.keys import LayerWalk, locate_facts
-from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.prefix import Heads, share_beginnings
-from easyedit_rls.requests import parse_requests
+from easyedit_rls.requests import Probe, parse_requests
 from easyedit_rls.values import optimise_values
-from tests.conftest import tiny_settings
+from tests import zoo
 from tests.reference import plain_key, plain_value
 from tests.tolerances import PADDING, VALUES
 
-GATED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-SPECIAL = {"vocab_size": 600, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, "initializer_range": 0.15}
-
-MODELS = {
-    "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=4, n_head=4, **SPECIAL)),  # positions from the mask alone
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(head_dim=8, sliding_window=128, final_logit_softcapping=None, **GATED, **SPECIAL)
-    ),  # two kinds of layers
-    "gpt_neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, **SPECIAL)
-    ),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=128, **GATED, **SPECIAL)),
-    "opt": lambda: OPTForCausalLM(
-        OPTConfig(
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            word_embed_proj_dim=32,
-            init_std=0.15,
-            **{key: value for key, value in SPECIAL.items() if key != "initializer_range"},
-        )
-    ),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GATED, **SPECIAL)),
+SETTINGS = {
+    "layers": [1, 2],
+    "v_lr": 0.3,
+    "v_num_grad_steps": 12,
+    "v_weight_decay": 0.01,
+    "kl_factor": 0.0625,
+    "early_stopping_margin": 0.0,
+    "overshoot": 1.2,
+    "mom2_adjustment": False,
+    "lambda_reg": 0.1,
+    "context_templates": ["The weather was fine. ", "In the morning we met. "],
 }
 
-NAMES = {
-    "bloom": ("transformer.h.{}", "mlp.dense_4h_to_h", "transformer.ln_f"),
-    "gemma2": ("model.layers.{}", "mlp.down_proj", "model.norm"),
-    "gpt_neox": ("gpt_neox.layers.{}", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
-    "mistral": ("model.layers.{}", "mlp.down_proj", "model.norm"),
-    "opt": ("model.decoder.layers.{}", "fc2", "model.decoder.final_layer_norm"),
-    "qwen2": ("model.layers.{}", "mlp.down_proj", "model.norm"),
-}
+STRONGER = {"layers": [0, 1, 2], "v_num_grad_steps": 25, "early_stopping_margin": 2.0, "lambda_reg": 0.03, "context_templates": []}
 
 
-@pytest.fixture(params=sorted(MODELS))
-def located(request, tok, requests):
-    torch.manual_seed(0)
-    model = MODELS[request.param]().eval()
-    layer, module, norm = NAMES[request.param]
-    hp = tiny_settings("llama", layer_module_tmp=layer, rewrite_module_tmp=f"{layer}.{module}", ln_f_module=norm)
+@pytest.fixture(params=zoo.FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def located(name, tok, requests):
+    model = zoo.make(name)
+    hp = RLSEditHyperParams.for_model(model, **SETTINGS)
     facts = locate_facts(tok, parse_requests(requests), hp.context_templates)
     return model, find_layout(model, hp), facts, hp
+
+
+def test_logits_are_the_models_own(located):
+    """Norms, projections, scaled and capped logits, whatever comes after the layers."""
+    model, layout, _, _ = located
+    with torch.no_grad(), tap(outputs={"end": layout.loss_layer}) as seen:
+        logits = model(torch.tensor([[5, 6, 7], [9, 8, 7]])).logits
+    with torch.no_grad():
+        torch.testing.assert_close(layout.logits(seen["end"].flatten(0, 1)), logits.flatten(0, 1))
+
+
+@pytest.mark.filterwarnings("default::easyedit_rls.errors.RLSEditWarning")  # λ is the same for keys of any length, some drift
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_lands_and_touches_nothing_else(name, dtype, tok, requests):
+    model = zoo.make(name).to(dtype)
+    facts = [request for request in requests if request["prompt"].endswith(("Oder", "{}"))]  # random attention carries little
+    parsed = parse_requests(facts)
+    hp = RLSEditHyperParams.for_model(model, **{**SETTINGS, **STRONGER})
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    probes = [Probe(request.prompt, request.target) for request in parsed]
+    unedited = score(model, tok, probes)
+    least = 1.4 if name == "opt_post" else 2.303  # nats: ten times as probable; that one's layers end in a norm, which only turns
+    RLSEditor(model, tok, hp).edit(facts)
+    for old, new in zip(unedited, score(model, tok, probes)):
+        assert old.nll - new.nll > least
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {weight.parameter_name for weight in find_layout(model, hp).edited.values()}
+
+
+def test_a_small_change_of_a_layers_output_is_met(name):
+    """Whatever stands between the MLP's projection and the layer's output: nothing, a factor, a norm of it, a norm of the sum."""
+    model = zoo.make(name)
+    layout = find_layout(model, RLSEditHyperParams.for_model(model, layers=[1]))
+    layer, module, outlet = layout.layers[1], layout.edited[1].module, layout.outlets[1]
+    assert (outlet.norm is not None) == (name in ("gemma2", "gemma3", "glm4", "olmo2", "opt_post"))
+    assert outlet.scale == (pytest.approx(0.4, rel=0.02) if name == "granite" else 1.0)
+    tokens = torch.tensor([[5, 6, 7]])
+
+    def output(push):
+        def add(out):
+            return out + push.to(out).reshape(out.shape)
+
+        inputs = {} if outlet.norm is None else {"norm": outlet.norm}
+        with torch.no_grad(), tap(edit={module: add}, inputs=inputs, outputs={"end": layer}) as seen:
+            model(tokens)
+        return seen["end"][0].float(), seen["norm"].reshape(3, -1) if inputs else None
+
+    before, norm_input = output(torch.zeros(3, 32))
+    wanted = output(torch.randn(3, 32) * 0.01 * before.norm() / before.numel() ** 0.5)[0] - before  # one that can be had
+    with torch.no_grad():
+        change = output(outlet.needed(wanted, norm_input))[0] - before
+    closeness = torch.nn.functional.cosine_similarity(change, wanted, dim=1).min()
+    assert closeness > 0.98  # a norm lets no change of length through
+    assert float(change.norm() / wanted.norm()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_text_longer_than_the_sliding_window_is_refused(tok, requests):
+    """Padding in the middle of a row would count as text there."""
+    model = zoo.make("mistral")
+    model.config.sliding_window = 4
+    with pytest.raises(LayoutError, match="tokens with its padding; the model's sliding window is 4"):
+        RLSEditor(model, tok, RLSEditHyperParams.for_model(model, **SETTINGS)).edit(requests)
 
 
 def test_keys_equal_the_plain_path(located):

@@ -67,7 +67,7 @@ def test_batched_values_equal_the_plain_path(model, located, settings, early_sto
 @pytest.mark.parametrize("early_stopping", ["off", "argmax"])
 def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settings, early_stopping, monkeypatch):
     layout, facts = located
-    hp = settings(early_stopping=early_stopping, settled_nll=4.0, settled_every=4, v_momentum=0.5)
+    hp = settings(early_stopping=early_stopping, settled_nll=5.0, settled_every=4, v_momentum=0.5)
     n_rows = []
     forward = _Texts.forward
     monkeypatch.setattr(_Texts, "forward", lambda self, chosen, delta: n_rows.append(len(chosen)) or forward(self, chosen, delta))
@@ -196,7 +196,7 @@ def test_layers_up_to_the_value_layer_run_once_and_are_left_as_found(model, loca
         handle.remove()
     groups = (runs["above"] - runs["below"]) / (hp.v_num_grad_steps - 1)  # both have the heads; below, tails once, above, every step
     assert groups in {1, 2, 3, 4}
-    assert groups < runs["below"] <= 2 * groups + 2  # tails, heads of like length, and what heads share
+    assert groups < runs["below"] <= 2 * groups + 3  # tails, heads of like length, what heads share, one token for the forms
     assert all("forward" not in layer.__dict__ for layer in layout.lower_layers)
 
 

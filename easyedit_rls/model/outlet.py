@@ -1,0 +1,110 @@
+"""From what an MLP writes to what its layer passes on.
+
+In most decoders the output of the MLP's projection is added to the residual stream as it is. In some it is scaled on the way (Granite), or
+a norm stands behind it (Gemma 2 and 3, OLMo 2, GLM-4; OPT-350m norms the sum). There a wanted change of the layer's output asks for another
+change of the projection's. Which of these a layer is, is seen in a pass of a few tokens, not told by its family.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from easyedit_rls.errors import LayoutError
+from easyedit_rls.model.capture import tap
+
+_TOKENS = (1, 2, 3, 4)
+_ROUNDING = 0.03  # relative; bfloat16 has 8 bits
+
+
+@dataclass(frozen=True)
+class Outlet:
+    """How a layer's output u follows its projection's x, token by token: u = a + scale · x, or norm(a + scale · x).
+
+    Attributes:
+        scale: factor of x, 1 in most decoders.
+        norm: the norm behind, if there is one.
+    """
+
+    scale: float
+    norm: nn.Module | None
+
+    def needed(self, change: Tensor, before_norm: Tensor | None) -> Tensor:
+        """The change of the projection's output that changes the layer's output as wanted, (facts, d) -> (facts, d).
+
+        A norm y = g · (u − m)/s + b fixes the length of what it lets through, so only the direction is met: u moves by s · change / g, with
+        s as it is now. What that leaves missing, the layers above see and take on, as every layer does.
+
+        Args:
+            change: of the layer's output.
+            before_norm: the norm's input now, (facts, d); None without one.
+        """
+        if self.norm is None or before_norm is None:
+            return change / self.scale
+        weight = next(self.norm.parameters(), None)
+        before_norm = before_norm if weight is None else before_norm.to(weight.dtype)
+        gain, bias = _affine(self.norm, before_norm)
+        standard = torch.where(gain == 0, 0.0, (self.norm(before_norm).float() - bias) / gain)
+        before_norm = before_norm.float()
+        spread = (before_norm * standard).sum(1, keepdim=True) / standard.square().sum(1, keepdim=True)
+        return torch.where(gain == 0, 0.0, spread * change / gain) / self.scale
+
+
+def _affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Gain and bias of a norm, (d,), seen on inputs whose mean is 0 and whose spread is 1; a gain too small to divide by is 0."""
+    signs = torch.ones_like(like[0])
+    signs[::2] = -1.0
+    bias = norm(torch.zeros_like(like[:1]))[0].float()
+    gain = (norm(signs[None])[0].float() - bias) * signs.float()
+    return torch.where(gain.abs() < 1e-2 * gain.abs().max(), 0.0, gain), bias
+
+
+def find_outlet(model: PreTrainedModel, layer: nn.Module, projection: nn.Module, name: str) -> Outlet:
+    """See how a layer's output follows its projection's.
+
+    Args:
+        model: the model.
+        layer: the decoder layer.
+        projection: its MLP's output projection.
+        name: of the projection, for the message.
+
+    Raises:
+        LayoutError: something else than a factor and a norm stands between.
+    """
+    tokens = torch.tensor([_TOKENS], device=model.get_input_embeddings().weight.device)
+    norm = _norm_behind(model, layer, projection, tokens)
+    ends = {"inputs": {"end": norm}} if norm is not None else {"outputs": {"end": layer}}
+
+    def end(push: Tensor | None) -> tuple[Tensor, Tensor]:
+        edit = {projection: lambda output: output if push is None else output + push.to(output).reshape(output.shape)}
+        with (
+            torch.no_grad(),
+            tap(edit=edit, stop=True, inputs=ends.get("inputs"), outputs={**ends.get("outputs", {}), "x": projection}) as seen,
+        ):
+            model(input_ids=tokens, use_cache=False)
+        return seen["end"].float().reshape(len(_TOKENS), -1), seen["x"].float().reshape(len(_TOKENS), -1)
+
+    still, x = end(None)
+    generator = torch.Generator().manual_seed(0)
+    push = torch.randn(x.shape, generator=generator).to(x) * (still.norm() + x.norm()) / x.numel() ** 0.5
+    change = end(push)[0] - still
+    scale = float((change * push).sum() / push.square().sum())
+    if float((change - scale * push).norm()) > 2 * _ROUNDING * float(change.norm()) or scale == 0:
+        raise LayoutError(f"What {name} writes does not reach its layer's output as it is, scaled, or through a norm; it can't be edited.")
+    return Outlet(1.0 if abs(scale - 1) < _ROUNDING else scale, norm)
+
+
+def _norm_behind(model: PreTrainedModel, layer: nn.Module, projection: nn.Module, tokens: Tensor) -> nn.Module | None:
+    """The norm of the layer that runs after the projection."""
+    order: list[nn.Module] = []
+    norms = [module for module in layer.modules() if "norm" in type(module).__name__.lower()]
+    handles = [module.register_forward_hook(lambda m, args, output: order.append(m)) for module in [projection, *norms]]
+    try:
+        with torch.no_grad(), tap(outputs={"end": layer}, stop=True):
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    behind = order[order.index(projection) + 1 :]
+    return behind[-1] if behind else None
