@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls.cli.command import command
+from easyedit_rls.cli.loading import load_model
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
 from easyedit_rls.compare.results import METRICS
@@ -78,8 +77,8 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
 
 
 def _templates(model: str, seed: int) -> list[str]:
-    tok = AutoTokenizer.from_pretrained(model)
-    return sample_templates(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), tok, _N_TEMPLATES, seed)
+    loaded, tok = load_model(model)
+    return sample_templates(loaded, tok, _N_TEMPLATES, seed)
 
 
 if __name__ == "__main__":

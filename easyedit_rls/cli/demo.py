@@ -14,11 +14,12 @@ import transformers
 from omegaconf import DictConfig
 from rich.console import Console
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import easyedit_rls
 from easyedit_rls.cli import report
 from easyedit_rls.cli.command import command
+from easyedit_rls.cli.loading import load_model
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
@@ -35,7 +36,9 @@ def main(config: DictConfig) -> None:
     records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")))
     text = _read(config.text, "demo_text.txt")
     batches = _cut(records, config.batches)
-    model, tok = _load(Path(config.model))
+    if not (Path(config.model) / "config.json").is_file():
+        raise LayoutError(f"No model in {Path(config.model).absolute()}. Run `easyedit-rls demo-model out={config.model}`, or `make demo`.")
+    model, tok = load_model(config.model)
     console.print(f"{len(records)} facts in {len(batches)} batches, {config.hparams}, {torch.get_num_threads()} threads")
     summary = _run(model, tok, hparams, batches, text, config.completions, console)
     summary["settings"] = {"hparams": hparams.to_dict(), "batches": config.batches, "facts": config.facts, "model": str(config.model)}
@@ -140,12 +143,6 @@ def _read(path: str | None, packaged: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as exc:
         raise RequestError(f"{Path(path).absolute()} can't be read: {exc.strerror}. Check the path.") from exc
-
-
-def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not (folder / "config.json").is_file():
-        raise LayoutError(f"No model in {folder.absolute()}. Run `easyedit-rls demo-model out={folder}`, or `make demo`.")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 if __name__ == "__main__":

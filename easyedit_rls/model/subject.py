@@ -39,10 +39,7 @@ def tokenize_fact(tok: PreTrainedTokenizerBase, before: str, subject: str, after
     """
     prompt = before + subject + after
     ids, offsets = _encode(tok, prompt if target is None else f"{prompt} {target}")
-    start, end = len(before), len(before) + len(subject)
-    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-    if not inside:
-        raise RequestError(f"{subject!r} has no token in {prompt!r}. Choose another wording.", field="subject")
+    inside = _inside(offsets, before, subject, after)
     target_start = next((i for i, (_, b) in enumerate(offsets) if b > len(prompt)), len(ids))
     if target is not None:
         if target_start == len(ids) or target_start <= inside[-1]:
@@ -55,6 +52,17 @@ def tokenize_fact(tok: PreTrainedTokenizerBase, before: str, subject: str, after
     return Row(ids=tuple(ids), subject_last=inside[-1], target_start=target_start)
 
 
+def subject_tokens(tok: PreTrainedTokenizerBase, before: str, subject: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens of ``before + subject + after``, and the positions of those that share a character with the subject.
+
+    Raises:
+        RequestError: the subject has no token.
+        LayoutError: the tokenizer gives no character offsets.
+    """
+    ids, offsets = _encode(tok, before + subject + after)
+    return tuple(ids), _inside(offsets, before, subject, after)
+
+
 def tokenize_answer(tok: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:
     """Tokenise ``prompt + " " + answer``; the answer's tokens are the row's target, the prompt's last token its subject."""
     ids, offsets = _encode(tok, f"{prompt} {answer}")
@@ -62,6 +70,14 @@ def tokenize_answer(tok: PreTrainedTokenizerBase, prompt: str, answer: str) -> R
     if start == len(ids):
         raise RequestError(f"{answer!r} has no token of its own behind {prompt!r}.", field="answer")
     return Row(ids=tuple(ids), subject_last=start - 1, target_start=start)
+
+
+def _inside(offsets: list[tuple[int, int]], before: str, subject: str, after: str) -> tuple[int, ...]:
+    start, end = len(before), len(before) + len(subject)
+    inside = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start)
+    if not inside:
+        raise RequestError(f"{subject!r} has no token in {before + subject + after!r}. Choose another wording.", field="subject")
+    return inside
 
 
 def _encode(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -1,0 +1,44 @@
+"""How commands load a model, and how those without hydra end."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.errors import LayoutError, RLSEditError
+
+_CURE = "Give a folder that save_pretrained wrote, or a hub name; `easyedit-rls demo-model` writes one to try things on."
+
+
+def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: folder or hub name.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        LayoutError: there is no such model.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():  # not a hub name, so don't go looking there
+        raise LayoutError(f"There is no folder {Path(name).expanduser().absolute()}. {_CURE}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        return model, AutoTokenizer.from_pretrained(name)
+    except OSError as exc:
+        first = str(exc).splitlines()[0]
+        raise LayoutError(f"No model can be loaded from {name}: {first} {_CURE}") from exc
+
+
+def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+    """Parse, run, and turn our own errors into a line; returns the exit status (0 fine, 1 it failed; wrong usage exits with 2)."""
+    arguments = parser.parse_args(argv)
+    try:
+        run(arguments)
+    except RLSEditError as exc:
+        print(f"easyedit-rls: {exc}", file=sys.stderr)
+        return 1
+    return 0

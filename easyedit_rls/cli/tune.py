@@ -1,0 +1,103 @@
+"""``easyedit-rls tune``: search for a model's settings on development records."""
+
+import argparse
+import importlib.resources
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from easyedit_rls.cli.loading import load_model, run_command
+from easyedit_rls.errors import RequestError
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.progress import progress_bar
+from easyedit_rls.records import read_records
+from easyedit_rls.tuning.search import Search, Trial
+
+_QUICK_TOLERANCE = 0.4  # of the moments during the search; the file keeps its own
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="easyedit-rls tune",
+        description="Search for the settings of a model: the layers, v_lr, clamp_norm_factor, overshoot, n_0 (mom2_update_weight) and λ. "
+        "Each trial edits the same development records and is judged by the harmonic mean of rewrite accuracy, "
+        "paraphrase accuracy, specificity, and 1 − relative loss of perplexity. Report results on other records than these.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a causal language model")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="development records in CounterFact's format")
+    parser.add_argument("--first", type=int, default=0, help="first record (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=40, help="number of records (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="plain text for the perplexity (default: the demo's)")
+    parser.add_argument("--hparams", metavar="FILE", help="settings to begin with (default: those `easyedit-rls init` would write)")
+    parser.add_argument("--trials", type=int, default=30, help="at most so many (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="time limit, moments included (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/tune"), help="folder to write (default: %(default)s)")
+    return run_command(parser, _tune, argv)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    console = Console()
+    records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count)]
+    text = _text(arguments.text)
+    with progress_bar(None, "tuning", "trial", True) as bar:
+        model, tok = load_model(arguments.model)
+        if arguments.hparams is None:
+            hparams = RLSEditHyperParams.for_model(model, model_name=str(arguments.model))
+        else:
+            hparams = RLSEditHyperParams.from_hparams(arguments.hparams)
+        quick = RLSEditHyperParams.from_dict({**hparams.to_dict(), "mom2_tolerance": max(_QUICK_TOLERANCE, hparams.mom2_tolerance)})
+        search = Search(model, tok, quick, records, text, batch=arguments.batch, seed=arguments.seed)
+        bar.set_postfix_str("taking the moments")
+        search.prepare()
+
+        def show(trial: Trial) -> None:
+            bar.update(1)
+            bar.set_postfix_str(f"best {search.best.objective:.3f}")
+            bar.write(_line(trial))
+
+        left = 60 * arguments.minutes - bar.format_dict["elapsed"]
+        best = search.run(arguments.trials, left, show)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    found = RLSEditHyperParams.from_dict({**hparams.to_dict(), **best.changes})
+    note = f"# Settings of RLSEdit for {arguments.model}, the best of {len(search.trials)} that `easyedit-rls tune` tried.\n"
+    (arguments.out / "best.yaml").write_text(note + found.to_yaml(), encoding="utf-8")
+    (arguments.out / "trials.json").write_text(json.dumps([asdict(trial) for trial in search.trials], indent=1) + "\n", encoding="utf-8")
+    console.print(_table(search.trials, best))
+    console.print(f"Written to {arguments.out}: best.yaml (settings), trials.json (all that was tried)")
+
+
+def _line(trial: Trial) -> str:
+    settings = ", ".join(f"{name} {_short(value)}" for name, value in trial.changes.items())
+    return f"{trial.number}: {trial.objective:.3f}  {settings}  ({trial.error or f'{trial.seconds:.0f} s'})"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list):
+        return f"{value[0]}–{value[-1]}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _table(trials: list[Trial], best: Trial) -> Table:
+    names = list(best.changes)
+    table = Table("Trial", "Objective", "Rewrite", "Paraphrase", "Specificity", "Perplexity", *names, title="What was tried, best first")
+    for trial in sorted(trials, key=lambda trial: -trial.objective):
+        shown = [trial.figures.get(name) for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")]
+        numbers = ["–" if value is None else f"{value:.3f}" for value in shown]
+        row = [str(trial.number), f"{trial.objective:.3f}", *numbers, *(_short(trial.changes[name]) for name in names)]
+        table.add_row(*row, style="bold" if trial is best else None)
+    return table
+
+
+def _text(path: Path | None) -> str:
+    if path is None:
+        return importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt").read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise RequestError(f"{path.absolute()} can't be read: {exc.strerror}. Check --text.") from exc
