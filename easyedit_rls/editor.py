@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors import AnchorPairs
-from easyedit_rls.errors import NumericalError, RequestError, RLSEditWarning, StateMismatchError
+from easyedit_rls.errors import LayoutError, NumericalError, RequestError, RLSEditWarning, StateMismatchError
 from easyedit_rls.history import Edit, Entry
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.interrupts import deferred_interrupts
@@ -35,6 +35,7 @@ from easyedit_rls.values import Values, optimise_values
 logger = logging.getLogger(__name__)
 
 _DRIFT_TOLERANCE = 1e-2
+_LEAST_TOKENS = 64
 
 
 @dataclass
@@ -198,6 +199,24 @@ class RLSEditor:
         return self.state.n_edits
 
     def _edit(self, requests: Sequence[EditRequest], superseded: list[int]) -> EditReport:
+        """Edit, in passes as long as memory allows: nothing has happened when it runs out, so the batch begins anew with shorter ones."""
+        given = self.hparams.batch_tokens
+        while True:
+            try:
+                report = self._edit_once(requests, superseded)
+                break
+            except torch.OutOfMemoryError:
+                if self.hparams.batch_tokens <= _LEAST_TOKENS:
+                    raise
+                self.hparams = replace(self.hparams, batch_tokens=self.hparams.batch_tokens // 2)
+            torch.cuda.empty_cache()
+        if self.hparams.batch_tokens < given:
+            fits = self.hparams.batch_tokens
+            message = f"Memory did not suffice for passes of {given} tokens; they have {fits} now. Set batch_tokens: {fits}."
+            warnings.warn(message, RLSEditWarning, stacklevel=3)
+        return report
+
+    def _edit_once(self, requests: Sequence[EditRequest], superseded: list[int]) -> EditReport:
         with undisturbed(self.model):
             locate_facts(self.tok, requests, [])  # bad requests fail here, before the long work
             clock = [time.perf_counter()]
@@ -280,10 +299,14 @@ class RLSEditor:
         if self.state.layers:
             return
         hp = self.hparams
-        weights = {layer: weight.read() for layer, weight in self.layout.edited.items()}
         for name, parameter in self.model.named_parameters():
+            if parameter.is_meta:
+                raise LayoutError(
+                    f"Weight {name} is offloaded: it can't be edited, nor run fast. Load the model onto devices that hold it whole."
+                )
             if not bool(torch.isfinite(parameter).all()):
                 raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
+        weights = {layer: weight.read() for layer, weight in self.layout.edited.items()}
         templates = (
             sample_templates(self.model, self.tok, hp.n_templates, hp.seed) if hp.context_templates is None else list(hp.context_templates)
         )

@@ -168,7 +168,7 @@ class _Texts:
             with skip_layers(self._layout.lower_layers, self._forms, torch.cat([first, hidden[:, 1:]], dim=1)):
                 output = self._run(numbers, self._layout.loss_layer)
             places = [(j, self._rows[i].first + n) for j, i in enumerate(numbers) for n in range(len(self._rows[i].target) or 1)]
-            states.append(output[tuple(torch.tensor(places, device=device).unbind(1))])
+            states.append(output[tuple(torch.tensor(places).unbind(1))])
             for k, row in zip(group, (self._rows[i] for i in numbers)):
                 wanted += [(k, token, row.share / len(row.target)) for token in row.target] or [(k, _NO_TOKEN, 0.0)]
         targets = [place for place, (_, token, _) in enumerate(wanted) if token != _NO_TOKEN]
@@ -280,7 +280,7 @@ class _Optimisation:
         delta = self.delta[fact].requires_grad_(wants_gradient)
         with torch.set_grad_enabled(wants_gradient):
             outputs = self.texts.forward(chosen.tolist(), delta)
-            logits = self.layout.logits(outputs.states)
+            logits = self.layout.logits(outputs.states).to(self.h.device)  # the head may lie elsewhere
         part, falls_short, slope = self._judge(logits.detach(), outputs, fact)
         if wants_gradient:
             (self.gradient[where],) = torch.autograd.grad(logits, delta, slope)

@@ -17,8 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="easyedit-rls locate",
-        description="Causal tracing (ROME, Meng et al. 2022) on your facts: blur the subject, put clean states back place by place, and see "
-        "which give the model's own answer back. Draws a heat map for hidden states, MLPs and attentions. "
+        description="Causal tracing (ROME, Meng et al. 2022) on your facts: blur the subject, put clean states back place by place, and "
+        "see which give the model's own answer back. Draws a heat map for hidden states, MLPs and attentions. "
         "Advice for `layers`, not more: where a fact is recalled and where it is best edited need not be the same "
         "(Hase et al. 2023, arXiv 2301.04213).",
     )

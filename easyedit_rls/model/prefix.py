@@ -26,7 +26,7 @@ class Heads:
     """
 
     def __init__(self, model: PreTrainedModel, end: nn.Module, texts: Iterable[tuple[int, ...]], batch_tokens: int) -> None:
-        self._device, self._config = device_of(model), model.config
+        self._config = model.config
         unlike = sorted(texts)
         self._number = {text: i for i, text in enumerate(unlike)}
         self._found = _run_heads(model, end, unlike, batch_tokens) if any(unlike) else None
@@ -37,7 +37,7 @@ class Heads:
         if self._found is None or not any(texts):
             return None, None
         whole, whole_mask = self._found
-        rows = torch.tensor([self._number[text] for text in texts], device=self._device)
+        rows = torch.tensor([self._number[text] for text in texts])  # on the CPU: layers may lie on several devices
         mask = whole_mask[rows]
         width = max(self._widths[self._number[text]] for text in texts)
         cache = DynamicCache(config=self._config)
@@ -107,7 +107,7 @@ class Shared:
     Attributes:
         texts: the beginnings, each once.
         lengths: for each row, how many of its tokens they hold; 0 where it shares nothing.
-        numbers: for each row, which text is its own, (rows,); any where it shares nothing.
+        numbers: for each row, which text is its own, (rows,), on the CPU; any where it shares nothing.
         mask: for each row, which of the text's tokens it sees, (rows, length).
     """
 
@@ -138,7 +138,7 @@ def share_beginnings(rows: Sequence[Sequence[int]], device: torch.device) -> Sha
         return None
     batch = pad(texts, "left", device)
     shares = torch.tensor(lengths, device=device).clamp(max=1)
-    return Shared(batch, lengths, torch.tensor(numbers, device=device), batch.mask[numbers] * shares[:, None])
+    return Shared(batch, lengths, torch.tensor(numbers), batch.mask[numbers] * shares[:, None])
 
 
 def fork(cache: DynamicCache) -> DynamicCache:
