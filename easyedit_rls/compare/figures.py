@@ -11,6 +11,11 @@ from easyedit_rls.compare.results import METRICS, Run
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SIZE = (4.4, 3.6)  # inches; one fills a phone's width, three stand side by side on a screen
+_TERMS = {  # of the objective
+    "edits": ("Σ dᵢ‖kᵢW − vᵢ‖²", "objective: what the edits still miss (RLSEdit's targets)"),
+    "deviation": ("λ²‖W − W₀‖²", "objective: deviation from the unedited weights"),
+    "anchors": ("μ²‖K₀W − K₀W₀‖²", "objective: change of what ordinary keys map to"),
+}
 _NUMBERS_UP_TO = 60  # cells of a heat map
 
 
@@ -37,6 +42,10 @@ def draw(plan: Plan, runs: Sequence[Run], folder: Path) -> dict[str, str]:
     drawn |= _lines(
         deviation, "deviation", "‖W − W₀‖ / ‖W₀‖", folder / "deviation", "largest change of a weight, relative to its norm", None
     )
+    for term, (label, what) in _TERMS.items():
+        terms = {run.contender.name: _plain(run, lambda point, term=term: point.get("objective", {}).get(term)) for run in runs}
+        if any(value for points in terms.values() for _, value in points):
+            drawn |= _lines(terms, term, label, folder / f"objective-{term}", what, None)
     seconds = {
         run.contender.name: [(min((t + 1) * plan.batch, plan.count), s) for t, s in enumerate(run.last["seconds_per_edit"])] for run in runs
     }

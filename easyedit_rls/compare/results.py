@@ -138,6 +138,7 @@ def _whole(checkpoint: Mapping[str, Any], plan: Plan, kept: int | None) -> dict[
         retained = estimate(columns["rewrite_accuracy"][:kept])
         figures["retention"] = {"first": kept, **(asdict(retained) if retained else {})}
     figures |= {name: checkpoint[name] for name in ("perplexity", "fluency") if checkpoint.get(name) is not None}
+    figures |= {f"objective_{term}": value for term, value in checkpoint.get("objective", {}).items() if value is not None}
     deviation = checkpoint["deviation"].values()
     return figures | {"deviation": max(deviation) if deviation else 0.0}
 
@@ -151,6 +152,8 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "perplexity": ("perplexity", 2),
         "fluency": ("fluency, bits", 2),
         "deviation": ("largest ‖W − W₀‖/‖W₀‖", 3),
+        "objective_edits": ("objective: Σ dᵢ‖kᵢW − vᵢ‖²", 1),
+        "objective_anchors": ("objective: μ²‖K₀W − K₀W₀‖²", 1),
         "seconds_per_edit": ("seconds an edit, median", 2),
     }
     rows = [[label, *(_interval(figures.get(name)) for figures in everyone.values())] for name, label in intervals.items()]

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import easyedit_rls
+from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.evaluation import add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
@@ -44,8 +45,8 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     records = read_records(plan.data, plan.first, plan.count)
     model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
     tok = AutoTokenizer.from_pretrained(plan.model)
-    edit, settings = make_editor(plan, contender, model, tok)
     scale = _Measure(plan, model, tok, records)
+    edit, settings, scale.editor = make_editor(plan, contender, model, tok)
     _write(place / "checkpoint-000000.json", scale.before)
     seconds: list[float] = []
     for number in range(1, plan.n_batches + 1):
@@ -64,8 +65,10 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     _write(place / RESULT, {"name": contender.name, "settings": settings, "versions": versions, "threads": torch.get_num_threads()})
 
 
-def make_editor(plan: Plan, contender: Contender, model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> tuple[Edit, dict[str, Any]]:
-    """A contender as a function of a batch, and its whole settings."""
+def make_editor(
+    plan: Plan, contender: Contender, model: PreTrainedModel, tok: PreTrainedTokenizerBase
+) -> tuple[Edit, dict[str, Any], RLSEditor | None]:
+    """A contender as a function of a batch, its whole settings, and, where it is RLSEdit, the editor."""
     if contender.alg_name == "RLSEdit":
         settings = {**plan.hparams, **contender.settings}
         settings.setdefault("context_templates", None)
@@ -74,12 +77,12 @@ def make_editor(plan: Plan, contender: Contender, model: PreTrainedModel, tok: P
         hparams = RLSEditHyperParams.from_dict(settings)
         editor = RLSEditor(model, tok, hparams, show_progress=False)
         editor.prepare()
-        return editor.edit, hparams.to_dict()
+        return editor.edit, hparams.to_dict(), editor
     from easyedit_rls.host.builtin import BuiltinEditor
 
     shared = RLSEditHyperParams.from_dict(dict(plan.hparams))
     builtin = BuiltinEditor(contender.alg_name, model, tok, shared, plan.templates, contender.settings)
-    return builtin.edit, dict(vars(builtin.settings))
+    return builtin.edit, dict(vars(builtin.settings)), None
 
 
 class _Measure:
@@ -90,6 +93,8 @@ class _Measure:
         self._text = Path(plan.text).read_text(encoding="utf-8") if plan.text else None
         self._weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         self._quality = edit_quality(model, tok, [record.easyedit for record in records])
+        self._objective = Objective(model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)))
+        self.editor: RLSEditor | None = None  # of RLSEdit, whose targets the objective's first term takes
         self.before = self.now(len(records), is_last=True)
 
     def now(self, n_edits: int, is_last: bool) -> dict[str, Any]:
@@ -99,7 +104,7 @@ class _Measure:
         quality = edit_quality(self._model, self._tok, [record.easyedit for record in records])
         add_locality(self._quality[:n_edits], quality)
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
-        result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation()}
+        result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(), "objective": self._objective.terms(self.editor)}
         if self._text is not None:
             result["perplexity"] = perplexity(self._model, self._tok, self._text, show_progress=False)
         if is_last and self._plan.answers:

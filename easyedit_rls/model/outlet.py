@@ -92,7 +92,7 @@ def find_outlet(model: PreTrainedModel, layer: nn.Module, projection: nn.Module,
     scale = float((change * push).sum() / push.square().sum())
     if float((change - scale * push).norm()) > 2 * _ROUNDING * float(change.norm()) or scale == 0:
         raise LayoutError(f"What {name} writes does not reach its layer's output as it is, scaled, or through a norm; it can't be edited.")
-    return Outlet(1.0 if abs(scale - 1) < _ROUNDING else scale, norm)
+    return Outlet(1.0 if abs(scale - 1) < _ROUNDING else float(f"{scale:.3g}"), norm)  # rounded: it is the same whatever was edited
 
 
 def _norm_behind(model: PreTrainedModel, layer: nn.Module, projection: nn.Module, tokens: Tensor) -> nn.Module | None:

@@ -13,6 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from easyedit_rls import RLSEditor
+from easyedit_rls.compare.objective import Objective
+from easyedit_rls.ledger.inspect import layer_figures
+from easyedit_rls.ledger.ledger import latest
+from easyedit_rls.ledger.snapshot import read_manifest, read_prior, read_state
 from tests.conftest import REPOSITORY, tiny_llama, tiny_settings
 
 ARGUMENTS = [
@@ -62,6 +67,25 @@ def without_times(path):
         for checkpoint in contender["checkpoints"]:
             checkpoint.pop("seconds_per_edit")
     return result
+
+
+def test_the_objective_is_the_ledgers(tok, requests, tmp_path):
+    """The same three terms as `easyedit-rls state show`, which reads them off the prior on disk, in float64."""
+    model, hp = tiny_llama(), tiny_settings("llama", state_dir=str(tmp_path))
+    objective = Objective(model, tok, hp)
+    assert objective.terms(None) == {"edits": None, "deviation": 0.0, "anchors": 0.0}
+    with RLSEditor(model, tok, hp) as editor:
+        assert objective.terms(editor)["edits"] == 0.0
+        editor.edit(requests[:2])
+        editor.edit(requests[2:])
+        found = objective.terms(editor)
+    journal = latest(tmp_path)
+    snapshot, manifest = read_state(journal), read_manifest(journal)
+    layers = [layer_figures(read_prior(journal, n), solution, snapshot.history, n, manifest) for n, solution in snapshot.solutions.items()]
+    assert found["edits"] == pytest.approx(sum(layer.edits_term for layer in layers), rel=1e-3)
+    assert found["deviation"] == pytest.approx(sum(layer.deviation_term for layer in layers), rel=1e-3)
+    assert found["anchors"] == pytest.approx(sum(layer.anchor_term for layer in layers), rel=1e-3)
+    assert min(found.values()) > 0
 
 
 def test_everything_is_written(folder, done):
