@@ -72,6 +72,10 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         answers=config.eval.answers,
         fluency=config.eval.fluency,
         threads=config.threads,
+        tasks=tuple(config.eval.tasks),
+        tasks_every=config.eval.tasks_every,
+        tasks_limit=config.eval.tasks_limit,
+        tasks_folder=config.eval.tasks_folder,
         contenders=tuple(Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})}) for name in names),
     )
 

@@ -42,6 +42,14 @@ def draw(plan: Plan, runs: Sequence[Run], folder: Path) -> dict[str, str]:
     drawn |= _lines(
         deviation, "deviation", "‖W − W₀‖ / ‖W₀‖", folder / "deviation", "largest change of a weight, relative to its norm", None
     )
+    for task, metric in {
+        task: next(iter(found)) for run in runs for task, found in run.before.get("abilities", {}).items() if found
+    }.items():
+        scores = {
+            run.contender.name: _plain(run, lambda point, task=task, metric=metric: point.get("abilities", {}).get(task, {}).get(metric))
+            for run in runs
+        }
+        drawn |= _lines(scores, task, metric, folder / f"ability-{task}", f"{task}, {metric}, by lm-eval", None)
     for term, (label, what) in _TERMS.items():
         terms = {run.contender.name: _plain(run, lambda point, term=term: point.get("objective", {}).get(term)) for run in runs}
         if any(value for points in terms.values() for _, value in points):

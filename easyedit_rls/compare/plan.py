@@ -50,6 +50,10 @@ class Plan:
         text: plain text for perplexity, or None.
         answers: whether the model shall generate answers at the last checkpoint.
         fluency: at how many records it shall go on writing there, 0 for none.
+        tasks: of lm-eval, for general abilities; run on the unedited model and at the end.
+        tasks_every: batches after which they are run as well, at checkpoints; None for never.
+        tasks_limit: documents a task; None for all.
+        tasks_folder: tasks of one's own, or None.
         threads: torch's; None leaves it alone.
         contenders: in the order of the tables.
     """
@@ -67,6 +71,10 @@ class Plan:
     fluency: int
     threads: int | None
     contenders: tuple[Contender, ...]
+    tasks: tuple[str, ...] = ()
+    tasks_every: int | None = None
+    tasks_limit: int | None = None
+    tasks_folder: str | None = None
 
     @property
     def n_batches(self) -> int:
@@ -76,6 +84,11 @@ class Plan:
     def is_checkpoint(self, n_batches_done: int) -> bool:
         """Whether to measure after this many batches."""
         return n_batches_done % self.every == 0 or n_batches_done == self.n_batches
+
+    def has_tasks(self, n_batches_done: int) -> bool:
+        """Whether lm-eval's tasks are run after this many batches."""
+        is_due = self.tasks_every is not None and n_batches_done % self.tasks_every == 0
+        return bool(self.tasks) and (is_due or n_batches_done == self.n_batches)
 
     def contender(self, name: str) -> Contender:
         """The contender of this name."""
@@ -107,4 +120,4 @@ class Plan:
         """Read the plan of a comparison's folder."""
         raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         contenders = tuple(Contender(**contender) for contender in raw["contenders"])
-        return cls(**{**raw, "templates": tuple(raw["templates"]), "contenders": contenders})
+        return cls(**{**raw, "templates": tuple(raw["templates"]), "tasks": tuple(raw["tasks"]), "contenders": contenders})

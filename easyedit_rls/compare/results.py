@@ -139,6 +139,7 @@ def _whole(checkpoint: Mapping[str, Any], plan: Plan, kept: int | None) -> dict[
         figures["retention"] = {"first": kept, **(asdict(retained) if retained else {})}
     figures |= {name: checkpoint[name] for name in ("perplexity", "fluency") if checkpoint.get(name) is not None}
     figures |= {f"objective_{term}": value for term, value in checkpoint.get("objective", {}).items() if value is not None}
+    figures |= {f"{task}: {name}": value for task, found in checkpoint.get("abilities", {}).items() for name, value in found.items()}
     deviation = checkpoint["deviation"].values()
     return figures | {"deviation": max(deviation) if deviation else 0.0}
 
@@ -156,8 +157,12 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "objective_anchors": ("objective: μ²‖K₀W − K₀W₀‖²", 1),
         "seconds_per_edit": ("seconds an edit, median", 2),
     }
+    abilities = {name: (name, 3) for figures in everyone.values() for name in figures if ": " in name}
     rows = [[label, *(_interval(figures.get(name)) for figures in everyone.values())] for name, label in intervals.items()]
-    rows += [[label, *(_number(figures.get(name), digits) for figures in everyone.values())] for name, (label, digits) in numbers.items()]
+    rows += [
+        [label, *(_number(figures.get(name), digits) for figures in everyone.values())]
+        for name, (label, digits) in {**numbers, **abilities}.items()
+    ]
     return ["", *everyone], [row for row in rows if any(row[1:])]
 
 

@@ -24,7 +24,7 @@ import easyedit_rls
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.editor import RLSEditor
-from easyedit_rls.evaluation import add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
+from easyedit_rls.evaluation import abilities, add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.records import EditRecord, read_records
 from easyedit_rls.requests import EditRequest
@@ -116,6 +116,9 @@ class _Measure:
             result["fluency"] = (
                 fluency(generate(self._model, self._tok, prompts, max_new_tokens=_FLUENT_TOKENS, top_k=5)) if prompts else None
             )
+        if self._plan.has_tasks(-(-n_edits // self._plan.batch)):
+            limit, folder = self._plan.tasks_limit, self._plan.tasks_folder
+            result["abilities"] = abilities(self._model, self._tok, self._plan.tasks, limit=limit, folder=folder)
         return {**result, "records": found}
 
     def _deviation(self) -> dict[str, float]:

@@ -88,6 +88,36 @@ def test_the_objective_is_the_ledgers(tok, requests, tmp_path):
     assert min(found.values()) > 0
 
 
+def test_general_abilities_by_lm_eval(folder, tmp_path):
+    """A task of one's own, with its documents beside it: the harness's own need a hub."""
+    pytest.importorskip("lm_eval", reason="pip install 'easyedit-rls[lm-eval]'")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    documents = [{"question": "The river", "choices": ["Oder", "stones"], "answer": i % 2} for i in range(6)]
+    (tasks / "rivers.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    task = {
+        "task": "rivers",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tasks / "rivers.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tasks / "rivers.yaml").write_text(yaml.safe_dump(task))
+    changes = ["alg_name=RLSEdit", "eval=quick", "eval.every=1", "eval.text=null", "eval.fluency=0"]
+    changes += ["eval.tasks=[rivers]", "eval.tasks_limit=4", f"eval.tasks_folder={tasks}", f"out={tmp_path / 'out'}"]
+    arguments = [argument for argument in command() if not argument.startswith(("alg_name", "settings", "eval", "out"))]
+    subprocess.run([*arguments, *changes], cwd=folder, check=True, capture_output=True, text=True)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["unedited"]["rivers: acc"] == 0.5  # whatever it prefers, half of the answers are that
+    assert [("abilities" in checkpoint) for checkpoint in found["contenders"]["RLSEdit"]["checkpoints"]] == [False, True]
+    assert "| rivers: acc |" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "figures" / "ability-rivers.svg").is_file()
+
+
 def test_everything_is_written(folder, done):
     out = folder / "out"
     assert {"report.html", "results.json", "table.md", "table.csv", "figures", "plan.json", "RLSEdit.log"} <= {
