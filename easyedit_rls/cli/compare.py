@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from easyedit_rls.cli.command import command
-from easyedit_rls.cli.loading import load_model
+from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
 from easyedit_rls.compare.results import METRICS
 from easyedit_rls.compare.run import run_all
 from easyedit_rls.errors import HyperParamsError, RequestError
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.records import read_records
 
@@ -58,11 +57,12 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
     n_records = len(read_records(config.data.file, config.data.first, config.data.count))
     if config.eval.text is not None and not Path(config.eval.text).is_file():
         raise RequestError(f"{config.eval.text} can't be read. Check the path.", field="eval.text")
-    hparams = RLSEditHyperParams.from_hparams(config.model.hparams)
+    model, tok = load_model(config.model.path)
+    hparams = settings_for(model, config.model.path, config.model.hparams)
     return Plan(
         model=str(config.model.path),
         hparams=hparams.to_dict(),
-        templates=tuple(hparams.context_templates or _templates(config.model.path, hparams.seed)),
+        templates=tuple(hparams.context_templates or sample_templates(model, tok, _N_TEMPLATES, hparams.seed)),
         data=str(config.data.file),
         first=config.data.first,
         count=n_records,
@@ -78,11 +78,6 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         tasks_folder=config.eval.tasks_folder,
         contenders=tuple(Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})}) for name in names),
     )
-
-
-def _templates(model: str, seed: int) -> list[str]:
-    loaded, tok = load_model(model)
-    return sample_templates(loaded, tok, _N_TEMPLATES, seed)
 
 
 if __name__ == "__main__":

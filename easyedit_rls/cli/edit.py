@@ -10,7 +10,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from easyedit_rls.cli.command import command
-from easyedit_rls.cli.loading import load_model
+from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import evaluate
@@ -33,9 +33,9 @@ def main(config: DictConfig) -> None:
         raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
     requests = [record.request for record in read_records(config.data.file, config.data.first, config.data.count)]
     settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
-    hparams = RLSEditHyperParams.from_hparams(config.model.hparams).to_dict()
-    hparams |= {**settings, **({"state_dir": str(config.state_dir)} if config.state_dir else {})}
     model, tok = load_model(config.model.path, config.dtype)
+    hparams = settings_for(model, config.model.path, config.model.hparams).to_dict()
+    hparams |= {**settings, **({"state_dir": str(config.state_dir)} if config.state_dir else {})}
     before = evaluate(model, tok, requests, show_progress=True).means()
     editor = RLSEditor(model, tok, RLSEditHyperParams.from_dict(hparams))
     if editor.n_edits:

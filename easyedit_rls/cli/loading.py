@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import LayoutError, RLSEditError
+from easyedit_rls.hparams import RLSEditHyperParams
 
 _CURE = "Give a folder that save_pretrained wrote, or a hub name; `easyedit-rls demo-model` writes one to try things on."
 
@@ -31,6 +32,11 @@ def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
     except OSError as exc:
         first = str(exc).splitlines()[0]
         raise LayoutError(f"No model can be loaded from {name}: {first} {_CURE}") from exc
+
+
+def settings_for(model: PreTrainedModel, name: str, hparams: str | None) -> RLSEditHyperParams:
+    """Settings by file or shipped name; made from the model where none are given."""
+    return RLSEditHyperParams.for_model(model, model_name=name) if hparams is None else RLSEditHyperParams.from_hparams(hparams)
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from easyedit_rls.cli.loading import load_model, run_command
+from easyedit_rls.cli.loading import load_model, run_command, settings_for
 from easyedit_rls.errors import RequestError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.progress import progress_bar
@@ -47,10 +47,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     text = _text(arguments.text)
     with progress_bar(None, "tuning", "trial", True) as bar:
         model, tok = load_model(arguments.model)
-        if arguments.hparams is None:
-            hparams = RLSEditHyperParams.for_model(model, model_name=str(arguments.model))
-        else:
-            hparams = RLSEditHyperParams.from_hparams(arguments.hparams)
+        hparams = settings_for(model, arguments.model, arguments.hparams)
         quick = RLSEditHyperParams.from_dict({**hparams.to_dict(), "mom2_tolerance": max(_QUICK_TOLERANCE, hparams.mom2_tolerance)})
         search = Search(model, tok, quick, records, text, batch=arguments.batch, seed=arguments.seed)
         bar.set_postfix_str("taking the moments")

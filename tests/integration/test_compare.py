@@ -199,6 +199,16 @@ def test_edit_saves_the_model_and_goes_on_from_a_ledger(folder, done):
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
+def test_a_model_without_a_settings_file_is_edited(folder):
+    settings = {"layers": "[1,2]", "mom2_adjustment": "false", "lambda_reg": 1.0, "v_num_grad_steps": 3, "context_templates": "[]"}
+    changes = [f"settings.{name}={value}" for name, value in settings.items()]
+    base = [sys.executable, "-m", "easyedit_rls.cli.main", "edit", "model.path=model", "model.hparams=null", "data.file=records.jsonl"]
+    ran = subprocess.run([*base, *changes, "save=false", "out=made"], cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((folder / "made" / "edits.json").read_text())["settings"]
+    assert (found["model_name"], found["layers"], found["rewrite_module_tmp"]) == ("model", [1, 2], "model.layers.{}.mlp.down_proj")
+
+
 @pytest.mark.parametrize(
     ("example", "arguments", "lines"),
     [
