@@ -70,8 +70,11 @@ def _tune(arguments: argparse.Namespace) -> None:
 
 
 def _line(trial: Trial) -> str:
-    settings = ", ".join(f"{name} {_short(value)}" for name, value in trial.changes.items())
-    return f"{trial.number}: {trial.objective:.3f}  {settings}  ({trial.error or f'{trial.seconds:.0f} s'})"
+    return f"{trial.number}: {trial.objective:.3f}  {_settings(trial)}  ({trial.error or f'{trial.seconds:.0f} s'})"
+
+
+def _settings(trial: Trial) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in trial.changes.items())
 
 
 def _short(value: object) -> str:
@@ -81,12 +84,12 @@ def _short(value: object) -> str:
 
 
 def _table(trials: list[Trial], best: Trial) -> Table:
-    names = list(best.changes)
-    table = Table("Trial", "Objective", "Rewrite", "Paraphrase", "Specificity", "Perplexity", *names, title="What was tried, best first")
+    caption = "RA, PA: rewrite and paraphrase accuracy; NS: specificity"
+    table = Table("Trial", "Objective", "RA", "PA", "NS", "Perplexity", "Settings", title="What was tried, best first", caption=caption)
     for trial in sorted(trials, key=lambda trial: -trial.objective):
         shown = [trial.figures.get(name) for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")]
         numbers = ["–" if value is None else f"{value:.3f}" for value in shown]
-        row = [str(trial.number), f"{trial.objective:.3f}", *numbers, *(_short(trial.changes[name]) for name in names)]
+        row = [str(trial.number), f"{trial.objective:.3f}", *numbers, _settings(trial)]
         table.add_row(*row, style="bold" if trial is best else None)
     return table
 
