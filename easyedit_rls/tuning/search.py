@@ -52,7 +52,7 @@ def objective(figures: dict[str, float]) -> float:
 
     >>> shares = {"rewrite_accuracy": 0.9, "paraphrase_accuracy": 0.6, "specificity": 0.8}
     >>> round(objective({**shares, "perplexity": 21, "perplexity_before": 20}), 3)
-    0.788
+    0.787
     """
     loss = figures["perplexity"] / figures["perplexity_before"] - 1
     parts = [figures["rewrite_accuracy"], figures["paraphrase_accuracy"], figures["specificity"], 1 - max(0.0, loss)]
