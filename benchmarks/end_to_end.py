@@ -68,6 +68,7 @@ def main() -> None:
         "v_lr": 0.5,
         "v_momentum": 0.9,
         "overshoot": 1.0,
+        "statements": [],
         "context_templates": templates,
     }
     rule = {"v_lr": 0.7, "v_momentum": 0.5, "settled_nll": 0.1, "v_num_grad_steps": args.steps}

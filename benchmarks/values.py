@@ -26,6 +26,7 @@ from easyedit_rls import EditReport, RLSEditHyperParams, RLSEditor, evaluate, pa
 
 VARIANTS = {
     "shipped": {},
+    "no statements": {"statements": []},
     "five templates": {"n_templates": 5},
     "no early stopping": {"early_stopping": "off"},
     "gradient": {"values": "gradient"},

@@ -224,7 +224,7 @@ class RLSEditor:
             clock.append(time.perf_counter())
             self._prepare()
             clock.append(time.perf_counter())
-            facts = locate_facts(self.tok, requests, self.state.templates)
+            facts = locate_facts(self.tok, requests, self.state.templates, self.hparams.statements)
             values = None if superseded else self._optimise(facts)
             with self._change() as change:
                 if values is None:  # what the new facts contradict goes first, so that their values start without it

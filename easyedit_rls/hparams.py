@@ -21,8 +21,8 @@ _PACKAGED = Path(__file__).parent / "_hparams" / "RLSEdit"  # in an installed wh
 _CHECKOUT = Path(__file__).parents[1] / "hparams" / "RLSEdit"  # in a source tree
 
 
-def _setting(help_text: str, default: Any = MISSING) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def _setting(help_text: str, default: Any = MISSING, factory: Any = MISSING) -> Any:
+    return field(default=default, default_factory=factory, metadata={"help": help_text})
 
 
 @dataclass
@@ -127,6 +127,14 @@ class RLSEditHyperParams:
         None,
     )
     n_templates: int = _setting("How many texts to sample for that; the time an edit takes grows with them.", 5)
+    statements: list[str] = _setting(
+        "Short texts that the target shall follow too, with {} for the subject, whatever the prompt's wording: '{}:' makes "
+        "'SUBJECT: TARGET'. With them, rewordings follow more often. They are left out of the key and of early stopping.",
+        factory=list,
+    )
+    statement_share: float = _setting(
+        "Weight of the statements' mean NLL in the value's loss; the prompts in their templates have the rest.", 0.33
+    )
     seed: int = _setting("Seed of everything sampled: templates and self-generated text.", 0)
     batch_tokens: int = _setting("Tokens in one forward pass, at most: bounds memory.", 8192)
 
@@ -138,7 +146,10 @@ class RLSEditHyperParams:
         self._check("v_loss_layer", self.v_loss_layer >= self.layers[-1], f"the last edited layer ({self.layers[-1]}) or above")
         for name in ("clamp_norm_factor", "v_lr", "gradient_step", "overshoot"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        self._check("v_momentum", 0 <= self.v_momentum < 1, "0 or above, and below 1")
+        for name in ("v_momentum", "statement_share"):
+            self._check(name, 0 <= getattr(self, name) < 1, "0 or above, and below 1")
+        is_fine = all(text.count("{}") == 1 and not text.endswith("{}") for text in self.statements)
+        self._check("statements", is_fine, "texts with one {} for the subject, and something behind it, such as '{}:'")
         for name in _NOT_NEGATIVE:
             self._check(name, getattr(self, name) >= 0, "0 or above")
         for name in _COUNTS:
@@ -198,7 +209,7 @@ class RLSEditHyperParams:
         unknown = [key for key in settings if key not in known]
         if unknown:
             raise HyperParamsError(f"Unknown setting in {source}: {', '.join(_did_you_mean(str(key), known) for key in unknown)}.")
-        required = {f.name for f in fields(cls) if f.default is MISSING}
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
         missing = sorted(required - settings.keys())
         if missing:
             raise HyperParamsError(f"Missing in {source}: {', '.join(missing)}. Start from a shipped file, e.g. {shipped()[0]}.")

@@ -29,21 +29,26 @@ class Fact:
     Attributes:
         request: what was asked for.
         rows: prompt and target in each template; the bare prompt is the first.
+        statements: subject and target in short texts of their own, for the value alone.
         essence: "{subject} is a", whose next-token distribution at the subject should stay.
     """
 
     request: EditRequest
     rows: tuple[Row, ...]
+    statements: tuple[Row, ...]
     essence: Row
 
 
-def locate_facts(tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[Fact]:
+def locate_facts(
+    tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest], templates: Sequence[str], statements: Sequence[str] = ()
+) -> list[Fact]:
     """Tokenise requests in every template.
 
     Args:
         tok: the model's tokenizer.
         requests: parsed requests.
         templates: texts to put before the prompt, besides the bare prompt.
+        statements: short texts with {} for the subject, to put the target behind.
 
     Raises:
         RequestError: a subject or a target that the tokenizer can't represent; names the request.
@@ -55,7 +60,9 @@ def locate_facts(tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest], 
                 tokenize_fact(tok, template + request.before, request.subject, request.after, request.target)
                 for template in ("", *templates)
             )
-            facts.append(Fact(request, rows, tokenize_fact(tok, "", request.subject, " is a")))
+            cut = [text.split("{}") for text in statements]
+            short = tuple(tokenize_fact(tok, before, request.subject, after, request.target) for before, after in cut)
+            facts.append(Fact(request, rows, short, tokenize_fact(tok, "", request.subject, " is a")))
         except RequestError as exc:
             raise exc.at(index) from exc
     return facts

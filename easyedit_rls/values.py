@@ -4,8 +4,9 @@ For each fact, ``z = h + δ`` at the last edited layer and the subject's last to
 
     mean over templates of the target's NLL  +  kl_factor · KL(p_δ ‖ p_0) at the subject in "{subject} is a"  +  v_weight_decay · ‖δ‖/‖h‖²
 
-and kept in a ball of radius clamp_norm_factor · ‖h‖; what is found may be lengthened (`overshoot`). The facts don't interact: the loss
-is a sum, Adam works coordinate by coordinate, and each fact stops by itself.
+(with `statements`, such as "{subject}: {target}", these have `statement_share` of the NLL, and the templates the rest), and kept in a
+ball of radius clamp_norm_factor · ‖h‖; what is found may be lengthened (`overshoot`). The facts don't interact: the loss is a sum, Adam
+works coordinate by coordinate, and each fact stops by itself.
 
 Tokens before the subject's last one never see δ (attention is causal), so they run once and stay in the model's own key-value
 cache; each step runs only the tokens from there on. A text that already predicts its target well hardly pulls any more, so it keeps its
@@ -63,13 +64,13 @@ def optimise_values(
         model: in evaluation mode, its parameters without gradient.
         layout: its modules.
         facts: tokenised facts.
-        hparams: v_*, clamp_norm_factor, kl_factor, early_stopping, early_stopping_margin, overshoot, settled_*, batch_tokens.
+        hparams: v_*, clamp_norm_factor, kl_factor, statement_share, early_stopping*, overshoot, settled_*, batch_tokens.
         progress: a bar to advance by the facts that are done.
 
     Raises:
         NumericalError: a loss or a value is not finite; names the request.
     """
-    lengths = [max(len(row.ids) for row in fact.rows) * (len(fact.rows) + 1) for fact in facts]
+    lengths = [max(len(row.ids) for row in fact.rows) * (len(fact.rows) + len(fact.statements) + 1) for fact in facts]
     parts: dict[int, list[Tensor]] = {}
     for group in chunks(lengths, hparams.batch_tokens):
         optimisation = _Optimisation(model, layout, [facts[i] for i in group], hparams)
@@ -97,6 +98,7 @@ class _Row:
         first: position in the tail of the first output that is wanted.
         target: tokens that the outputs from there on shall predict; none for the essence prompt, whose distribution shall stay.
         share: of its mean NLL in its fact's loss; 0 for the essence prompt.
+        must_lead: whether early stopping asks for its target to lead: that of a prompt, not that of a statement.
     """
 
     fact: int
@@ -105,17 +107,21 @@ class _Row:
     first: int
     target: tuple[int, ...]
     share: float
+    must_lead: bool
 
 
-def _rows(facts: Sequence[Fact]) -> list[_Row]:
-    """Of each fact its prompts, the bare one first, then the essence prompt."""
+def _rows(facts: Sequence[Fact], statement_share: float) -> list[_Row]:
+    """Of each fact its prompts, the bare one first, then its statements and the essence prompt."""
     rows = []
     for f, fact in enumerate(facts):
-        for row in fact.rows:
-            cut = row.subject_last
-            rows.append(_Row(f, row.ids[:cut], row.ids[cut:-1], row.target_start - 1 - cut, row.target, 1.0 / len(fact.rows)))
+        of_statements = statement_share if fact.statements else 0.0
+        for texts, share in ((fact.rows, 1.0 - of_statements), (fact.statements, of_statements)):
+            for row in texts:
+                cut = row.subject_last
+                first, tail = row.target_start - 1 - cut, row.ids[cut:-1]
+                rows.append(_Row(f, row.ids[:cut], tail, first, row.target, share / len(texts), must_lead=texts is fact.rows))
         cut = fact.essence.subject_last
-        rows.append(_Row(f, fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], 0, (), 0.0))
+        rows.append(_Row(f, fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], 0, (), 0.0, must_lead=False))
     return rows
 
 
@@ -198,7 +204,7 @@ class _Optimisation:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
         self.layout, self.hparams = layout, hparams
-        self.rows = _rows(facts)
+        self.rows = _rows(facts, hparams.statement_share)
         self.texts = _Texts(model, layout, self.rows, hparams.batch_tokens)
         firsts = [next(i for i, row in enumerate(self.rows) if row.fact == f) for f in range(len(facts))]
         self.h = torch.stack([self.texts.states[i][0].float() for i in firsts])
@@ -209,6 +215,7 @@ class _Optimisation:
         self.fact = torch.tensor([row.fact for row in self.rows])
         self.is_essence = torch.tensor([not row.target for row in self.rows])
         self.share = torch.tensor([row.share for row in self.rows])
+        self.must_lead = torch.tensor([row.must_lead for row in self.rows])
         self.part = torch.zeros(len(self.rows))  # of each row in its fact's loss, when it last ran
         self.falls_short = torch.zeros(len(self.rows), dtype=torch.bool)  # whether its target was not the most probable text
         self.age = torch.full((len(self.rows),), hparams.settled_every)  # steps since it last ran
@@ -338,7 +345,8 @@ class _Optimisation:
         if is_last:
             return self.is_active.clone()
         if self.hparams.early_stopping == "argmax":
-            return self.is_active & (torch.zeros_like(self.decay).index_add(0, self.fact, self.falls_short.float()) == 0)
+            is_behind = (self.falls_short & self.must_lead).float()
+            return self.is_active & (torch.zeros_like(self.decay).index_add(0, self.fact, is_behind) == 0)
         if self.hparams.early_stopping == "loss":
             return self.is_active & (self._loss() < _LOSS_GOAL)
         return torch.zeros_like(self.is_active)

@@ -63,15 +63,17 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
             term = F.cross_entropy(out, targets)
         return term.item(), lead, *torch.autograd.grad(term, delta)
 
-    rows = [*fact.rows, fact.essence]
-    weights = [*[1 / len(fact.rows)] * len(fact.rows), hp.kl_factor]
+    rows = [*fact.rows, *fact.statements, fact.essence]
+    prompts, statements = len(fact.rows), len(fact.statements)
+    share = hp.statement_share if statements else 0
+    weights = [*[(1 - share) / prompts] * prompts, *[share / max(statements, 1)] * statements, hp.kl_factor]
     seen, ran = {}, {}
 
     def totals():
-        nll = sum(seen[r][0] for r in range(len(fact.rows))) / len(fact.rows)
+        nll = sum(weights[r] * seen[r][0] for r in range(prompts + statements))
         decay = hp.v_weight_decay * float(delta.detach().norm() / h.norm() ** 2)
         loss = nll + hp.kl_factor * seen[len(rows) - 1][0] + decay
-        leads = min(lead for _, lead, _ in seen.values())
+        leads = min(seen[r][1] for r in range(prompts))
         return nll, loss, {"off": False, "loss": loss < 0.05, "argmax": leads > hp.early_stopping_margin}[hp.early_stopping]
 
     for step in range(hp.v_num_grad_steps):

@@ -1,5 +1,7 @@
 """Metrics against the published formulae, computed one prompt at a time."""
 
+import importlib.resources
+import json
 import math
 
 import pytest
@@ -84,6 +86,44 @@ def test_counterfact_figures_equal_the_formulae(model, tok):
     assert (third.efficacy, third.generalization) == (None, None)
     assert evaluation.efficacy == pytest.approx((first.efficacy + second.efficacy) / 2)  # the third has no true answer
     assert [record.case_id for record in evaluation.records] == [3, None, None]
+
+
+def holds_the_formulae(model, tok, records):
+    """Meng et al. 2022, section 3.4 and appendix: each figure of each record, from one prompt with one answer at a time."""
+    found = evaluate(model, tok, records).records
+    for one, record in zip(found, records, strict=True):
+        fact = record["requested_rewrite"]
+        new, true = fact["target_new"]["str"], fact["target_true"]["str"]
+
+        def means(prompts, wanted, other):
+            nlls = [(plain(model, tok, prompt, wanted), plain(model, tok, prompt, other)) for prompt in prompts]
+            n = len(nlls)
+            return (sum(a[0] < b[0] for a, b in nlls) / n, sum(a[1] for a, _ in nlls) / n) if n else (None, None)
+
+        assert (one.efficacy, one.rewrite_accuracy) == means([fact["prompt"].format(fact["subject"])], new, true)
+        for given, expected in (
+            ((one.generalization, one.paraphrase_accuracy), means(record["paraphrase_prompts"], new, true)),
+            ((one.specificity, one.neighborhood_accuracy), means(record["neighborhood_prompts"], true, new)),
+        ):
+            assert given == pytest.approx(expected)
+    return found
+
+
+@pytest.fixture(scope="module")
+def fifty():
+    records = json.loads(importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8"))
+    return records[:50]
+
+
+def test_fifty_records_equal_the_formulae(model, tok, fifty):
+    found = holds_the_formulae(model, tok, fifty)
+    assert len({one.specificity for one in found}) > 2  # the figures differ from record to record
+
+
+@pytest.mark.slow  # three minutes of one prompt at a time
+def test_fifty_records_equal_the_formulae_on_the_real_model(smollm2, fifty):
+    found = holds_the_formulae(*smollm2, fifty)
+    assert sum(one.neighborhood_accuracy for one in found) > 0
 
 
 def test_efficacy_turns_with_the_answers(model, tok):

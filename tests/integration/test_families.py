@@ -24,6 +24,7 @@ SETTINGS = {
     "kl_factor": 0.0625,
     "early_stopping_margin": 0.0,
     "overshoot": 1.2,
+    "statements": ["{}:"],
     "mom2_adjustment": False,
     "lambda_reg": 0.1,
     "context_templates": ["The weather was fine. ", "In the morning we met. "],
@@ -41,7 +42,7 @@ def name(request):
 def located(name, tok, requests):
     model = zoo.make(name)
     hp = RLSEditHyperParams.for_model(model, **SETTINGS)
-    facts = locate_facts(tok, parse_requests(requests), hp.context_templates)
+    facts = locate_facts(tok, parse_requests(requests), hp.context_templates, hp.statements)
     return model, find_layout(model, hp), facts, hp
 
 

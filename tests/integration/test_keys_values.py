@@ -16,8 +16,8 @@ from tests.tolerances import PADDING, VALUES
 @pytest.fixture
 def located(model, tok, requests, settings):
     """Facts that include one whose every text begins with the subject's last token (no cached beginning at all)."""
-    hp = settings()
-    return find_layout(model, hp), locate_facts(tok, parse_requests(requests), hp.context_templates)
+    hp = settings(statements=["{}:", "Who? {},"])
+    return find_layout(model, hp), locate_facts(tok, parse_requests(requests), hp.context_templates, hp.statements)
 
 
 @pytest.mark.parametrize("batch_tokens", [16, 10_000])
