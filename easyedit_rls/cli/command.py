@@ -3,12 +3,21 @@
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from easyedit_rls.errors import RLSEditError
+
+
+def output_folder(config: DictConfig) -> Path:
+    """Where a command writes: its `out`; in a multirun (`--multirun`) each job has a folder of its own number in there."""
+    hydra_config = HydraConfig.get()
+    return Path(config.out) / str(hydra_config.job.num) if hydra_config.mode == RunMode.MULTIRUN else Path(config.out)
 
 
 def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:

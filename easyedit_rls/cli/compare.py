@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from easyedit_rls.cli.command import command
+from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
@@ -25,7 +25,7 @@ _N_TEMPLATES = 5  # MEMIT's
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = Console()
-    out = Path(config.out)
+    out = output_folder(config)
     plan = make_plan(config, out)
     plan.save(out)
     for contender in plan.contenders:

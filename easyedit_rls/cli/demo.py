@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import easyedit_rls
 from easyedit_rls.cli import report
-from easyedit_rls.cli.command import command
+from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.loading import load_model
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
     summary = _run(model, tok, hparams, batches, text, config.completions, console)
     summary["settings"] = {"hparams": hparams.to_dict(), "batches": config.batches, "facts": config.facts, "model": str(config.model)}
 
-    out = Path(config.out)
+    out = output_folder(config)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / "report.md").write_text(report.markdown(summary), encoding="utf-8")

@@ -1,7 +1,6 @@
 """``easyedit-rls edit``: edit a file of records into a model and save it."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from easyedit_rls.cli.command import command
+from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import RequestError
@@ -45,7 +44,7 @@ def main(config: DictConfig) -> None:
     after = evaluate(model, tok, requests, show_progress=True).means()
     editor.close()
 
-    out = Path(config.out)
+    out = output_folder(config)
     out.mkdir(parents=True, exist_ok=True)
     written = {"before": before, "after": after, "batches": reports, "settings": editor.hparams.to_dict()}
     (out / "edits.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
 
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.stream import RESULT
@@ -38,10 +40,11 @@ def run_all(folder: Path, plan: Plan, show_progress: bool | None = None) -> None
     with progress_bar(len(plan.contenders) * plan.n_batches, "comparing", "batch", show_progress) as bar:
         bar.update(n_done)
         for contender in waiting:
-            _run_one(folder, plan, contender, lambda line: (bar.write(line), bar.update()))
+            _run_one(folder, plan, contender, bar)
 
 
-def _run_one(folder: Path, plan: Plan, contender: Contender, on_batch: Callable[[str], object]) -> None:
+def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]") -> None:
+    """A contender's process: all it prints goes into a log, its settings and a line a batch are shown."""
     log = folder / f"{contender.folder}.log"
     command = [sys.executable, "-m", "easyedit_rls.compare.stream", str(folder), contender.name]
     last: deque[str] = deque(maxlen=_LAST_LINES)
@@ -54,8 +57,10 @@ def _run_one(folder: Path, plan: Plan, contender: Contender, on_batch: Callable[
                 file.write(line)
                 file.flush()
                 last.append(line)
-                if line.startswith(f"{contender.name}: batch "):
-                    on_batch(line.rstrip())
+                is_batch = line.startswith(f"{contender.name}: batch ")
+                if is_batch or line.startswith(f"{contender.name}: settings "):
+                    bar.write(line.rstrip())
+                bar.update(is_batch)
         except BaseException:
             child.kill()
             raise

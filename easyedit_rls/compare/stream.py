@@ -47,6 +47,7 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     tok = AutoTokenizer.from_pretrained(plan.model)
     scale = _Measure(plan, model, tok, records)
     edit, settings, scale.editor = make_editor(plan, contender, model, tok)
+    _say(f"{contender.name}: settings {json.dumps(settings, default=str)}")
     _write(place / "checkpoint-000000.json", scale.before)
     seconds: list[float] = []
     for number in range(1, plan.n_batches + 1):
@@ -59,8 +60,7 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
             found = scale.now(min(number * plan.batch, len(records)), is_last=number == plan.n_batches)
             _write(place / f"checkpoint-{found['n_edits']:06d}.json", {**found, "seconds_per_edit": seconds})
             line += f", rewrite accuracy {_mean(found['records'], 'rewrite_accuracy'):.3f} over {found['n_edits']}"
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
+        _say(line)
     versions = {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     _write(place / RESULT, {"name": contender.name, "settings": settings, "versions": versions, "threads": torch.get_num_threads()})
 
@@ -138,6 +138,11 @@ def _easyedit(figures: Mapping[str, Any]) -> dict[str, float | None]:
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:
     return fmean(record[name] for record in records)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

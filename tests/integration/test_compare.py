@@ -139,6 +139,31 @@ def test_a_line_a_batch(done):
         assert line in done.stdout + done.stderr
 
 
+def test_the_whole_settings_are_shown(done):
+    shown = [line for line in (done.stdout + done.stderr).splitlines() if ": settings " in line]
+    assert [line.partition(":")[0].split()[-1] for line in shown] == ["RLSEdit", "RLSEdit-short"]
+    assert json.loads(shown[1].partition("settings ")[2])["v_num_grad_steps"] == 2
+
+
+def test_each_job_of_a_multirun_has_its_folder(folder):
+    changes = [
+        "--multirun",
+        "alg_name=RLSEdit",
+        "eval=quick",
+        "eval.text=null",
+        "eval.fluency=0",
+        "data.count=2",
+        "data.first=0,2",
+        "out=many",
+    ]
+    arguments = [argument for argument in command() if not argument.startswith(("alg_name", "settings", "eval", "out"))]
+    done = subprocess.run([*arguments, *changes], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    firsts = [json.loads((folder / "many" / job / "plan.json").read_text())["first"] for job in ("0", "1")]
+    assert firsts == [0, 2]
+    assert all((folder / "many" / job / "report.html").is_file() for job in ("0", "1"))
+
+
 def test_a_broken_off_run_goes_on_to_the_same_table(folder, done):
     """Killed while the second editor edits; the first one's results are taken as they are."""
     out = folder / "killed"
