@@ -14,7 +14,7 @@ last gradient for some steps (`settled_nll`, `settled_every`); before a fact is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,9 +96,10 @@ class _Row:
         head: tokens before the subject's last one.
         tail: tokens from there on, as far as an output is wanted.
         first: position in the tail of the first output that is wanted.
-        target: tokens that the outputs from there on shall predict; none for the essence prompt, whose distribution shall stay.
-        share: of its mean NLL in its fact's loss; 0 for the essence prompt.
+        target: tokens that the outputs from there on shall predict; none for an essence prompt that has a row of its own.
+        share: of its mean NLL in its fact's loss.
         must_lead: whether early stopping asks for its target to lead: that of a prompt, not that of a statement.
+        has_essence: whether its first output is that of the essence prompt, whose distribution shall stay.
     """
 
     fact: int
@@ -108,20 +109,33 @@ class _Row:
     target: tuple[int, ...]
     share: float
     must_lead: bool
+    has_essence: bool = False
 
 
-def _rows(facts: Sequence[Fact], statement_share: float) -> list[_Row]:
-    """Of each fact its prompts, the bare one first, then its statements and the essence prompt."""
+def _rows(facts: Sequence[Fact], statement_share: float, shares_essence: bool) -> list[_Row]:
+    """Of each fact its prompts, the bare one first, then its statements and the essence prompt.
+
+    The essence prompt is needed up to the subject only. Where another text begins with the same tokens (a statement mostly does), its
+    output there is read off that one, the shortest of them, if `shares_essence`.
+    """
     rows = []
     for f, fact in enumerate(facts):
         of_statements = statement_share if fact.statements else 0.0
+        own = []
         for texts, share in ((fact.rows, 1.0 - of_statements), (fact.statements, of_statements)):
             for row in texts:
                 cut = row.subject_last
                 first, tail = row.target_start - 1 - cut, row.ids[cut:-1]
-                rows.append(_Row(f, row.ids[:cut], tail, first, row.target, share / len(texts), must_lead=texts is fact.rows))
+                own.append(_Row(f, row.ids[:cut], tail, first, row.target, share / len(texts), must_lead=texts is fact.rows))
         cut = fact.essence.subject_last
-        rows.append(_Row(f, fact.essence.ids[:cut], fact.essence.ids[cut : cut + 1], 0, (), 0.0, must_lead=False))
+        head, last = fact.essence.ids[:cut], fact.essence.ids[cut]
+        alike = [i for i, row in enumerate(own) if shares_essence and row.head == head and row.tail[0] == last]
+        if alike:
+            shortest = min(alike, key=lambda i: len(own[i].tail))
+            own[shortest] = replace(own[shortest], has_essence=True)
+        else:
+            own.append(_Row(f, head, (last,), 0, (), 0.0, must_lead=False, has_essence=True))
+        rows += own
     return rows
 
 
@@ -173,10 +187,14 @@ class _Texts:
             first = hidden[:, :1] + delta[group][:, None].to(hidden.dtype)
             with skip_layers(self._layout.lower_layers, self._forms, torch.cat([first, hidden[:, 1:]], dim=1)):
                 output = self._run(numbers, self._layout.loss_layer)
-            places = [(j, self._rows[i].first + n) for j, i in enumerate(numbers) for n in range(len(self._rows[i].target) or 1)]
+            places = []
+            for j, (k, row) in enumerate(zip(group, (self._rows[i] for i in numbers))):
+                if row.has_essence:
+                    places.append((j, 0))
+                    wanted.append((k, _NO_TOKEN, 0.0))
+                places += [(j, row.first + n) for n in range(len(row.target))]
+                wanted += [(k, token, row.share / len(row.target)) for token in row.target]
             states.append(output[tuple(torch.tensor(places).unbind(1))])
-            for k, row in zip(group, (self._rows[i] for i in numbers)):
-                wanted += [(k, token, row.share / len(row.target)) for token in row.target] or [(k, _NO_TOKEN, 0.0)]
         targets = [place for place, (_, token, _) in enumerate(wanted) if token != _NO_TOKEN]
         essences = [place for place, (_, token, _) in enumerate(wanted) if token == _NO_TOKEN]
         return _Outputs(
@@ -204,7 +222,7 @@ class _Optimisation:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
         self.layout, self.hparams = layout, hparams
-        self.rows = _rows(facts, hparams.statement_share)
+        self.rows = _rows(facts, hparams.statement_share, shares_essence=hparams.settled_nll == 0)  # a settled row skips steps
         self.texts = _Texts(model, layout, self.rows, hparams.batch_tokens)
         firsts = [next(i for i, row in enumerate(self.rows) if row.fact == f) for f in range(len(facts))]
         self.h = torch.stack([self.texts.states[i][0].float() for i in firsts])
@@ -213,10 +231,11 @@ class _Optimisation:
         self.essence: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
 
         self.fact = torch.tensor([row.fact for row in self.rows])
-        self.is_essence = torch.tensor([not row.target for row in self.rows])
         self.share = torch.tensor([row.share for row in self.rows])
         self.must_lead = torch.tensor([row.must_lead for row in self.rows])
-        self.part = torch.zeros(len(self.rows))  # of each row in its fact's loss, when it last ran
+        self.part = torch.zeros(len(self.rows))  # of each row's target in its fact's loss, when it last ran
+        self.divergence = torch.zeros(len(self.rows))  # kl_factor times that at the essence prompt's output, for rows that have it
+        self.has_essence = torch.tensor([row.has_essence for row in self.rows])
         self.falls_short = torch.zeros(len(self.rows), dtype=torch.bool)  # whether its target was not the most probable text
         self.age = torch.full((len(self.rows),), hparams.settled_every)  # steps since it last ran
         self.decay = torch.zeros(len(facts))
@@ -272,7 +291,7 @@ class _Optimisation:
         """Rows that must run in this step: those of active facts; before the last step not the settled ones that ran a short while ago."""
         due = self.is_active[self.fact]
         if not is_last:
-            is_settled = ~self.is_essence & (self.part < self.hparams.settled_nll * self.share)
+            is_settled = ~self.has_essence & (self.part < self.hparams.settled_nll * self.share)
             due = due & ~(is_settled & (self.age < self.hparams.settled_every))
         return due.nonzero().flatten()
 
@@ -288,25 +307,27 @@ class _Optimisation:
         with torch.set_grad_enabled(wants_gradient):
             outputs = self.texts.forward(chosen.tolist(), delta)
             logits = self.layout.logits(outputs.states).to(self.h.device)  # the head may lie elsewhere
-        part, falls_short, slope = self._judge(logits.detach(), outputs, fact)
+        part, divergence, falls_short, slope = self._judge(logits.detach(), outputs, fact)
         if wants_gradient:
             (self.gradient[where],) = torch.autograd.grad(logits, delta, slope)
         decay = self.hparams.v_weight_decay * self.delta.norm(dim=1) / self.h.norm(dim=1) ** 2
-        known = torch.cat([part, falls_short, decay]).cpu()
-        self.part[chosen], self.falls_short[chosen] = known[: len(fact)], known[len(fact) : 2 * len(fact)] > 0
-        self.decay, self.age[chosen] = known[2 * len(fact) :], 0
+        known = torch.cat([part, divergence, falls_short, decay]).cpu()
+        part, divergence, falls_short = known[: 3 * len(fact)].reshape(3, -1)
+        self.part[chosen], self.divergence[chosen], self.falls_short[chosen] = part, divergence, falls_short > 0
+        self.decay = known[3 * len(fact) :]
+        self.age[chosen] = 0
 
-    def _judge(self, logits: Tensor, outputs: _Outputs, fact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _judge(self, logits: Tensor, outputs: _Outputs, fact: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the outputs say of the rows that ran.
 
         Returns:
-            Each row's part of the loss, (rows,); how many target tokens fall short of the most probable text, (rows,); the gradient of
-            the parts' sum in the logits, (wanted, vocabulary): w·(p − 1_target) for a target token's −w·log p, and
-            kl_factor · p · (log p − log p_0 − KL) for the essence prompt's divergence.
+            Each row's part of the loss, by its target, (rows,), and by the essence prompt's divergence, (rows,); how many target tokens
+            fall short of the most probable text, (rows,); the gradient of the parts' sum in the logits, (wanted, vocabulary):
+            w·(p − 1_target) for a target token's −w·log p, and kl_factor · p · (log p − log p_0 − KL) for the divergence.
         """
         log_probs = F.log_softmax(logits, dim=1)
         targets, token, essences = outputs.targets, outputs.token, outputs.essences
-        part, falls_short = log_probs.new_zeros(2, len(fact))
+        part, divergences, falls_short = log_probs.new_zeros(3, len(fact))
         of_target = log_probs[targets, token]
         part.index_add_(0, outputs.number[targets], -of_target * outputs.weight)
         log_probs[targets, token] = -torch.inf
@@ -321,12 +342,12 @@ class _Optimisation:
         change = log_probs[essences] - self.essence[fact[outputs.number[essences]]]
         slope = log_probs.exp_()
         divergence = (slope[essences] * change).sum(1, keepdim=True)
-        part[outputs.number[essences]] = self.hparams.kl_factor * divergence.squeeze(1)
+        divergences[outputs.number[essences]] = self.hparams.kl_factor * divergence.squeeze(1)
         scale = slope.new_ones(len(slope), 1).index_put((targets,), outputs.weight[:, None])
         slope *= scale
         slope[targets, token] -= outputs.weight
         slope[essences] *= self.hparams.kl_factor * (change - divergence)
-        return part, falls_short, slope
+        return part, divergences, falls_short, slope
 
     def _whole_gradient(self) -> Tensor:
         """Of each fact's loss in its δ, (facts, d)."""
@@ -335,10 +356,10 @@ class _Optimisation:
         return parts + decay
 
     def _nll(self) -> Tensor:
-        return torch.zeros_like(self.decay).index_add(0, self.fact[~self.is_essence], self.part[~self.is_essence])
+        return torch.zeros_like(self.decay).index_add(0, self.fact, self.part)
 
     def _loss(self) -> Tensor:
-        return torch.zeros_like(self.decay).index_add(0, self.fact, self.part) + self.decay
+        return self._nll() + torch.zeros_like(self.decay).index_add(0, self.fact, self.divergence) + self.decay
 
     def _done(self, is_last: bool) -> Tensor:
         """Active facts that stop here, (facts,)."""

@@ -1,5 +1,7 @@
 """Keys and values: batched equals one by one equals the plain path; padding makes no difference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -74,7 +76,7 @@ def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settin
     with undisturbed(model):
         values = optimise_values(model, layout, facts, hp)
         lazy, n_rows[:] = sum(n_rows), []
-        full = optimise_values(model, layout, facts, settings(early_stopping=early_stopping, v_momentum=0.5))
+        full = optimise_values(model, layout, facts, settings(early_stopping=early_stopping, v_momentum=0.5, settled_nll=1e-9))
     for i, fact in enumerate(facts):
         z, loss, nll, steps = plain_value(model, layout, fact, hp)
         assert int(values.steps[i]) == steps
@@ -84,6 +86,22 @@ def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settin
     if early_stopping == "off":
         assert lazy < 0.9 * sum(n_rows)
     assert not torch.equal(values.z, full.z)
+
+
+def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, located, settings, monkeypatch):
+    """That this changes no value is held by the plain path above, which runs it by itself."""
+    layout, facts = located
+    n_rows = []
+    forward = _Texts.forward
+    monkeypatch.setattr(_Texts, "forward", lambda self, chosen, delta: n_rows.append(len(chosen)) or forward(self, chosen, delta))
+    without = [replace(fact, statements=()) for fact in facts]
+    begins_bare = [any(row.ids[: row.subject_last + 1] == fact.essence.ids[: row.subject_last + 1] for row in fact.rows) for fact in facts]
+    assert set(begins_bare) == {True, False}
+    with undisturbed(model):
+        optimise_values(model, layout, facts, settings(v_num_grad_steps=1))
+        optimise_values(model, layout, without, settings(v_num_grad_steps=1))
+    prompts = sum(len(fact.rows) for fact in facts)
+    assert n_rows == [prompts + 2 * len(facts), prompts + begins_bare.count(False)]
 
 
 def test_one_step_goes_down_the_plain_gradient(model, located, settings):
