@@ -140,24 +140,16 @@ def test_a_line_a_batch(done):
 
 
 def test_the_whole_settings_are_shown(done):
-    shown = [line for line in (done.stdout + done.stderr).splitlines() if ": settings " in line]
+    shown = [line for line in (done.stdout + done.stderr).splitlines() if ": settings {" in line]
     assert [line.partition(":")[0].split()[-1] for line in shown] == ["RLSEdit", "RLSEdit-short"]
     assert json.loads(shown[1].partition("settings ")[2])["v_num_grad_steps"] == 2
 
 
 def test_each_job_of_a_multirun_has_its_folder(folder):
-    changes = [
-        "--multirun",
-        "alg_name=RLSEdit",
-        "eval=quick",
-        "eval.text=null",
-        "eval.fluency=0",
-        "data.count=2",
-        "data.first=0,2",
-        "out=many",
-    ]
-    arguments = [argument for argument in command() if not argument.startswith(("alg_name", "settings", "eval", "out"))]
-    done = subprocess.run([*arguments, *changes], cwd=folder, capture_output=True, text=True)
+    changes = ["alg_name=RLSEdit", "eval=quick", "eval.text=null", "eval.fluency=0", "data.count=2", "data.first=0,2", "out=many"]
+    arguments = [argument for argument in ARGUMENTS if not argument.startswith(("alg_name", "settings", "eval", "out"))]
+    program = [sys.executable, "-m", "easyedit_rls.cli.main", "compare", "--multirun"]
+    done = subprocess.run([*program, *arguments, *changes], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     firsts = [json.loads((folder / "many" / job / "plan.json").read_text())["first"] for job in ("0", "1")]
     assert firsts == [0, 2]

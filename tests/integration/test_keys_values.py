@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from easyedit_rls import RLSEditor
 from easyedit_rls.errors import RequestError
 from easyedit_rls.keys import LayerWalk, collect_keys, locate_facts, value_states
 from easyedit_rls.model.capture import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.requests import parse_requests
 from easyedit_rls.values import _Texts, optimise_values
+from tests.conftest import FAMILIES
 from tests.reference import hidden_at, plain_key, plain_value
 from tests.tolerances import PADDING, VALUES
 
@@ -86,6 +88,15 @@ def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settin
     if early_stopping == "off":
         assert lazy < 0.9 * sum(n_rows)
     assert not torch.equal(values.z, full.z)
+
+
+def test_an_editor_takes_its_statements_along(family, tok, requests, settings):
+    nlls = []
+    for share in (0.0, 0.5):
+        model = FAMILIES[family]()
+        report = RLSEditor(model, tok, settings(statements=["{}:"], statement_share=share)).edit(requests[:2])
+        nlls.append([fact.nll for fact in report.facts])
+    assert nlls[0] != nlls[1]
 
 
 def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, located, settings, monkeypatch):
