@@ -2,8 +2,8 @@
 
     python benchmarks/anchors.py --model models/smollm2-135m --data pararel_dev.json --text wikitext2_test.txt --layers 6 7 8 9 10
 
-Each source is read once with the shipped tolerance and once to the end (`--texts` of it), each from an empty cache; with either, the same
-stream is edited and measured. A source is what `mom2_dataset` takes: self, or a text file.
+Each source is read once with each of the `--tolerances` and once to the end (`--texts` of it), each from an empty cache; with each, the
+same stream is edited and measured. A source is what `mom2_dataset` takes: self, or a text file. `--texts 0` leaves the whole text out.
 """
 
 import argparse
@@ -23,9 +23,8 @@ from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
 from easyedit_rls.anchors import moments
 
 
-def measure(args: argparse.Namespace, source: str, tolerance: float | None, n_texts: int | None) -> dict[str, Any]:
-    settings = {**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), "mom2_dataset": source}
-    settings |= {} if tolerance is None else {"mom2_tolerance": tolerance}
+def measure(args: argparse.Namespace, source: str, tolerance: float, n_texts: int | None) -> dict[str, Any]:
+    settings = {**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), "mom2_dataset": source, "mom2_tolerance": tolerance}
     settings |= {} if n_texts is None else {"mom2_n_samples": n_texts}
     settings |= {"layers": args.layers} if args.layers else {}
     hparams = RLSEditHyperParams.from_dict(settings)
@@ -60,16 +59,20 @@ def main() -> None:
     parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
     parser.add_argument("--layers", type=int, nargs="+", help="edited layers (default: those of the settings)")
     parser.add_argument("--sources", nargs="+", default=["self"], help="what to take the moments from (default: %(default)s)")
+    shipped = RLSEditHyperParams.__dataclass_fields__["mom2_tolerance"].default
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[shipped], help="where to stop reading (default: %(default)s)")
     parser.add_argument("--texts", type=int, help="how many texts to read to the end, for each source (default: the settings' number)")
+    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--data", type=Path, help="records to edit, in CounterFact's JSON format; without them only the moments are timed")
     parser.add_argument("--text", type=Path, help="for --data: text to take the perplexity on")
     parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
     parser.add_argument("--count", type=int, default=100, help="number of records (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=20, help="edits a batch (default: %(default)s)")
     args = parser.parse_args()
-    results = [
-        measure(args, source, tolerance, n_texts) for source in args.sources for tolerance, n_texts in ((None, None), (0.0, args.texts))
-    ]
+    torch.set_num_threads(args.threads)
+    readings: list[tuple[float, int | None]] = [(tolerance, None) for tolerance in args.tolerances]
+    readings += [] if args.texts == 0 else [(0.0, args.texts)]
+    results = [measure(args, source, *reading) for source in args.sources for reading in readings]
     print(json.dumps({"results": results, "versions": versions(), "machine": machine()}, indent=1))
 
 

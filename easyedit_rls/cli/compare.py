@@ -29,7 +29,10 @@ def main(config: DictConfig) -> None:
     plan = make_plan(config, out)
     plan.save(out)
     for contender in plan.contenders:
-        console.print(f"{contender.name}: {json.dumps(dict(contender.settings)) if contender.settings else 'settings made for the model'}")
+        console.print(
+            f"{contender.name}: {json.dumps(dict(contender.settings)) if contender.settings else 'settings made for the model'}",
+            soft_wrap=True,
+        )
     run_all(out, plan)
     result = write_report(out, plan)
     shown = [name for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "exact") if name in result["unedited"]]

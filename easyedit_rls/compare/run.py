@@ -44,7 +44,7 @@ def run_all(folder: Path, plan: Plan, show_progress: bool | None = None) -> None
 
 
 def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]") -> None:
-    """A contender's process: all it prints goes into a log, its settings and a line a batch are shown."""
+    """A contender's process: all it prints goes into a log, what it says of itself is shown."""
     log = folder / f"{contender.folder}.log"
     command = [sys.executable, "-m", "easyedit_rls.compare.stream", str(folder), contender.name]
     last: deque[str] = deque(maxlen=_LAST_LINES)
@@ -57,10 +57,9 @@ def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]") -
                 file.write(line)
                 file.flush()
                 last.append(line)
-                is_batch = line.startswith(f"{contender.name}: batch ")
-                if is_batch or line.startswith(f"{contender.name}: settings "):
+                if line.startswith(f"{contender.name}: "):
                     bar.write(line.rstrip())
-                bar.update(is_batch)
+                bar.update(line.startswith(f"{contender.name}: batch "))
         except BaseException:
             child.kill()
             raise

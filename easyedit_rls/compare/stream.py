@@ -2,7 +2,7 @@
 
 Edits the stream batch by batch and measures at each checkpoint all records so far. What it finds goes to
 ``FOLDER/<contender>/checkpoint-<edits>.json``, and at the end ``result.json`` says that it is whole. A run that was broken off begins
-anew: most editors' states die with their process.
+anew: most editors' states die with their process. The unedited model is measured by the first contender, for all of them.
 """
 
 import json
@@ -30,6 +30,7 @@ from easyedit_rls.records import EditRecord, read_records
 from easyedit_rls.requests import EditRequest
 
 RESULT = "result.json"
+UNEDITED = "unedited.json"
 _FLUENT_TOKENS = 100  # ROME's
 
 Edit = Callable[[Sequence[EditRequest]], Any]
@@ -46,9 +47,14 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
     tok = AutoTokenizer.from_pretrained(plan.model)
     scale = _Measure(plan, model, tok, records)
+    if not (folder / UNEDITED).is_file():
+        _say(f"{contender.name}: measures the unedited model on {len(records)} records, for all editors")
+        _write(folder / UNEDITED, scale.unedited())
+    before = json.loads((folder / UNEDITED).read_text(encoding="utf-8"))
+    scale.quality = before["quality"]
     edit, settings, scale.editor = make_editor(plan, contender, model, tok)
     _say(f"{contender.name}: settings {json.dumps(settings, default=str)}")
-    _write(place / "checkpoint-000000.json", scale.before)
+    _write(place / "checkpoint-000000.json", before["figures"])
     seconds: list[float] = []
     for number in range(1, plan.n_batches + 1):
         batch = records[(number - 1) * plan.batch : number * plan.batch]
@@ -92,17 +98,21 @@ class _Measure:
         self._plan, self._model, self._tok, self._records = plan, model, tok, records
         self._text = Path(plan.text).read_text(encoding="utf-8") if plan.text else None
         self._weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-        self._quality = edit_quality(model, tok, [record.easyedit for record in records])
         self._objective = Objective(model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)))
         self.editor: RLSEditor | None = None  # of RLSEdit, whose targets the objective's first term takes
-        self.before = self.now(len(records), is_last=True)
+        self.quality: Sequence[Mapping[str, Any]] = ()  # EasyEdit's figures of the unedited model, which its locality is taken against
+
+    def unedited(self) -> dict[str, Any]:
+        """The same before the first edit, on all records: figures, and what locality is taken against."""
+        self.quality = edit_quality(self._model, self._tok, [record.easyedit for record in self._records])
+        return {"quality": self.quality, "figures": self.now(len(self._records), is_last=True)}
 
     def now(self, n_edits: int, is_last: bool) -> dict[str, Any]:
         """Figures of the first records, and of the model as a whole."""
         records = self._records[:n_edits]
         counterfact = evaluate(self._model, self._tok, [record.request for record in records], show_progress=False).records
         quality = edit_quality(self._model, self._tok, [record.easyedit for record in records])
-        add_locality(self._quality[:n_edits], quality)
+        add_locality(self.quality[:n_edits], quality)
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
         result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(), "objective": self._objective.terms(self.editor)}
         if self._text is not None:

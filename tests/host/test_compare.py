@@ -1,0 +1,83 @@
+"""`easyedit-rls compare` with every editor of the checkout, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from easyedit_rls import RLSEditHyperParams
+from easyedit_rls.compare.plan import Contender, Plan
+from easyedit_rls.compare.stream import make_editor
+from easyedit_rls.host.builtin import BUILTIN
+from tests.host.test_parity import REQUESTS
+
+NAMES = ("RLSEdit", *BUILTIN)
+MORE = {"prompt": "The lake Garda", "subject": "lake Garda", "target_new": "stones"}
+
+
+@pytest.fixture(scope="module")
+def compared(easyeditor, model_folder, demo_text, tmp_path_factory):
+    """The folder of a finished comparison of all, two batches of two edits."""
+    from tests.host.conftest import host_settings
+
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "text.txt").write_text(demo_text, encoding="utf-8")
+    changes = {"model_name": "tiny-llama", "mom2_dataset": "text.txt", "v_num_grad_steps": 5}
+    settings = {**host_settings(easyeditor, "tiny-llama").to_dict(), **changes}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "tiny-llama").symlink_to(model_folder / "tiny-llama")
+    (folder / "records.jsonl").write_text("\n".join(json.dumps(request) for request in [*REQUESTS, MORE]))
+    arguments = ["model.path=tiny-llama", "model.hparams=tiny.yaml", "data.file=records.jsonl", "data.batch=2", "eval.every=1"]
+    arguments += [f"alg_name={','.join(NAMES)}", "settings.AlphaEdit.nullspace_threshold=1000", "eval.answers=false", "out=out"]
+    command = [sys.executable, "-m", "easyedit_rls.cli.main", "compare", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def test_each_editor_is_in_the_table(compared):
+    result = json.loads((compared / "results.json").read_text())
+    assert tuple(result["contenders"]) == NAMES
+    for found in result["contenders"].values():
+        assert [checkpoint["n_edits"] for checkpoint in found["checkpoints"]] == [2, 4]
+        assert max(found["checkpoints"][-1]["deviation"].values()) > 0
+    table = (compared / "table.md").read_text()
+    assert all(f"| {name} |" in table for name in NAMES)
+
+
+def test_the_unedited_model_is_measured_once_for_all(compared):
+    first, *others = [json.loads((compared / name / "checkpoint-000000.json").read_text()) for name in NAMES]
+    assert first == json.loads((compared / "unedited.json").read_text())["figures"]
+    assert not first["deviation"]
+    assert all(other == first for other in others)
+    logs = ["measures the unedited model" in (compared / f"{name}.log").read_text() for name in NAMES]
+    assert logs == [True, *[False] * len(BUILTIN)]
+
+
+def test_they_are_measured_alike(compared):
+    """One reference for the objective, one set of figures for all, those that only RLSEdit knows empty for the others."""
+    last = {name: json.loads((compared / name / "checkpoint-000004.json").read_text()) for name in NAMES}
+    assert len({frozenset(found["records"][0]) for found in last.values()}) == 1
+    assert {name for name, found in last.items() if found["objective"]["edits"] is not None} == {"RLSEdit"}
+    assert all(found["objective"]["deviation"] > 0 for name, found in last.items() if name not in ("ULTRAEDIT",))
+
+
+def test_the_tuned_settings_are_the_editors_own(easyeditor, model_folder, demo_text, tmp_path):
+    """Each name in `alg=smollm2-135m` is one of that editor's settings, and reaches it."""
+    from tests.host.conftest import host_settings
+
+    with initialize_config_module("easyedit_rls.conf.streams", version_base="1.3"):
+        tuned = compose("compare", ["alg=smollm2-135m"]).settings
+    assert set(tuned) <= set(BUILTIN)
+    (tmp_path / "text.txt").write_text(demo_text, encoding="utf-8")
+    hparams = {**host_settings(easyeditor, "tiny-llama").to_dict(), "mom2_dataset": str(tmp_path / "text.txt")}
+    plan = Plan("tiny-llama", RLSEditHyperParams.from_dict(hparams).to_dict(), ("",), "", 0, 0, 2, 1, None, False, 0, None, ())
+    for name, changes in tuned.items():
+        model = AutoModelForCausalLM.from_pretrained("tiny-llama")
+        wanted = {key: value for key, value in changes.items() if key not in ("layers", "inner_params")}  # the tiny one has four layers
+        _, settings, _ = make_editor(plan, Contender(name, wanted), model, AutoTokenizer.from_pretrained("tiny-llama"))
+        assert wanted.items() <= settings.items()
