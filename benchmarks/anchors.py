@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, versions
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import load, machine, parser, records_of, versions
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
 from easyedit_rls.anchors import moments
@@ -28,8 +27,7 @@ def measure(args: argparse.Namespace, source: str, tolerance: float, n_texts: in
     settings |= {} if n_texts is None else {"mom2_n_samples": n_texts}
     settings |= {"layers": args.layers} if args.layers else {}
     hparams = RLSEditHyperParams.from_dict(settings)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tok = AutoTokenizer.from_pretrained(args.model)
+    model, tok = load(args.model)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["EASYEDIT_RLS_CACHE"] = folder
         begun = time.perf_counter()
@@ -44,7 +42,7 @@ def measure(args: argparse.Namespace, source: str, tolerance: float, n_texts: in
             "error": max(moment.error for moment in found.values()),
         }
         if args.data:
-            records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
+            records = records_of(args)
             editor = RLSEditor(model, tok, hparams, show_progress=False)
             for start in range(0, len(records), args.batch):
                 editor.edit(records[start : start + args.batch])
@@ -54,21 +52,13 @@ def measure(args: argparse.Namespace, source: str, tolerance: float, n_texts: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name of the model")
-    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument("--layers", type=int, nargs="+", help="edited layers (default: those of the settings)")
-    parser.add_argument("--sources", nargs="+", default=["self"], help="what to take the moments from (default: %(default)s)")
+    names = ("model", "hparams", "layers", "data", "text", "first", "count", "batch", "threads")
+    options = parser(__doc__, *names, data=None, text=None, count=100, batch=20)
+    options.add_argument("--sources", nargs="+", default=["self"], help="what to take the moments from (default: %(default)s)")
     shipped = RLSEditHyperParams.__dataclass_fields__["mom2_tolerance"].default
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[shipped], help="where to stop reading (default: %(default)s)")
-    parser.add_argument("--texts", type=int, help="how many texts to read to the end, for each source (default: the settings' number)")
-    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--data", type=Path, help="records to edit, in CounterFact's JSON format; without them only the moments are timed")
-    parser.add_argument("--text", type=Path, help="for --data: text to take the perplexity on")
-    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=100, help="number of records (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=20, help="edits a batch (default: %(default)s)")
-    args = parser.parse_args()
+    options.add_argument("--tolerances", type=float, nargs="+", default=[shipped], help="where to stop reading (default: %(default)s)")
+    options.add_argument("--texts", type=int, help="how many texts to read to the end, for each source (default: the settings' number)")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     readings: list[tuple[float, int | None]] = [(tolerance, None) for tolerance in args.tolerances]
     readings += [] if args.texts == 0 else [(0.0, args.texts)]

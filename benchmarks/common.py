@@ -1,13 +1,63 @@
-"""What every benchmark's output says: spreads, versions and the machine."""
+"""What the benchmarks share: options, records and models, and what every output says: spreads, versions and the machine."""
 
+import argparse
+import json
 import platform
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import easyedit_rls
+from easyedit_rls import RLSEditHyperParams
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"required": True, "help": "folder or hub name of the model"},
+    "data": {"type": Path, "required": True, "help": "records in CounterFact's JSON format"},
+    "text": {"type": Path, "required": True, "help": "plain text for perplexity"},
+    "hparams": {"default": "smollm2-135m", "help": "settings: a YAML file or a shipped name (default: %(default)s)"},
+    "set": {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": "override a setting; may be repeated"},
+    "layers": {"type": int, "nargs": "+", "help": "edited layers (default: those of the settings)"},
+    "first": {"type": int, "default": 2000, "help": "first record (default: %(default)s)"},
+    "count": {"type": int, "default": 40, "help": "number of records (default: %(default)s)"},
+    "batch": {"type": int, "default": 10, "help": "edits a batch (default: %(default)s)"},
+    "threads": {"type": int, "default": 1, "help": "default: %(default)s"},
+}
+
+
+def parser(doc: str | None, *names: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with these options, of those that several benchmarks have; defaults other than the usual by name (None: not required)."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in names:
+        option = dict(_OPTIONS[name])
+        if name in defaults:
+            option.pop("required", None)
+            option["default"] = defaults[name]
+        made.add_argument(f"--{name}", **option)
+    return made
+
+
+def records_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """`--count` records of `--data` from `--first` on."""
+    found: list[dict[str, Any]] = json.loads(args.data.read_text(encoding="utf-8"))
+    return found[args.first : args.first + args.count]
+
+
+def settings_of(args: argparse.Namespace) -> RLSEditHyperParams:
+    """`--hparams`, with what `--set` overrides."""
+    overrides = OmegaConf.to_container(OmegaConf.from_dotlist(args.set))
+    assert isinstance(overrides, dict)
+    return RLSEditHyperParams.from_dict({**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), **overrides}, source="--set")
+
+
+def load(folder: str) -> tuple[Any, Any]:
+    """A model in float32, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

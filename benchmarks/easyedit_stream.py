@@ -7,35 +7,26 @@ the same records instead. The metrics: rewrite_acc and rephrase_acc (tokens of t
 first paraphrase), locality (tokens of the neighbours' answers whose argmax stayed what it was).
 """
 
-import argparse
 import contextlib
 import json
 import logging
 import sys
 import time
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from common import versions
+from common import parser, records_of, versions
 from omegaconf import OmegaConf
 
 import easyedit_rls
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of the model; its name must contain the family's")
-    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
-    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument("--alg", choices=["RLSEdit", "AlphaEdit"], default="RLSEdit", help="default: %(default)s")
-    parser.add_argument("--alpha-hparams", help="AlphaEdit's YAML file, for --alg AlphaEdit")
-    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=30, help="number of records (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated")
-    args = parser.parse_args()
+    options = parser(__doc__, "model", "data", "hparams", "first", "count", "batch", "set", count=30)
+    options.add_argument("--alg", choices=["RLSEdit", "AlphaEdit"], default="RLSEdit", help="default: %(default)s")
+    options.add_argument("--alpha-hparams", help="AlphaEdit's YAML file, for --alg AlphaEdit")
+    args = options.parse_args()
 
     settings_class = easyedit_rls.register()
     import easyeditor
@@ -46,7 +37,7 @@ def main() -> None:
     overrides = OmegaConf.to_container(OmegaConf.from_dotlist(args.set))
     settings = {**hparams.to_dict(), **overrides, "model_name": args.model, "batch_size": args.batch}
     hparams = settings_class.from_dict(settings) if args.alg == "RLSEdit" else settings_class(**settings)
-    records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
+    records = records_of(args)
     with contextlib.redirect_stdout(sys.stderr):  # EasyEdit prints a lot
         result = run_stream(easyeditor, hparams, records)
     print(json.dumps({"records": [args.first, args.first + len(records)], **result}, indent=2))

@@ -13,19 +13,17 @@ All edit the same layers. Preparation is left out on all sides: moments, project
 The losses are those of the values at the last step.
 """
 
-import argparse
+import copy
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, spread, versions
+from common import load, machine, parser, records_of, spread, versions
 from peers import make_peer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
 from easyedit_rls.model.sampling import sample_templates
@@ -40,24 +38,16 @@ def prepared(model: Any, tok: Any, hparams: RLSEditHyperParams) -> Callable[[Seq
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name of the model")
-    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
-    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument("--layers", type=int, nargs="+", help="layers all three edit (default: those of the settings)")
-    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=40, help="number of records (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=25, help="steps of a value with the peer's settings, at most (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    args = parser.parse_args()
+    options = parser(__doc__, "model", "data", "hparams", "layers", "first", "count", "batch", "threads")
+    options.add_argument("--steps", type=int, default=25, help="steps of a value with the peer's settings, at most (default: %(default)s)")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
 
     shipped = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
     shipped["layers"] = args.layers or shipped["layers"]
-    records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
-    tok = AutoTokenizer.from_pretrained(args.model)
-    models = {name: AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval() for name in ("peer", "same", "defaults")}
+    records = records_of(args)
+    model, tok = load(args.model)
+    models = {"peer": model, "same": copy.deepcopy(model), "defaults": copy.deepcopy(model)}
     templates = sample_templates(models["peer"], tok, 5, shipped["seed"])
     defaults = RLSEditHyperParams.from_dict(shipped)
     plain = {

@@ -6,17 +6,14 @@ Both score the same prompts by the same rule (rewrite, rephrase, all neighbours)
 what its folder is called, so the folder's name must contain the family's, as in smollm2-llama.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch
-from common import machine, spread, versions
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import load, machine, parser, spread, versions
 
 from easyedit_rls.evaluation import edit_quality, evaluate
 from easyedit_rls.host.builtin import BuiltinEditor
@@ -26,21 +23,14 @@ from easyedit_rls.records import read_records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
-    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=200, help="number of records (default: %(default)s)")
-    parser.add_argument("--block", type=int, default=50, help="records in a turn (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    args = parser.parse_args()
+    options = parser(__doc__, "model", "data", "hparams", "first", "count", "threads", count=200, threads=2)
+    options.add_argument("--block", type=int, default=50, help="records in a turn (default: %(default)s)")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     package = easyeditor()
 
     records = read_records(args.data, args.first, args.count)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tok = AutoTokenizer.from_pretrained(args.model)
+    model, tok = load(args.model)
     settings = BuiltinEditor("FT", model, tok, RLSEditHyperParams.from_hparams(args.hparams), []).settings
     seconds: dict[str, list[float]] = {"EasyEdit": [], "edit_quality": [], "evaluate": []}
     n_unlike = 0

@@ -5,21 +5,16 @@
 Take records that are neither edited nor measured.
 """
 
-import argparse
-import json
 from pathlib import Path
+
+from common import parser, records_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
-    parser.add_argument("--first", type=int, default=200, help="first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=1800, help="number of records (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="the text file to write")
-    args = parser.parse_args()
-    facts = [
-        record["requested_rewrite"] for record in json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
-    ]
+    options = parser(__doc__, "data", "first", "count", first=200, count=1800)
+    options.add_argument("--out", type=Path, required=True, help="the text file to write")
+    args = options.parse_args()
+    facts = [record["requested_rewrite"] for record in records_of(args)]
     statements = [f"{fact['prompt'].replace('{}', fact['subject'])} {fact['target_true']['str']}." for fact in facts]
     args.out.write_text("\n\n".join(dict.fromkeys(statements)), encoding="utf-8")
     print(f"{len(set(statements))} statements written to {args.out}")

@@ -19,8 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import machine, spread, versions
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import load, machine, parser, records_of, spread, versions
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor
 from easyedit_rls.history import Edit, Entry
@@ -113,14 +112,13 @@ def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dic
     }
 
 
-def share(folder: str, data: Path, hparams: str, first: int, count: int, size: int) -> list[dict[str, object]]:
+def share(args: argparse.Namespace) -> list[dict[str, object]]:
     """What part of an edit's time the ledger takes, for two ways of checkpointing."""
-    records = json.loads(data.read_text(encoding="utf-8"))[first : first + count]
-    settings = RLSEditHyperParams.from_hparams(hparams).to_dict()
+    records, size = records_of(args), args.batch
+    settings = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
     results = []
     for every in (1, 10**6):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tok = AutoTokenizer.from_pretrained(folder)
+        model, tok = load(args.model)
         with tempfile.TemporaryDirectory() as place:
             hp = RLSEditHyperParams.from_dict({**settings, "checkpoint_every": every})
             editor = RLSEditor(model, tok, hp, state_dir=place)
@@ -131,7 +129,7 @@ def share(folder: str, data: Path, hparams: str, first: int, count: int, size: i
         results.append(
             {
                 "checkpoint_every": every if every == 1 else "at the end",
-                "records": [first, first + len(records)],
+                "records": [args.first, args.first + len(records)],
                 "batch": size,
                 "layers": hp.layers,
                 "seconds_an_edit": (work_s + ledger_s) / len(records),
@@ -144,20 +142,14 @@ def share(folder: str, data: Path, hparams: str, first: int, count: int, size: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", nargs="*", default=["1536x576", "14336x4096"], help="d_k x d_v of the layers (default: %(default)s)")
-    parser.add_argument("--layers", nargs="*", type=int, default=[5, 1], help="edited layers, for each width (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=6, help="batches to append (default: %(default)s)")
-    parser.add_argument("--model", help="folder or hub name of a model, to measure the ledger's share of an edit's time")
-    parser.add_argument("--data", type=Path, help="for --model: records in CounterFact's JSON format")
-    parser.add_argument("--hparams", default="smollm2-135m", help="for --model: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=2000, help="for --model: first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=40, help="for --model: number of records (default: %(default)s)")
-    args = parser.parse_args()
+    options = parser(__doc__, "model", "data", "hparams", "first", "count", "batch", model=None, data=None)
+    options.add_argument("--widths", nargs="*", default=["1536x576", "14336x4096"], help="d_k x d_v of the layers (default: %(default)s)")
+    options.add_argument("--layers", nargs="*", type=int, default=[5, 1], help="edited layers, for each width (default: %(default)s)")
+    options.add_argument("--batches", type=int, default=6, help="batches to append (default: %(default)s)")
+    args = options.parse_args()
     results: list[object] = []
     if args.model:
-        results += share(args.model, args.data, args.hparams, args.first, args.count, args.batch)
+        results += share(args)
     for widths, n_layers in zip(args.widths, args.layers, strict=True):
         d_k, d_v = map(int, widths.split("x"))
         results.append(measure(d_k, d_v, n_layers, args.batch, args.batches))

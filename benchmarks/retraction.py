@@ -6,20 +6,16 @@ Every third fact is taken back. "Back to its unedited answer" is judged three wa
 before (CounterFact's comparison), is the most probable next token the same, and are the five tokens of the greedy continuation.
 """
 
-import argparse
 import copy
 import json
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-from common import machine, versions
-from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import load, machine, parser, records_of, settings_of, versions
 
-from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
+from easyedit_rls import RLSEditor, evaluate, parse_requests
 
 
 def answers(model, tok, records, n_tokens: int) -> list[list[int]]:
@@ -37,25 +33,17 @@ def agreement(before: list[list[int]], after: list[list[int]], n_tokens: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name of the model")
-    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
-    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
-    parser.add_argument("--edits", type=int, default=60, help="facts to edit in (default: %(default)s)")
-    parser.add_argument("--retract", type=int, default=20, help="facts to take back (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=20, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--baseline", action="store_true", help="also edit a model with the facts that stay alone, and compare with it")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated")
-    args = parser.parse_args()
+    options = parser(__doc__, "model", "data", "hparams", "first", "batch", "set", batch=20)
+    options.add_argument("--count", "--edits", type=int, default=60, dest="count", help="facts to edit in (default: %(default)s)")
+    options.add_argument("--retract", type=int, default=20, help="facts to take back (default: %(default)s)")
+    options.add_argument("--baseline", action="store_true", help="also edit a model with the facts that stay alone, and compare with it")
+    args = options.parse_args()
 
-    settings = {**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), **OmegaConf.to_container(OmegaConf.from_dotlist(args.set))}
-    hparams = RLSEditHyperParams.from_dict(settings, source="--set")
-    records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.edits]
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    tok = AutoTokenizer.from_pretrained(args.model)
+    hparams = settings_of(args)
+    records = records_of(args)
+    model, tok = load(args.model)
     unedited, never = copy.deepcopy(model), copy.deepcopy(model)
-    step = args.edits // args.retract
+    step = args.count // args.retract
     gone = list(range(0, args.retract * step, step))
     gone_records = [records[i] for i in gone]
     kept_records = [record for i, record in enumerate(records) if i not in gone]
@@ -96,7 +84,7 @@ def main() -> None:
     work_s = sum(report.seconds["values"] + report.seconds["weights"] for report in reports)
     ledger_s = sum(report.seconds["ledger"] for report in reports)
     result = {
-        "records": [args.first, args.first + args.edits],
+        "records": [args.first, args.first + args.count],
         "retracted": len(gone),
         "after_the_edits": edited,
         "kept_after_retraction": evaluate(model, tok, kept_records).means(),

@@ -5,40 +5,25 @@
 `--set name=value` overrides a setting, e.g. `--set v_lr=0.3 --set layers=[5,6,7]`.
 """
 
-import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
-import torch
-from common import machine, versions
-from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import load, machine, parser, records_of, settings_of, versions
 
-from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
+from easyedit_rls import RLSEditor, evaluate, perplexity
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name of the model")
-    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
-    parser.add_argument("--text", type=Path, required=True, help="plain text for perplexity")
-    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=100, help="number of records (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=20, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--ppl-tokens", type=int, default=8192, help="tokens of the text to use (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting; may be repeated")
-    parser.add_argument("--skip-before", action="store_true", help="do not measure the unedited model")
-    args = parser.parse_args()
+    options = parser(__doc__, "model", "data", "text", "hparams", "first", "count", "batch", "set", count=100, batch=20)
+    options.add_argument("--ppl-tokens", type=int, default=8192, help="tokens of the text to use (default: %(default)s)")
+    options.add_argument("--skip-before", action="store_true", help="do not measure the unedited model")
+    args = options.parse_args()
 
-    settings = {**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), **OmegaConf.to_container(OmegaConf.from_dotlist(args.set))}
-    hparams = RLSEditHyperParams.from_dict(settings, source="--set")
-    records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
+    hparams = settings_of(args)
+    records = records_of(args)
     text = args.text.read_text(encoding="utf-8")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    tok = AutoTokenizer.from_pretrained(args.model)
+    model, tok = load(args.model)
 
     def measure() -> dict[str, float | None]:
         return {**evaluate(model, tok, records).means(), "perplexity": perplexity(model, tok, text, max_tokens=args.ppl_tokens)}

@@ -6,24 +6,21 @@ Uses the first paraphrase of each record. 'last_word' counts findings that end w
 token, so a missing first word ("The") does no harm.
 """
 
-import argparse
 import json
 from collections import Counter
-from pathlib import Path
+
+from common import parser, records_of
 
 from easyedit_rls import RequestError
 from easyedit_rls.subjects import find_subject
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
-    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=10_000, help="number of records (default: %(default)s)")
-    args = parser.parse_args()
+    options = parser(__doc__, "data", "first", "count", count=10_000)
+    args = options.parse_args()
 
     counts: Counter[str] = Counter()
-    for record in json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]:
+    for record in records_of(args):
         fact = record["requested_rewrite"]
         try:
             found = find_subject(fact["prompt"].replace("{}", fact["subject"]), record["paraphrase_prompts"][0])

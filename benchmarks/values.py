@@ -7,20 +7,17 @@ A row gives seconds an edit (values, and keys and update), Adam steps, the value
 batch. `--variant name=value,name=value` adds a row with other settings.
 """
 
-import argparse
 import copy
 import json
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, spread, versions
+from common import load, machine, parser, records_of, spread, versions
 from omegaconf import OmegaConf
 from peers import make_peer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls import EditReport, RLSEditHyperParams, RLSEditor, evaluate, parse_requests
 
@@ -47,24 +44,16 @@ def row(editor: RLSEditor, reports: list[EditReport], records: list[Any]) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or hub name of the model")
-    parser.add_argument("--data", type=Path, required=True, help="records in CounterFact's JSON format")
-    parser.add_argument("--hparams", default="smollm2-135m", help="settings: a YAML file or a shipped name (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=2000, help="first record (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=40, help="number of records (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--peer-facts", type=int, default=1, help="facts a batch for the peer; 0 for none (default: %(default)s)")
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME=VALUE,…", help="one more row; may be repeated")
-    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    args = parser.parse_args()
+    options = parser(__doc__, "model", "data", "hparams", "first", "count", "batch", "threads")
+    options.add_argument("--peer-facts", type=int, default=1, help="facts a batch for the peer; 0 for none (default: %(default)s)")
+    options.add_argument("--variant", action="append", default=[], metavar="NAME=VALUE,…", help="one more row; may be repeated")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
 
     shipped = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
     variants = {**VARIANTS, **{v: OmegaConf.to_container(OmegaConf.from_dotlist(v.split(","))) for v in args.variant}}
-    records = json.loads(args.data.read_text(encoding="utf-8"))[args.first : args.first + args.count]
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tok = AutoTokenizer.from_pretrained(args.model)
+    records = records_of(args)
+    model, tok = load(args.model)
     editors = {
         name: RLSEditor(copy.deepcopy(model), tok, RLSEditHyperParams.from_dict({**shipped, **change}), show_progress=False)
         for name, change in variants.items()

@@ -63,7 +63,7 @@ class RLSEditHyperParams:
     mom2_n_samples: int = _setting("How many texts to use, at most (see mom2_tolerance); a .txt file gives a text a paragraph.", 400)
     mom2_tolerance: float = _setting(
         "Relative error of the moments at which no more text is read, estimated from two halves of it; 0 reads all mom2_n_samples texts.",
-        0.2,
+        0.15,
     )
     mom2_dtype: str = _setting("Type the moments are summed in: float32 or float64.", "float32")
     max_length: int = _setting("Longest prompt that EasyEdit's evaluation tokenises.", 40)

@@ -1,8 +1,8 @@
 """One contender's run, in a process of its own: ``python -m easyedit_rls.compare.stream FOLDER NAME``.
 
 Edits the stream batch by batch and measures at each checkpoint all records so far. What it finds goes to
-``FOLDER/<contender>/checkpoint-<edits>.json``, and at the end ``result.json`` says that it is whole. A run that was broken off begins
-anew: most editors' states die with their process. The unedited model is measured by the first contender, for all of them.
+``FOLDER/<contender>/checkpoint-<edits>.json``, and at the end ``result.json`` says that it is whole. A run that was broken off goes on
+behind its last whole batch. The unedited model is measured by the first contender, for all of them.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -21,26 +21,26 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import easyedit_rls
+from easyedit_rls.compare.editors import Editor, OurEditor, make_editor
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Contender, Plan
-from easyedit_rls.editor import RLSEditor
+from easyedit_rls.compare.progress import PROGRESS, Progress, write_progress
 from easyedit_rls.evaluation import abilities, add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.records import EditRecord, read_records
-from easyedit_rls.requests import EditRequest
 
 RESULT = "result.json"
 UNEDITED = "unedited.json"
 _FLUENT_TOKENS = 100  # ROME's
 
-Edit = Callable[[Sequence[EditRequest]], Any]
-
 
 def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
-    """Edit and measure; writes into the contender's own folder."""
+    """Edit and measure; writes into the contender's own folder, and goes on from what is there."""
     place = folder / contender.folder
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    progress = Progress.read(place)
+    if progress is None:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     records = read_records(plan.data, plan.first, plan.count)
@@ -52,43 +52,41 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
         _write(folder / UNEDITED, scale.unedited())
     before = json.loads((folder / UNEDITED).read_text(encoding="utf-8"))
     scale.quality = before["quality"]
-    edit, settings, scale.editor = make_editor(plan, contender, model, tok)
-    _say(f"{contender.name}: settings {json.dumps(settings, default=str)}")
-    _write(place / "checkpoint-000000.json", before["figures"])
-    seconds: list[float] = []
+    _write(place / checkpoint_name(0), before["figures"])
+    editor = make_editor(plan, contender, model, tok, place)
+    _say(f"{contender.name}: settings {json.dumps(editor.describe(), default=str)}")
+    if progress is not None:
+        progress.restore(model)
+        if not editor.remember(progress.memory, len(progress.seconds)):  # killed between the ledger's writing and our own
+            editor.close()
+            shutil.rmtree(place)
+            return run_contender(folder, plan, contender)
+    seconds = [] if progress is None else progress.seconds
     for number in range(1, plan.n_batches + 1):
-        batch = records[(number - 1) * plan.batch : number * plan.batch]
-        begun = time.perf_counter()
-        edit([record.request for record in batch])
-        seconds.append((time.perf_counter() - begun) / len(batch))
-        line = f"{contender.name}: batch {number} of {plan.n_batches}, {seconds[-1]:.2f} s/edit"
-        if plan.is_checkpoint(number):
-            found = scale.now(min(number * plan.batch, len(records)), is_last=number == plan.n_batches)
-            _write(place / f"checkpoint-{found['n_edits']:06d}.json", {**found, "seconds_per_edit": seconds})
-            line += f", rewrite accuracy {_mean(found['records'], 'rewrite_accuracy'):.3f} over {found['n_edits']}"
+        is_new = number > len(seconds)
+        if is_new:
+            batch = records[(number - 1) * plan.batch : number * plan.batch]
+            begun = time.perf_counter()
+            editor.edit([record.request for record in batch])
+            seconds.append((time.perf_counter() - begun) / len(batch))
+            write_progress(place, model, scale.weights, editor.memory(), seconds)
+        line = f"{contender.name}: batch {number} of {plan.n_batches}, {seconds[number - 1]:.2f} s/edit{'' if is_new else ', done before'}"
+        n_edits = min(number * plan.batch, len(records))
+        if plan.is_checkpoint(number) and not (place / checkpoint_name(n_edits)).is_file():
+            found = scale.now(n_edits, is_last=number == plan.n_batches, editor=editor)
+            _write(place / checkpoint_name(n_edits), {**found, "seconds_per_edit": seconds})
+            line += f", rewrite accuracy {_mean(found['records'], 'rewrite_accuracy'):.3f} over {n_edits}"
         _say(line)
     versions = {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    _write(place / RESULT, {"name": contender.name, "settings": settings, "versions": versions, "threads": torch.get_num_threads()})
+    result = {"name": contender.name, "settings": editor.describe(), "versions": versions, "threads": torch.get_num_threads()}
+    _write(place / RESULT, result)
+    editor.close()
+    (place / PROGRESS).unlink()
 
 
-def make_editor(
-    plan: Plan, contender: Contender, model: PreTrainedModel, tok: PreTrainedTokenizerBase
-) -> tuple[Edit, dict[str, Any], RLSEditor | None]:
-    """A contender as a function of a batch, its whole settings, and, where it is RLSEdit, the editor."""
-    if contender.alg_name == "RLSEdit":
-        settings = {**plan.hparams, **contender.settings}
-        settings.setdefault("context_templates", None)
-        if settings["context_templates"] is None:
-            settings["context_templates"] = list(plan.templates)[: settings.get("n_templates", len(plan.templates))]
-        hparams = RLSEditHyperParams.from_dict(settings)
-        editor = RLSEditor(model, tok, hparams, show_progress=False)
-        editor.prepare()
-        return editor.edit, hparams.to_dict(), editor
-    from easyedit_rls.host.builtin import BuiltinEditor
-
-    shared = RLSEditHyperParams.from_dict(dict(plan.hparams))
-    builtin = BuiltinEditor(contender.alg_name, model, tok, shared, plan.templates, contender.settings)
-    return builtin.edit, dict(vars(builtin.settings)), None
+def checkpoint_name(n_edits: int) -> str:
+    """The file of a checkpoint; names sort as the numbers do."""
+    return f"checkpoint-{n_edits:06d}.json"
 
 
 class _Measure:
@@ -97,9 +95,8 @@ class _Measure:
     def __init__(self, plan: Plan, model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord]) -> None:
         self._plan, self._model, self._tok, self._records = plan, model, tok, records
         self._text = Path(plan.text).read_text(encoding="utf-8") if plan.text else None
-        self._weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         self._objective = Objective(model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)))
-        self.editor: RLSEditor | None = None  # of RLSEdit, whose targets the objective's first term takes
         self.quality: Sequence[Mapping[str, Any]] = ()  # EasyEdit's figures of the unedited model, which its locality is taken against
 
     def unedited(self) -> dict[str, Any]:
@@ -107,14 +104,15 @@ class _Measure:
         self.quality = edit_quality(self._model, self._tok, [record.easyedit for record in self._records])
         return {"quality": self.quality, "figures": self.now(len(self._records), is_last=True)}
 
-    def now(self, n_edits: int, is_last: bool) -> dict[str, Any]:
-        """Figures of the first records, and of the model as a whole."""
+    def now(self, n_edits: int, is_last: bool, editor: Editor | None = None) -> dict[str, Any]:
+        """Figures of the first records, and of the model as a whole; of an editor, RLSEdit's targets, if it is that."""
         records = self._records[:n_edits]
         counterfact = evaluate(self._model, self._tok, [record.request for record in records], show_progress=False).records
         quality = edit_quality(self._model, self._tok, [record.easyedit for record in records])
         add_locality(self.quality[:n_edits], quality)
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
-        result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(), "objective": self._objective.terms(self.editor)}
+        terms = self._objective.terms(editor.editor if isinstance(editor, OurEditor) else None)
+        result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(), "objective": terms}
         if self._text is not None:
             result["perplexity"] = perplexity(self._model, self._tok, self._text, show_progress=False)
         if is_last and self._plan.answers:
@@ -133,8 +131,8 @@ class _Measure:
 
     def _deviation(self) -> dict[str, float]:
         """‖W − W_0‖/‖W_0‖ of each weight that has changed."""
-        changed = {name: weight.detach() - self._weights[name] for name, weight in self._model.named_parameters()}
-        return {name: float(change.norm() / self._weights[name].norm()) for name, change in changed.items() if bool(change.any())}
+        changed = {name: weight.detach() - self.weights[name] for name, weight in self._model.named_parameters()}
+        return {name: float(change.norm() / self.weights[name].norm()) for name, change in changed.items() if bool(change.any())}
 
 
 def _easyedit(figures: Mapping[str, Any]) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import HostError, HyperParamsError
@@ -21,6 +22,7 @@ _DATASET = "wikitext"  # names the folder that EasyEdit looks for moments in; wh
 _MODULES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module")
 _VALUES = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
 _MOMENTS = ("mom2_n_samples", "mom2_dtype", "stats_dir")
+_PLACES = ("stats_dir", "P_loc")
 _LOCATING = {"fact_token": "subject_last"}
 
 
@@ -108,6 +110,31 @@ class BuiltinEditor:
         if alg_name in _NEEDS_MOMENTS:
             write_moments(model, tok, shared, dataset=_DATASET, show_progress=show_progress)
         self._prepare(templates)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, but for the temporary places of moments and projection."""
+        return {name: value for name, value in vars(self.settings).items() if name not in _PLACES}
+
+    def memory(self) -> dict[str, Tensor]:
+        """What EasyEdit remembers of the edits beside the weights: AlphaEdit's keys; the others keep nothing from batch to batch."""
+        if self.alg_name == "AlphaEdit":
+            from easyeditor.models.alphaedit import AlphaEdit_main
+
+            if AlphaEdit_main.cache_c_new:
+                return {"cache_c": AlphaEdit_main.cache_c}
+        return {}
+
+    def remember(self, memory: Mapping[str, Tensor], n_batches: int) -> bool:
+        """Put back what `memory` gave; it is all there is, whatever the number of batches."""
+        if memory:
+            from easyeditor.models.alphaedit import AlphaEdit_main
+
+            AlphaEdit_main.cache_c, AlphaEdit_main.cache_c_new = memory["cache_c"], True
+        return True
+
+    def close(self) -> None:
+        """Remove the files that EasyEdit was given."""
+        self._folder.cleanup()
 
     def edit(self, requests: Sequence[EditRequest]) -> str:
         """Edit one batch, or each request by itself where the editor knows no batches (ROME); returns what EasyEdit printed."""

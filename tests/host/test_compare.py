@@ -1,8 +1,11 @@
 """`easyedit-rls compare` with every editor of the checkout, as a user runs it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -10,8 +13,8 @@ from hydra import compose, initialize_config_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls import RLSEditHyperParams
+from easyedit_rls.compare.editors import make_editor
 from easyedit_rls.compare.plan import Contender, Plan
-from easyedit_rls.compare.stream import make_editor
 from easyedit_rls.host.builtin import BUILTIN
 from tests.host.test_parity import REQUESTS
 
@@ -20,8 +23,8 @@ MORE = {"prompt": "The lake Garda", "subject": "lake Garda", "target_new": "ston
 
 
 @pytest.fixture(scope="module")
-def compared(easyeditor, model_folder, demo_text, tmp_path_factory):
-    """The folder of a finished comparison of all, two batches of two edits."""
+def folder(easyeditor, model_folder, demo_text, tmp_path_factory):
+    """Model, settings, text and records."""
     from tests.host.conftest import host_settings
 
     folder = tmp_path_factory.mktemp("compare")
@@ -31,10 +34,20 @@ def compared(easyeditor, model_folder, demo_text, tmp_path_factory):
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (folder / "tiny-llama").symlink_to(model_folder / "tiny-llama")
     (folder / "records.jsonl").write_text("\n".join(json.dumps(request) for request in [*REQUESTS, MORE]))
+    return folder
+
+
+def command(names, out):
+    """Two batches of two edits."""
     arguments = ["model.path=tiny-llama", "model.hparams=tiny.yaml", "data.file=records.jsonl", "data.batch=2", "eval.every=1"]
-    arguments += [f"alg_name={','.join(NAMES)}", "settings.AlphaEdit.nullspace_threshold=1000", "eval.answers=false", "out=out"]
-    command = [sys.executable, "-m", "easyedit_rls.cli.main", "compare", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    arguments += ["settings.AlphaEdit.nullspace_threshold=1000", "eval.answers=false", f"alg_name={','.join(names)}", f"out={out}"]
+    return [sys.executable, "-m", "easyedit_rls.cli.main", "compare", *arguments]
+
+
+@pytest.fixture(scope="module")
+def compared(folder):
+    """The folder of a finished comparison of all."""
+    done = subprocess.run(command(NAMES, "out"), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "out"
 
@@ -45,6 +58,7 @@ def test_each_editor_is_in_the_table(compared):
     for found in result["contenders"].values():
         assert [checkpoint["n_edits"] for checkpoint in found["checkpoints"]] == [2, 4]
         assert max(found["checkpoints"][-1]["deviation"].values()) > 0
+        assert "P_loc" not in found["settings"]  # a temporary place
     table = (compared / "table.md").read_text()
     assert all(f"| {name} |" in table for name in NAMES)
 
@@ -56,6 +70,25 @@ def test_the_unedited_model_is_measured_once_for_all(compared):
     assert all(other == first for other in others)
     logs = ["measures the unedited model" in (compared / f"{name}.log").read_text() for name in NAMES]
     assert logs == [True, *[False] * len(BUILTIN)]
+
+
+def test_alphaedit_goes_on_with_its_history(folder, compared):
+    """Killed behind its first batch; in the second process its history must be that of the first."""
+    child = subprocess.Popen(
+        command(["AlphaEdit"], "killed"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not (folder / "killed" / "AlphaEdit" / "progress.safetensors").is_file() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not (folder / "killed" / "AlphaEdit" / "result.json").exists()
+    again = subprocess.run(command(["AlphaEdit"], "killed"), cwd=folder, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "done before" in again.stdout + again.stderr
+    last = [json.loads((folder / out / "AlphaEdit" / "checkpoint-000004.json").read_text()) for out in ("out", "killed")]
+    assert last[0]["deviation"] == last[1]["deviation"]
+    assert last[0]["records"] == last[1]["records"]
 
 
 def test_they_are_measured_alike(compared):
@@ -79,5 +112,5 @@ def test_the_tuned_settings_are_the_editors_own(easyeditor, model_folder, demo_t
     for name, changes in tuned.items():
         model = AutoModelForCausalLM.from_pretrained("tiny-llama")
         wanted = {key: value for key, value in changes.items() if key not in ("layers", "inner_params")}  # the tiny one has four layers
-        _, settings, _ = make_editor(plan, Contender(name, wanted), model, AutoTokenizer.from_pretrained("tiny-llama"))
-        assert wanted.items() <= settings.items()
+        editor = make_editor(plan, Contender(name, wanted), model, AutoTokenizer.from_pretrained("tiny-llama"), tmp_path)
+        assert wanted.items() <= editor.describe().items()

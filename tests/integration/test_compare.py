@@ -157,7 +157,7 @@ def test_each_job_of_a_multirun_has_its_folder(folder):
 
 
 def test_a_broken_off_run_goes_on_to_the_same_table(folder, done):
-    """Killed while the second editor edits; the first one's results are taken as they are."""
+    """Killed while the second editor edits: the first one's results are taken as they are, its own first batch isn't edited again."""
     out = folder / "killed"
     log = out / "RLSEdit-short.log"
     child = subprocess.Popen(
@@ -173,6 +173,8 @@ def test_a_broken_off_run_goes_on_to_the_same_table(folder, done):
     again = subprocess.run(command("out=killed"), cwd=folder, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert (out / "RLSEdit" / "result.json").stat().st_mtime_ns == first
+    assert log.read_text().count("done before") == 1
+    assert not {"ledger", "progress.safetensors"} & {path.name for path in (out / "RLSEdit-short").iterdir()}
     assert without_times(out / "results.json") == without_times(folder / "out" / "results.json")
 
 
