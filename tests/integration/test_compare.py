@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ import yaml
 from safetensors.torch import load_file
 
 from easyedit_rls import RLSEditor
+from easyedit_rls.compare import stream
+from easyedit_rls.compare.editors import OurEditor
 from easyedit_rls.compare.objective import Objective
+from easyedit_rls.compare.plan import Plan
+from easyedit_rls.compare.progress import write_progress
 from easyedit_rls.ledger.inspect import layer_figures
 from easyedit_rls.ledger.ledger import latest
 from easyedit_rls.ledger.snapshot import read_manifest, read_prior, read_state
@@ -176,6 +181,34 @@ def test_a_broken_off_run_goes_on_to_the_same_table(folder, done):
     assert log.read_text().count("done before") == 1
     assert not {"ledger", "progress.safetensors"} & {path.name for path in (out / "RLSEdit-short").iterdir()}
     assert without_times(out / "results.json") == without_times(folder / "out" / "results.json")
+
+
+@pytest.mark.parametrize(("broken_off", "n_kept"), [("before it is noted", 0), ("before it is measured", 2)])
+def test_a_batch_half_written_down(folder, done, monkeypatch, request, broken_off, n_kept):
+    """Killed between ledger and progress file, the contender begins anew; behind the second, it measures what isn't measured yet."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    monkeypatch.chdir(folder)
+    plan = Plan.load(folder / "out")
+    place = folder / broken_off
+    plan.save(place)
+    shutil.copy(folder / "out" / "unedited.json", place)
+
+    def noting(*args):
+        if n_kept or len(args[-1]) < 2:
+            write_progress(*args)
+        if len(args[-1]) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stream, "write_progress", noting)
+        stream.run_contender(place, plan, plan.contender("RLSEdit"))
+    edited = []
+    edit = OurEditor.edit
+    monkeypatch.setattr(OurEditor, "edit", lambda self, requests: edited.append(requests) or edit(self, requests))
+    stream.run_contender(place, plan, plan.contender("RLSEdit"))
+    assert len(edited) == 2 - n_kept
+    found, wanted = (json.loads((where / "RLSEdit" / "checkpoint-000004.json").read_text()) for where in (place, folder / "out"))
+    assert {**found, "seconds_per_edit": None} == {**wanted, "seconds_per_edit": None}
 
 
 @pytest.mark.parametrize(
