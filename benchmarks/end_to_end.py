@@ -2,8 +2,9 @@
 
     EASYEDIT_HOME=CHECKOUT python benchmarks/end_to_end.py --model models/smollm2-135m --data pararel_dev.json --threads 1
 
-Three editors take the same records in turns, each on a model of its own:
+Four editors take the same records in turns, each on a model of its own:
   peer      AlphaEdit of the checkout (without one, a plain loop that works as it does, and the output says so)
+  plain     RLSEdit with the peer's values to the letter: below, and its Adam (momentum 0.9, rate 0.5) for as many as 25 steps
   same      RLSEdit with the peer's value settings: 25 steps, the same clamp, KL weight and five templates, and the only stopping
             rule that AlphaEdit has, which can't be switched off: a loss below 0.05. Its own are the step rule (Adam with a
             momentum of 0.5 and a rate of 0.7, theirs 0.9 and 0.5) and that texts whose target has an NLL below 0.1 nats run at
@@ -47,10 +48,10 @@ def main() -> None:
     shipped["layers"] = args.layers or shipped["layers"]
     records = records_of(args)
     model, tok = load(args.model)
-    models = {"peer": model, "same": copy.deepcopy(model), "defaults": copy.deepcopy(model)}
+    models = {"peer": model, **{name: copy.deepcopy(model) for name in ("plain", "same", "defaults")}}
     templates = sample_templates(models["peer"], tok, 5, shipped["seed"])
     defaults = RLSEditHyperParams.from_dict(shipped)
-    plain = {
+    theirs = {
         "early_stopping": "loss",
         "v_num_grad_steps": 25,
         "clamp_norm_factor": 0.75,
@@ -62,10 +63,12 @@ def main() -> None:
         "context_templates": templates,
     }
     rule = {"v_lr": 0.7, "v_momentum": 0.5, "settled_nll": 0.1, "v_num_grad_steps": args.steps}
-    same = RLSEditHyperParams.from_dict({**shipped, **plain, **rule})
-    peer = make_peer(models["peer"], tok, RLSEditHyperParams.from_dict({**shipped, **plain}), templates)
+    same = RLSEditHyperParams.from_dict({**shipped, **theirs, **rule})
+    plain = RLSEditHyperParams.from_dict({**shipped, **theirs})
+    peer = make_peer(models["peer"], tok, plain, templates)
     editors = {
         "peer": peer.edit,
+        "plain": prepared(models["plain"], tok, plain),
         "same": prepared(models["same"], tok, same),
         "defaults": prepared(models["defaults"], tok, defaults),
     }
@@ -81,7 +84,7 @@ def main() -> None:
             seconds[name].append((time.perf_counter() - begun) / len(batch))
             print(f"{name}: {seconds[name][-1]:.2f} s/edit, mean loss {statistics.fmean(losses[name]):.4f}", file=sys.stderr)
 
-    ratios = {name: [a / b for a, b in zip(seconds["peer"], seconds[name])] for name in ("same", "defaults")}
+    ratios = {name: [a / b for a, b in zip(seconds["peer"], seconds[name])] for name in ("plain", "same", "defaults")}
     result = {
         "peer": peer.name,
         "records": [args.first, args.first + len(records)],
@@ -89,9 +92,9 @@ def main() -> None:
         "seconds_per_edit": {name: spread(values) for name, values in seconds.items()},
         "times_faster": {name: spread(values) for name, values in ratios.items()},
         "mean_final_loss": {name: statistics.fmean(values) for name, values in losses.items()},
-        "loss_same_to_peer": statistics.fmean(losses["same"]) / statistics.fmean(losses["peer"]),
+        "loss_to_peer": {name: statistics.fmean(losses[name]) / statistics.fmean(losses["peer"]) for name in ("plain", "same")},
         "quality": {name: evaluate(model, tok, records).means() for name, model in models.items()},
-        "settings": {"same": same.to_dict(), "defaults": defaults.to_dict()},
+        "settings": {"plain": plain.to_dict(), "same": same.to_dict(), "defaults": defaults.to_dict()},
         "versions": versions(),
         "machine": machine(),
     }
