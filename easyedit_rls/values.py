@@ -8,32 +8,27 @@ For each fact, ``z = h + δ`` at the last edited layer and the subject's last to
 ball of radius clamp_norm_factor · ‖h‖; what is found may be lengthened (`overshoot`). The facts don't interact: the loss is a sum, Adam
 works coordinate by coordinate, and each fact stops by itself.
 
-Tokens before the subject's last one never see δ (attention is causal), so they run once and stay in the model's own key-value
-cache; each step runs only the tokens from there on. A text that already predicts its target well hardly pulls any more, so it keeps its
+Each step runs only the tokens that see δ (`tails`). A text that already predicts its target well hardly pulls any more, so it keeps its
 last gradient for some steps (`settled_nll`, `settled_every`); before a fact is called done, all its texts are run.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.keys import Fact
-from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
-from easyedit_rls.model.forward import chunks, device_of, pad, run
 from easyedit_rls.model.layout import Layout
-from easyedit_rls.model.prefix import Heads
+from easyedit_rls.tails import Plan, Tails, rows_of
 
 _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
-_NO_TOKEN = -1  # stands where an output has no target: the essence prompt's
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def optimise_values(
     """
     lengths = [max(len(row.ids) for row in fact.rows) * (len(fact.rows) + len(fact.statements) + 1) for fact in facts]
     parts: dict[int, list[Tensor]] = {}
-    for group in chunks(lengths, hparams.batch_tokens):
+    for group in _groups(lengths, hparams.batch_tokens):
         optimisation = _Optimisation(model, layout, [facts[i] for i in group], hparams)
         values = optimisation.run(progress) if hparams.values == "adam" else optimisation.step_once(progress)
         for j, i in enumerate(group):
@@ -87,131 +82,15 @@ def optimise_values(
     return merged
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One text, cut at the subject's last token: what stands before it never sees δ, since attention is causal.
-
-    Attributes:
-        fact: number of its fact.
-        head: tokens before the subject's last one.
-        tail: tokens from there on, as far as an output is wanted.
-        first: position in the tail of the first output that is wanted.
-        target: tokens that the outputs from there on shall predict; none for an essence prompt that has a row of its own.
-        share: of its mean NLL in its fact's loss.
-        must_lead: whether early stopping asks for its target to lead: that of a prompt, not that of a statement.
-        has_essence: whether its first output is that of the essence prompt, whose distribution shall stay.
-    """
-
-    fact: int
-    head: tuple[int, ...]
-    tail: tuple[int, ...]
-    first: int
-    target: tuple[int, ...]
-    share: float
-    must_lead: bool
-    has_essence: bool = False
-
-
-def _rows(facts: Sequence[Fact], statement_share: float, shares_essence: bool) -> list[_Row]:
-    """Of each fact its prompts, the bare one first, then its statements and the essence prompt.
-
-    The essence prompt is needed up to the subject only. Where another text begins with the same tokens (a statement mostly does), its
-    output there is read off that one, the shortest of them, if `shares_essence`.
-    """
-    rows = []
-    for f, fact in enumerate(facts):
-        of_statements = statement_share if fact.statements else 0.0
-        own = []
-        for texts, share in ((fact.rows, 1.0 - of_statements), (fact.statements, of_statements)):
-            for row in texts:
-                cut = row.subject_last
-                first, tail = row.target_start - 1 - cut, row.ids[cut:-1]
-                own.append(_Row(f, row.ids[:cut], tail, first, row.target, share / len(texts), must_lead=texts is fact.rows))
-        cut = fact.essence.subject_last
-        head, last = fact.essence.ids[:cut], fact.essence.ids[cut]
-        alike = [i for i, row in enumerate(own) if shares_essence and row.head == head and row.tail[0] == last]
-        if alike:
-            shortest = min(alike, key=lambda i: len(own[i].tail))
-            own[shortest] = replace(own[shortest], has_essence=True)
-        else:
-            own.append(_Row(f, head, (last,), 0, (), 0.0, must_lead=False, has_essence=True))
-        rows += own
-    return rows
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """Outputs of the loss layer at the tokens where one is wanted.
-
-    Attributes:
-        states: (wanted, d).
-        number: for each, which of the rows that ran it belongs to.
-        targets: which of them shall predict a token.
-        token: that token, (targets,).
-        weight: of its NLL in the fact's loss, (targets,).
-        essences: which of them are of essence prompts.
-    """
-
-    states: Tensor
-    number: Tensor
-    targets: Tensor
-    token: Tensor
-    weight: Tensor
-    essences: Tensor
-
-
-class _Texts:
-    """The texts of a group of facts: their heads in the model's cache, their tails' states at the value layer.
-
-    Heads run once through all layers, tails once up to the value layer; each step starts from there.
-    """
-
-    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[_Row], batch_tokens: int) -> None:
-        self._model, self._layout, self._rows, self._batch_tokens = model, layout, rows, batch_tokens
-        self._heads = Heads(model, layout.loss_layer, {row.head for row in rows}, batch_tokens)
-        found: dict[int, Tensor] = {}
-        for group in chunks([len(row.tail) for row in rows], batch_tokens):
-            with record_outputs(layout.lower_layers) as below:
-                self._run(group, layout.value_layer)
-            self._forms = [form_of(output) for output in below]
-            found |= {i: state[: len(rows[i].tail)] for i, state in zip(group, hidden_of(below[-1]))}
-        self.states = [found[i] for i in range(len(rows))]  # of each tail at the value layer, (length, d)
-
-    def forward(self, chosen: Sequence[int], delta: Tensor) -> _Outputs:
-        """Run rows from the value layer on, with δ, (chosen, d), added at the first token of their tails."""
-        device, states = delta.device, []
-        wanted: list[tuple[int, int, float]] = []  # which of the chosen, token, weight
-        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens):
-            numbers = [chosen[k] for k in group]
-            hidden = pad_sequence([self.states[i] for i in numbers], batch_first=True)
-            first = hidden[:, :1] + delta[group][:, None].to(hidden.dtype)
-            with skip_layers(self._layout.lower_layers, self._forms, torch.cat([first, hidden[:, 1:]], dim=1)):
-                output = self._run(numbers, self._layout.loss_layer)
-            places = []
-            for j, (k, row) in enumerate(zip(group, (self._rows[i] for i in numbers))):
-                if row.has_essence:
-                    places.append((j, 0))
-                    wanted.append((k, _NO_TOKEN, 0.0))
-                places += [(j, row.first + n) for n in range(len(row.target))]
-                wanted += [(k, token, row.share / len(row.target)) for token in row.target]
-            states.append(output[tuple(torch.tensor(places).unbind(1))])
-        targets = [place for place, (_, token, _) in enumerate(wanted) if token != _NO_TOKEN]
-        essences = [place for place, (_, token, _) in enumerate(wanted) if token == _NO_TOKEN]
-        return _Outputs(
-            states=torch.cat(states),
-            number=torch.tensor([k for k, _, _ in wanted], device=device),
-            targets=torch.tensor(targets, dtype=torch.long, device=device),
-            token=torch.tensor([wanted[place][1] for place in targets], dtype=torch.long, device=device),
-            weight=torch.tensor([wanted[place][2] for place in targets], device=device),
-            essences=torch.tensor(essences, dtype=torch.long, device=device),
-        )
-
-    def _run(self, numbers: Sequence[int], until: nn.Module) -> Tensor:
-        cache, head_mask = self._heads.of([self._rows[i].head for i in numbers])
-        batch = pad([self._rows[i].tail for i in numbers], "right", device_of(self._model), after=head_mask)
-        with tap(outputs={"end": until}, stop=True) as seen:
-            run(self._model, batch, cache=cache, use_cache=cache is not None)
-        return seen["end"]
+def _groups(n_tokens: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Facts that are optimised together: in turn as many as have no more tokens than that, or one that has."""
+    group: list[int] = []
+    for fact, tokens in enumerate(n_tokens):
+        if group and sum(n_tokens[i] for i in group) + tokens > most:
+            yield group
+            group = []
+        group.append(fact)
+    yield group
 
 
 class _Optimisation:
@@ -222,12 +101,13 @@ class _Optimisation:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
         self.layout, self.hparams = layout, hparams
-        self.rows = _rows(facts, hparams.statement_share, shares_essence=hparams.settled_nll == 0)  # a settled row skips steps
-        self.texts = _Texts(model, layout, self.rows, hparams.batch_tokens)
+        self.rows = rows_of(facts, hparams.statement_share, shares_essence=hparams.settled_nll == 0)  # a settled row skips steps
+        self.tails = Tails(model, layout, self.rows, hparams.batch_tokens)
         firsts = [next(i for i, row in enumerate(self.rows) if row.fact == f) for f in range(len(facts))]
-        self.h = torch.stack([self.texts.states[i][0].float() for i in firsts])
+        self.h = torch.stack([self.tails.states[i][0].float() for i in firsts])
         self.delta = torch.zeros_like(self.h)
         self.gradient = self.h.new_zeros(len(self.rows), self.h.shape[1])  # of each row's part of the loss, when it last ran
+        self.last_plan: tuple[Tensor, Plan] | None = None  # the rows that ran last
         self.essence: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
 
         self.fact = torch.tensor([row.fact for row in self.rows])
@@ -304,10 +184,10 @@ class _Optimisation:
         where = chosen.to(self.h.device)
         fact = self.fact.to(self.h.device)[where]
         delta = self.delta[fact].requires_grad_(wants_gradient)
+        plan = self._plan(chosen)
         with torch.set_grad_enabled(wants_gradient):
-            outputs = self.texts.forward(chosen.tolist(), delta)
-            logits = self.layout.logits(outputs.states).to(self.h.device)  # the head may lie elsewhere
-        part, divergence, falls_short, slope = self._judge(logits.detach(), outputs, fact)
+            logits = self.layout.logits(self.tails.forward(plan, delta)).to(self.h.device)  # the head may lie elsewhere
+        part, divergence, falls_short, slope = self._judge(logits.detach(), plan, fact)
         if wants_gradient:
             (self.gradient[where],) = torch.autograd.grad(logits, delta, slope)
         decay = self.hparams.v_weight_decay * self.delta.norm(dim=1) / self.h.norm(dim=1) ** 2
@@ -317,7 +197,14 @@ class _Optimisation:
         self.decay = known[3 * len(fact) :]
         self.age[chosen] = 0
 
-    def _judge(self, logits: Tensor, outputs: _Outputs, fact: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _plan(self, chosen: Tensor) -> Plan:
+        """That of the last step, where the same rows run again; otherwise a new one."""
+        if self.last_plan is None or not torch.equal(self.last_plan[0], chosen):
+            self.last_plan = None  # its memory first
+            self.last_plan = (chosen, self.tails.plan(chosen.tolist()))
+        return self.last_plan[1]
+
+    def _judge(self, logits: Tensor, plan: Plan, fact: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the outputs say of the rows that ran.
 
         Returns:
@@ -326,26 +213,26 @@ class _Optimisation:
             w·(p − 1_target) for a target token's −w·log p, and kl_factor · p · (log p − log p_0 − KL) for the divergence.
         """
         log_probs = F.log_softmax(logits, dim=1)
-        targets, token, essences = outputs.targets, outputs.token, outputs.essences
+        targets, token, essences = plan.targets, plan.token, plan.essences
         part, divergences, falls_short = log_probs.new_zeros(3, len(fact))
         of_target = log_probs[targets, token]
-        part.index_add_(0, outputs.number[targets], -of_target * outputs.weight)
+        part.index_add_(0, plan.number[targets], -of_target * plan.weight)
         log_probs[targets, token] = -torch.inf
         others = log_probs.amax(1)[targets]
         log_probs[targets, token] = of_target
         is_short = of_target - others <= self.hparams.early_stopping_margin
-        falls_short.index_add_(0, outputs.number[targets], is_short.to(falls_short))
+        falls_short.index_add_(0, plan.number[targets], is_short.to(falls_short))
 
         if self.essence is None:
             self.essence = log_probs.new_empty(len(self.h), log_probs.shape[1])
-            self.essence[fact[outputs.number[essences]]] = log_probs[essences]
-        change = log_probs[essences] - self.essence[fact[outputs.number[essences]]]
+            self.essence[fact[plan.number[essences]]] = log_probs[essences]
+        change = log_probs[essences] - self.essence[fact[plan.number[essences]]]
         slope = log_probs.exp_()
         divergence = (slope[essences] * change).sum(1, keepdim=True)
-        divergences[outputs.number[essences]] = self.hparams.kl_factor * divergence.squeeze(1)
-        scale = slope.new_ones(len(slope), 1).index_put((targets,), outputs.weight[:, None])
+        divergences[plan.number[essences]] = self.hparams.kl_factor * divergence.squeeze(1)
+        scale = slope.new_ones(len(slope), 1).index_put((targets,), plan.weight[:, None])
         slope *= scale
-        slope[targets, token] -= outputs.weight
+        slope[targets, token] -= plan.weight
         slope[essences] *= self.hparams.kl_factor * (change - divergence)
         return part, divergences, falls_short, slope
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from easyedit_rls.errors import LayoutError
 
-_PASS = 40  # tokens that a pass costs as much as beside its own: small products run at less than full speed
+_PASS = 20  # tokens that a pass costs as much as beside its own: small products run at less than full speed
 _LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
 
 

@@ -11,7 +11,8 @@ from easyedit_rls.keys import LayerWalk, collect_keys, locate_facts, value_state
 from easyedit_rls.model.capture import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.requests import parse_requests
-from easyedit_rls.values import _Texts, optimise_values
+from easyedit_rls.tails import Tails
+from easyedit_rls.values import optimise_values
 from tests.conftest import FAMILIES
 from tests.reference import hidden_at, plain_key, plain_value
 from tests.tolerances import PADDING, VALUES
@@ -22,6 +23,20 @@ def located(model, tok, requests, settings):
     """Facts that include one whose every text begins with the subject's last token (no cached beginning at all)."""
     hp = settings(statements=["{}:", "Who? {},"])
     return find_layout(model, hp), locate_facts(tok, parse_requests(requests), hp.context_templates, hp.statements)
+
+
+@pytest.fixture
+def n_rows(monkeypatch):
+    """How many rows each step has run so far."""
+    found = []
+    forward = Tails.forward
+
+    def counted(self, plan, delta):
+        found.append(sum(len(one.places) for one in plan.passes))
+        return forward(self, plan, delta)
+
+    monkeypatch.setattr(Tails, "forward", counted)
+    return found
 
 
 @pytest.mark.parametrize("batch_tokens", [16, 10_000])
@@ -69,12 +84,9 @@ def test_batched_values_equal_the_plain_path(model, located, settings, early_sto
 
 
 @pytest.mark.parametrize("early_stopping", ["off", "argmax"])
-def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settings, early_stopping, monkeypatch):
+def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settings, early_stopping, n_rows):
     layout, facts = located
     hp = settings(early_stopping=early_stopping, settled_nll=5.0, settled_every=4, v_momentum=0.5)
-    n_rows = []
-    forward = _Texts.forward
-    monkeypatch.setattr(_Texts, "forward", lambda self, chosen, delta: n_rows.append(len(chosen)) or forward(self, chosen, delta))
     with undisturbed(model):
         values = optimise_values(model, layout, facts, hp)
         lazy, n_rows[:] = sum(n_rows), []
@@ -99,12 +111,9 @@ def test_an_editor_takes_its_statements_along(family, tok, requests, settings):
     assert nlls[0] != nlls[1]
 
 
-def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, located, settings, monkeypatch):
+def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, located, settings, n_rows):
     """That this changes no value is held by the plain path above, which runs it by itself."""
     layout, facts = located
-    n_rows = []
-    forward = _Texts.forward
-    monkeypatch.setattr(_Texts, "forward", lambda self, chosen, delta: n_rows.append(len(chosen)) or forward(self, chosen, delta))
     without = [replace(fact, statements=()) for fact in facts]
     begins_bare = [any(row.ids[: row.subject_last + 1] == fact.essence.ids[: row.subject_last + 1] for row in fact.rows) for fact in facts]
     assert set(begins_bare) == {True, False}
@@ -113,6 +122,21 @@ def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, 
         optimise_values(model, layout, without, settings(v_num_grad_steps=1))
     prompts = sum(len(fact.rows) for fact in facts)
     assert n_rows == [prompts + 2 * len(facts), prompts + begins_bare.count(False)]
+
+
+def test_facts_of_any_length_share_their_passes(model, tok, requests, settings, n_rows):
+    """Only memory divides a batch: rows of like length find each other across all of its facts."""
+    long = [{**request, "prompt": "Those who had asked about it for long were told that " + request["prompt"]} for request in requests]
+    for few in ({}, {"batch_tokens": 300}):
+        hp = settings(v_num_grad_steps=1, **few)
+        facts = locate_facts(tok, parse_requests(2 * requests + 2 * long), hp.context_templates, hp.statements)
+        n_rows.append(0)
+        with undisturbed(model):
+            optimise_values(model, find_layout(model, hp), facts, hp)
+    whole, divided = n_rows[1 : n_rows.index(0, 1)], n_rows[n_rows.index(0, 1) + 1 :]
+    assert len(whole) == 1
+    assert len(divided) > 1
+    assert sum(divided) == sum(whole)
 
 
 def test_one_step_goes_down_the_plain_gradient(model, located, settings):
