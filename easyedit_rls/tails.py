@@ -82,7 +82,7 @@ class _Pass:
         batch: their tails.
         cache: their heads in the model's cache, or None.
         states: of their tails at the value layer, (rows, length, d).
-        wanted: which outputs are wanted, as indices of rows and of tokens.
+        wanted: which outputs are wanted, as indices of rows and of tokens; on the CPU, since the last layer may lie elsewhere than the states.
     """
 
     places: list[int]
@@ -153,7 +153,7 @@ class Tails:
                 wanted += [(j, row.first + n) for n in range(len(row.target))]
                 outputs += [(k, token, row.share / len(row.target)) for token in row.target]
             states = pad_sequence([self.states[i] for i in numbers], batch_first=True)
-            rows, tokens = torch.tensor(wanted, device=states.device).unbind(1)
+            rows, tokens = torch.tensor(wanted).unbind(1)
             passes.append(_Pass(group, *self._batch(numbers), states, (rows, tokens)))
         device = self.states[0].device
         targets = [place for place, (_, token, _) in enumerate(outputs) if token != _NO_TOKEN]
