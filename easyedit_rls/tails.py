@@ -82,7 +82,7 @@ class _Pass:
         batch: their tails.
         cache: their heads in the model's cache, or None.
         states: of their tails at the value layer, (rows, length, d).
-        wanted: which outputs are wanted, as indices of rows and of tokens; on the CPU, since the last layer may lie elsewhere than the states.
+        wanted: which outputs are wanted, as indices of rows and tokens; on the CPU, since layers may lie on several devices.
     """
 
     places: list[int]
