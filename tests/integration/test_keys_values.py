@@ -139,6 +139,18 @@ def test_facts_of_any_length_share_their_passes(model, tok, requests, settings, 
     assert sum(divided) == sum(whole)
 
 
+def test_rows_that_run_again_are_not_prepared_again(model, located, settings, n_rows, monkeypatch):
+    layout, facts = located
+    plans = []
+    plan = Tails.plan
+    monkeypatch.setattr(Tails, "plan", lambda self, chosen: plans.append(list(chosen)) or plan(self, chosen))
+    with undisturbed(model):
+        optimise_values(model, layout, facts, settings(early_stopping="off", v_num_grad_steps=6))
+        assert (len(plans), len(n_rows)) == (1, 6)
+        values = optimise_values(model, layout, facts, settings(early_stopping="argmax"))
+    assert len(plans) - 1 == len(set(values.steps.tolist()))  # one for each set of facts that are still under way
+
+
 def test_one_step_goes_down_the_plain_gradient(model, located, settings):
     layout, facts = located
     hp = settings(values="gradient", gradient_step=0.3)
