@@ -56,7 +56,11 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device, after: T
 
 def takes_positions(model: nn.Module) -> bool:
     """Whether a model can be told each token's position."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    return _takes(model, "position_ids")
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
 
 
 def positions_follow_mask(model: PreTrainedModel) -> bool:
@@ -86,7 +90,7 @@ def run(model: PreTrainedModel, batch: Batch, cache: Any = None, use_cache: bool
     if takes_positions(model):
         kwargs["position_ids"] = batch.positions
     if cache is not None:
-        kwargs["past_key_values"] = cache
+        kwargs["cache" if _takes(model, "cache") else "past_key_values"] = cache  # transformers 5.24 renamed it
     return model(input_ids=batch.ids, **kwargs)
 
 

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.model.capture import tap, undisturbed
-from easyedit_rls.model.forward import chunks, pad
+from easyedit_rls.model.forward import chunks, pad, run
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.subject import tokenize_answer, tokenize_fact
 from easyedit_rls.model.weights import EditedWeight, fingerprint
@@ -133,15 +133,34 @@ def test_chunks_cover_everything_within_the_limit():
     assert [1] in groups  # longer than the limit: alone
 
 
+class KnowsCache(nn.Module):
+    def forward(self, input_ids, attention_mask=None, cache=None, use_cache=False, **rest):
+        return cache, rest
+
+
+class KnowsPastKeyValues(nn.Module):
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=False, **rest):
+        return past_key_values, rest
+
+
+@pytest.mark.parametrize("kind", [KnowsCache, KnowsPastKeyValues])
+def test_the_cache_goes_by_the_name_that_the_model_knows(kind):
+    """Transformers 5.24 renamed it; the old name still works there, but warns at every pass."""
+    model, cache = kind(), object()
+    model.config = tiny_llama().config
+    model.weight = nn.Parameter(torch.zeros(1))
+    assert run(model, pad([[1, 2]], "left", torch.device("cpu")), cache=cache, use_cache=True) == (cache, {})
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_chunks_cost_the_least(seed):
-    """Against every way to cut sorted rows in two or three; a pass counts as 40 tokens."""
+    """Against every way to cut sorted rows in two or three; a pass counts as 20 tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 3 + 2 * seed, (40,), generator=generator).tolist()
     rows = sorted(lengths)
 
     def cost(places: list[int]) -> int:
-        return sum(40 + (end - start) * rows[end - 1] for start, end in pairwise([0, *places, len(rows)]))
+        return sum(20 + (end - start) * rows[end - 1] for start, end in pairwise([0, *places, len(rows)]))
 
     groups = list(chunks(lengths, 10**6))
     ours = cost([sum(len(group) for group in groups[:k]) for k in range(1, len(groups))])
