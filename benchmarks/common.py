@@ -4,7 +4,7 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,12 @@ def records_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found[args.first : args.first + args.count]
 
 
-def settings_of(args: argparse.Namespace) -> RLSEditHyperParams:
-    """`--hparams`, with what `--set` overrides."""
+def settings_of(args: argparse.Namespace, changes: Mapping[str, Any] | None = None) -> RLSEditHyperParams:
+    """`--hparams`, with these changes and what `--set` overrides."""
     overrides = OmegaConf.to_container(OmegaConf.from_dotlist(args.set))
     assert isinstance(overrides, dict)
-    return RLSEditHyperParams.from_dict({**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), **overrides}, source="--set")
+    shipped = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
+    return RLSEditHyperParams.from_dict({**shipped, **(changes or {}), **overrides}, source="--set")
 
 
 def load(folder: str) -> tuple[Any, Any]:

@@ -10,7 +10,8 @@ Five editors take the same records in turns, each on a model of its own:
   fewer     as same, with our step rule: a momentum of 0.5 and a rate of 0.7, and `--steps` of them
   defaults  RLSEdit as shipped
 All edit the same layers. Preparation is left out on all sides: moments, projections, templates.
-The losses are those of the values at the last step.
+The losses are those of the values at the last step. From the second batch on the edited models differ, so before the peer edits a batch,
+the values of others with its settings are optimised on its own model too, off the clock (`loss_to_peer_on_its_model`).
 """
 
 import copy
@@ -26,8 +27,14 @@ from common import load, machine, parser, records_of, spread, versions
 from peers import make_peer
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
+from easyedit_rls.keys import locate_facts
+from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.requests import EditRequest
+from easyedit_rls.values import optimise_values
+
+THEIR_VALUES = ("plain", "same", "fewer")  # what is optimised with the peer's value settings
 
 
 def prepared(model: Any, tok: Any, hparams: RLSEditHyperParams) -> Callable[[Sequence[EditRequest]], list[float]]:
@@ -37,8 +44,15 @@ def prepared(model: Any, tok: Any, hparams: RLSEditHyperParams) -> Callable[[Seq
     return lambda requests: [fact.loss for fact in editor.edit(requests).facts]
 
 
+def losses_on(model: Any, tok: Any, hparams: RLSEditHyperParams, requests: Sequence[EditRequest]) -> list[float]:
+    """Final losses of values on a model as it is; it is not edited."""
+    facts = locate_facts(tok, requests, hparams.context_templates or ())
+    with undisturbed(model):
+        return optimise_values(model, find_layout(model, hparams), facts, hparams).loss.tolist()
+
+
 def to_peer(losses: dict[str, list[float]], name: str, count: int) -> float:
-    """Mean final loss of the first values against the peer's; in the first batch all models are the unedited one, later they differ."""
+    """Mean final loss of the first values against the peer's."""
     return statistics.fmean(losses[name][:count]) / statistics.fmean(losses["peer"][:count])
 
 
@@ -77,8 +91,11 @@ def main() -> None:
     requests = parse_requests(records)
     seconds: dict[str, list[float]] = {name: [] for name in editors}
     losses: dict[str, list[float]] = {name: [] for name in editors}
+    on_its_model: dict[str, list[float]] = {name: [] for name in THEIR_VALUES}
     for start in range(0, len(requests), args.batch):
         batch = requests[start : start + args.batch]
+        for name in THEIR_VALUES:
+            on_its_model[name] += losses_on(models["peer"], tok, settings[name], batch)
         for name, edit in editors.items():
             begun = time.perf_counter()
             losses[name] += edit(batch)
@@ -93,8 +110,9 @@ def main() -> None:
         "seconds_per_edit": {name: spread(values) for name, values in seconds.items()},
         "times_faster": {name: spread(values) for name, values in ratios.items()},
         "mean_final_loss": {name: statistics.fmean(values) for name, values in losses.items()},
-        "loss_to_peer": {name: to_peer(losses, name, len(requests)) for name in ("plain", "same", "fewer")},
-        "loss_to_peer_in_the_first_batch": {name: to_peer(losses, name, args.batch) for name in ("plain", "same", "fewer")},
+        "loss_to_peer": {name: to_peer(losses, name, len(requests)) for name in THEIR_VALUES},
+        "loss_to_peer_in_the_first_batch": {name: to_peer(losses, name, args.batch) for name in THEIR_VALUES},
+        "loss_to_peer_on_its_model": {name: to_peer(losses | on_its_model, name, len(requests)) for name in THEIR_VALUES},
         "quality": {name: evaluate(model, tok, records).means() for name, model in models.items()},
         "settings": {name: hparams.to_dict() for name, hparams in settings.items()},
         "versions": versions(),

@@ -18,8 +18,6 @@ from easyedit_rls.errors import HyperParamsError, RequestError
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.records import read_records
 
-_N_TEMPLATES = 5  # MEMIT's
-
 
 @command("compare", "easyedit_rls.conf.streams")
 def main(config: DictConfig) -> None:
@@ -33,7 +31,7 @@ def main(config: DictConfig) -> None:
             f"{contender.name}: {json.dumps(dict(contender.settings)) if contender.settings else 'settings made for the model'}",
             soft_wrap=True,
         )
-    run_all(out, plan)
+    run_all(out, plan, jobs=config.jobs)
     result = write_report(out, plan)
     shown = [name for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "exact") if name in result["unedited"]]
     figures = Table("", *(METRICS[name] for name in shown), "perplexity", "s an edit", title=f"{plan.count} edits, measured after the last")
@@ -62,10 +60,11 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         raise RequestError(f"{config.eval.text} can't be read. Check the path.", field="eval.text")
     model, tok = load_model(config.model.path)
     hparams = settings_for(model, config.model.path, config.model.hparams)
+    n_templates = hparams.n_templates if config.templates is None else config.templates
     return Plan(
         model=str(config.model.path),
         hparams=hparams.to_dict(),
-        templates=tuple(hparams.context_templates or sample_templates(model, tok, _N_TEMPLATES, hparams.seed)),
+        templates=tuple(hparams.context_templates or sample_templates(model, tok, n_templates, hparams.seed)),
         data=str(config.data.file),
         first=config.data.first,
         count=n_records,

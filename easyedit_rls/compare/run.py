@@ -1,8 +1,9 @@
-"""Runs a comparison: a fresh process for each contender, one after the other; those that are done are not run again."""
+"""Runs a comparison: a fresh process for each contender, one after the other or some at once; those that are done are not run again."""
 
 import subprocess
 import sys
 from collections import deque
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from easyedit_rls.progress import progress_bar
 _LAST_LINES = 20
 
 
-def run_all(folder: Path, plan: Plan, show_progress: bool | None = None) -> None:
+def run_all(folder: Path, plan: Plan, show_progress: bool | None = None, jobs: int = 1) -> None:
     """Run every contender that has no result yet.
 
     Args:
         folder: where the plan is and the results go.
         plan: what to run.
         show_progress: None shows a bar with the time left on a terminal only; each batch's line is shown either way.
+        jobs: contenders that run at once. More than one change nothing but times: an edit takes longer beside another's.
 
     Raises:
         HostError: a contender needs EasyEdit, and there is none; told before anything runs.
@@ -39,11 +41,22 @@ def run_all(folder: Path, plan: Plan, show_progress: bool | None = None) -> None
     n_done = (len(plan.contenders) - len(waiting)) * plan.n_batches
     with progress_bar(len(plan.contenders) * plan.n_batches, "comparing", "batch", show_progress) as bar:
         bar.update(n_done)
-        for contender in waiting:
-            _run_one(folder, plan, contender, bar)
+        children: list[subprocess.Popen[str]] = []
+        with ThreadPoolExecutor(jobs) as pool:
+            runs = [pool.submit(_run_one, folder, plan, contender, bar, children) for contender in waiting]
+            try:
+                done, _ = wait(runs, return_when=FIRST_EXCEPTION)
+                for run in done:
+                    run.result()
+            except BaseException:
+                for run in runs:
+                    run.cancel()
+                for child in children:
+                    child.kill()
+                raise
 
 
-def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]") -> None:
+def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]", children: "list[subprocess.Popen[str]]") -> None:
     """A contender's process: all it prints goes into a log, what it says of itself is shown."""
     log = folder / f"{contender.folder}.log"
     command = [sys.executable, "-m", "easyedit_rls.compare.stream", str(folder), contender.name]
@@ -52,16 +65,13 @@ def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]") -
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child,
     ):
-        try:
-            for line in child.stdout or ():
-                file.write(line)
-                file.flush()
-                last.append(line)
-                if line.startswith(f"{contender.name}: "):
-                    bar.write(line.rstrip())
-                bar.update(line.startswith(f"{contender.name}: batch "))
-        except BaseException:
-            child.kill()
-            raise
+        children.append(child)
+        for line in child.stdout or ():
+            file.write(line)
+            file.flush()
+            last.append(line)
+            if line.startswith(f"{contender.name}: "):
+                bar.write(line.rstrip())
+            bar.update(line.startswith(f"{contender.name}: batch "))
     if child.returncode:
         raise RLSEditError(f"{contender.name} ended with status {child.returncode}; {log} has all it printed, which ends:\n{''.join(last)}")

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,9 +48,10 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
     tok = AutoTokenizer.from_pretrained(plan.model)
     scale = _Measure(plan, model, tok, records)
-    if not (folder / UNEDITED).is_file():
-        _say(f"{contender.name}: measures the unedited model on {len(records)} records, for all editors")
-        _write(folder / UNEDITED, scale.unedited())
+    with FileLock(folder / f"{UNEDITED}.lock"):
+        if not (folder / UNEDITED).is_file():
+            _say(f"{contender.name}: measures the unedited model on {len(records)} records, for all editors")
+            _write(folder / UNEDITED, scale.unedited())
     before = json.loads((folder / UNEDITED).read_text(encoding="utf-8"))
     scale.quality = before["quality"]
     _write(place / checkpoint_name(0), before["figures"])

@@ -12,9 +12,11 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 
 from easyedit_rls import RLSEditor
+from easyedit_rls.cli.compare import make_plan
 from easyedit_rls.compare import stream
 from easyedit_rls.compare.editors import OurEditor
 from easyedit_rls.compare.objective import Objective
@@ -142,6 +144,32 @@ def test_everything_is_written(folder, done):
 def test_a_line_a_batch(done):
     for line in ("RLSEdit: batch 2 of 2", "RLSEdit-short: batch 1 of 2", '{"v_num_grad_steps": 2}', "rewrite accuracy"):
         assert line in done.stdout + done.stderr
+
+
+def test_two_at_once_give_the_same_table(folder, done):
+    """And the unedited model is measured by one of them, while the other waits."""
+    ran = subprocess.run(command("jobs=2", "out=at_once"), cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert without_times(folder / "at_once" / "results.json") == without_times(folder / "out" / "results.json")
+    assert (ran.stdout + ran.stderr).count("measures the unedited model") == 1
+
+
+def test_one_that_fails_is_told_of(folder, done):
+    changes = ["jobs=2", "out=failing", "settings.RLSEdit-short.layers=[99]"]
+    ran = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 1
+    assert "RLSEdit-short ended with status 1" in ran.stderr
+    assert not (folder / "failing" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("change", "n_texts"), [("templates=null", 1), ("templates=3", 3)])
+def test_everybody_has_as_many_texts_before_prompts(folder, monkeypatch, change, n_texts):
+    monkeypatch.chdir(folder)
+    settings = yaml.safe_load((folder / "tiny.yaml").read_text())
+    (folder / "sampled.yaml").write_text(yaml.safe_dump({**settings, "context_templates": None, "n_templates": 1}))
+    with initialize_config_module("easyedit_rls.conf.streams", version_base=None):
+        config = compose("compare", ["data.file=records.jsonl", "model.path=model", "model.hparams=sampled.yaml", change])
+    assert len(make_plan(config, folder).templates) == n_texts
 
 
 def test_the_whole_settings_are_shown(done):
