@@ -191,10 +191,18 @@ def _settings(alg_name: str, known: type, model: PreTrainedModel, hp: RLSEditHyp
         "model_parallel": False,
     }
     made = {**general, **_SETTINGS[alg_name](hp)}
+    if alg_name == "MEMIT":
+        made["lm_head_module"] = _owner_of_head(model, hp.lm_head_module)
     names = {field.name for field in fields(known)}
     if unknown := sorted(set(changes) - names):
         raise HyperParamsError(f"{alg_name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(names))}.")
     return known(**{key: value for key, value in {**made, **changes}.items() if key in names})
+
+
+def _owner_of_head(model: PreTrainedModel, lm_head: str) -> str:
+    """The module under which the head's weight is found by name (MEMIT looks there): of a tied head, the embedding."""
+    weight = model.get_submodule(lm_head).weight
+    return next(name for name, parameter in model.named_parameters() if parameter is weight).removesuffix(".weight")
 
 
 def _request(request: EditRequest, index: int) -> dict[str, Any]:

@@ -15,17 +15,24 @@ TEMPLATES = ["The weather was fine. "]
 
 
 @pytest.fixture
-def editor(easyeditor, model_folder, demo_text, tmp_path):
+def editor(easyeditor, model_folder, demo_text, tmp_path, is_tied):
     from tests.host.conftest import host_settings
 
     (tmp_path / "text.txt").write_text(demo_text, encoding="utf-8")
     text = {"mom2_dataset": str(tmp_path / "text.txt"), "mom2_update_weight": 1.0, "v_num_grad_steps": 15}
     hparams = RLSEditHyperParams.from_dict({**host_settings(easyeditor, "tiny-llama").to_dict(), **text})
-    model = AutoModelForCausalLM.from_pretrained("tiny-llama", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained("tiny-llama", dtype=torch.float32, tie_word_embeddings=is_tied).eval()
     tok = AutoTokenizer.from_pretrained("tiny-llama")
     return lambda name, **changes: BuiltinEditor(name, model, tok, hparams, TEMPLATES, {**CHANGES.get(name, {}), **changes}, False)
 
 
+@pytest.fixture
+def is_tied(request):
+    """Whether the head's weight is the embedding's: MEMIT then finds no weight of the head's name."""
+    return getattr(request, "param", False)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["head", "tied head"], indirect=True)
 @pytest.mark.parametrize("alg_name", BUILTIN)
 def test_each_edits_its_layers_and_nothing_else(editor, alg_name):
     one = editor(alg_name)
