@@ -202,7 +202,8 @@ def _settings(alg_name: str, known: type, model: PreTrainedModel, hp: RLSEditHyp
 def _owner_of_head(model: PreTrainedModel, lm_head: str) -> str:
     """The module under which the head's weight is found by name (MEMIT looks there): of a tied head, the embedding."""
     weight = model.get_submodule(lm_head).weight
-    return next(name for name, parameter in model.named_parameters() if parameter is weight).removesuffix(".weight")
+    owner: str = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    return owner.removesuffix(".weight")
 
 
 def _request(request: EditRequest, index: int) -> dict[str, Any]:
