@@ -21,7 +21,9 @@ def editor(easyeditor, model_folder, demo_text, tmp_path, is_tied):
     (tmp_path / "text.txt").write_text(demo_text, encoding="utf-8")
     text = {"mom2_dataset": str(tmp_path / "text.txt"), "mom2_update_weight": 1.0, "v_num_grad_steps": 15}
     hparams = RLSEditHyperParams.from_dict({**host_settings(easyeditor, "tiny-llama").to_dict(), **text})
-    model = AutoModelForCausalLM.from_pretrained("tiny-llama", dtype=torch.float32, tie_word_embeddings=is_tied).eval()
+    model = AutoModelForCausalLM.from_pretrained("tiny-llama", dtype=torch.float32).eval()
+    if is_tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
     tok = AutoTokenizer.from_pretrained("tiny-llama")
     return lambda name, **changes: BuiltinEditor(name, model, tok, hparams, TEMPLATES, {**CHANGES.get(name, {}), **changes}, False)
 
