@@ -26,6 +26,7 @@ from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.priors import make_priors
 from easyedit_rls.progress import progress_bar
+from easyedit_rls.rehearsal import due_edits, lost_edits
 from easyedit_rls.reports import EditReport, FactReport, LayerReport, RetractReport
 from easyedit_rls.requests import EditRequest, parse_requests
 from easyedit_rls.resume import attach, identify
@@ -113,7 +114,22 @@ class RLSEditor:
         """
         parsed = parse_requests(requests)
         self.state.follow(self.layout.edited)
-        return self._edit(parsed, self._superseded(parsed))
+        superseded = self._superseded(parsed)
+        return self._edit(parsed, superseded, due_edits(self.state.history, self.hparams.rehearsal, superseded))
+
+    def rehearse(self) -> EditReport | None:
+        """Look at all edits that stand, and edit those again that the model has lost: whose target is no longer the most probable text.
+
+        Returns:
+            What was done, or None if nothing was lost.
+
+        Raises:
+            RLSEditError: see `edit`.
+        """
+        self.state.follow(self.layout.edited)
+        standing = due_edits(self.state.history, len(self.state.history.live))
+        lost = lost_edits(self.model, self.tok, standing, self.hparams.batch_tokens)
+        return self._edit([], [], lost) if lost else None
 
     def retract(self, edit_ids: Iterable[int] | int) -> RetractReport:
         """Take edits out of the objective exactly, as if they had never been made; the others stay where they are.
@@ -198,12 +214,12 @@ class RLSEditor:
         """Edits in the state."""
         return self.state.n_edits
 
-    def _edit(self, requests: Sequence[EditRequest], superseded: list[int]) -> EditReport:
+    def _edit(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit] = ()) -> EditReport:
         """Edit, in passes as long as memory allows: nothing has happened when it runs out, so the batch begins anew with shorter ones."""
         given = self.hparams.batch_tokens
         while True:
             try:
-                report = self._edit_once(requests, superseded)
+                report = self._edit_once(requests, superseded, due)
                 break
             except torch.OutOfMemoryError:
                 if self.hparams.batch_tokens <= _LEAST_TOKENS:
@@ -216,19 +232,23 @@ class RLSEditor:
             warnings.warn(message, RLSEditWarning, stacklevel=3)
         return report
 
-    def _edit_once(self, requests: Sequence[EditRequest], superseded: list[int]) -> EditReport:
+    def _edit_once(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit]) -> EditReport:
         with undisturbed(self.model):
             locate_facts(self.tok, requests, [])  # bad requests fail here, before the long work
             clock = [time.perf_counter()]
             self._upkeep()
             clock.append(time.perf_counter())
+            lost = lost_edits(self.model, self.tok, due, self.hparams.batch_tokens)
+            requests = [*requests, *(edit.request for edit in lost)]
+            removed = sorted({*superseded, *(edit.edit_id for edit in lost)})
+            clock.append(time.perf_counter())
             self._prepare()
             clock.append(time.perf_counter())
             facts = locate_facts(self.tok, requests, self.state.templates, self.hparams.statements)
-            values = None if superseded else self._optimise(facts)
+            values = None if removed else self._optimise(facts)
             with self._change() as change:
-                if values is None:  # what the new facts contradict goes first, so that their values start without it
-                    self._take_out(superseded)
+                if values is None:  # what the new facts contradict, and what was lost, goes first, so that their values start without it
+                    self._take_out(removed)
                     values = self._optimise(facts)
                 clock.append(time.perf_counter())
                 walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens)
@@ -236,13 +256,14 @@ class RLSEditor:
                 edits = tuple(Edit(self.state.history.next_id + row, fact.request, row) for row, fact in enumerate(facts))
                 fact_reports, layer_reports = self._fact_reports(edits, walk, values), self._layer_reports(steps)
                 clock.append(time.perf_counter())
-                change.entry = Entry("edit", edits, tuple(superseded), factors)
+                change.entry = Entry("edit", edits, tuple(removed), factors)
             clock.append(time.perf_counter())
         self._warn_of_drift(layer_reports)
         upkeep, *spans = [b - a for a, b in pairwise(clock)]
-        seconds = dict(zip(("prepare", "values", "weights", "ledger"), spans))
+        seconds = dict(zip(("rehearsal", "prepare", "values", "weights", "ledger"), spans))
         seconds["ledger"] += upkeep
-        return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, superseded, seconds)
+        rehearsed = [edit.edit_id for edit in lost]
+        return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, superseded, rehearsed, seconds)
 
     def _superseded(self, requests: Sequence[EditRequest], besides: int | None = None) -> list[int]:
         """Earlier edits that the requests contradict, to be taken out first; one of them may be known already."""

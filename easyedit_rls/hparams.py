@@ -120,6 +120,11 @@ class RLSEditHyperParams:
         "'error' refuses.",
         "supersede",
     )
+    rehearsal: int = _setting(
+        "Before each batch, so many edits that stand are looked at, each in its turn; those whose target is no longer the most probable "
+        "text after their prompt are taken out and edited again with the batch. 0 looks at none.",
+        0,
+    )
     state_dir: str | None = _setting("Folder of the ledger, which keeps every edit on disk; None keeps them in memory.", None)
     checkpoint_every: int = _setting("Batches after which the ledger stores the whole state again.", 20)
     context_templates: list[str] | None = _setting(
@@ -331,6 +336,7 @@ _NOT_NEGATIVE = (
     "mu_reg",
     "early_stopping_margin",
     "settled_nll",
+    "rehearsal",
 )
 
 _COUNTS = (

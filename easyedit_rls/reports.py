@@ -55,11 +55,12 @@ class EditReport:
     Attributes:
         batch: number of the batch, from 1.
         n_edits: edits in the state after it.
-        facts: a report each request, in order.
+        facts: a report each request, in order, and behind them one for each edit that was rehearsed.
         layers: a report each edited layer.
         superseded: numbers of older edits that were taken out because these contradict them.
-        seconds: time in 'prepare' (templates, anchors; first batch only), 'values', 'weights' (keys and updates), and 'ledger' (the
-            entry, and a checkpoint where one was due).
+        rehearsed: numbers of older edits that the model had lost, which were taken out and edited in again.
+        seconds: time in 'rehearsal' (looking for these), 'prepare' (templates, anchors; first batch only), 'values', 'weights' (keys and
+            updates), and 'ledger' (the entry, and a checkpoint where one was due).
     """
 
     batch: int
@@ -67,12 +68,13 @@ class EditReport:
     facts: list[FactReport]
     layers: list[LayerReport]
     superseded: list[int]
+    rehearsed: list[int]
     seconds: dict[str, float]
 
     @property
     def seconds_per_edit(self) -> float:
-        """Seconds an edit, without the one-time preparation."""
-        return (self.seconds["values"] + self.seconds["weights"] + self.seconds["ledger"]) / len(self.facts)
+        """Seconds a request, without the one-time preparation; what was rehearsed is paid for by the requests, if there were any."""
+        return (sum(self.seconds.values()) - self.seconds["prepare"]) / (len(self.facts) - len(self.rehearsed) or len(self.facts))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RequestError
-from easyedit_rls.evaluation.scoring import Score, score_rows
 from easyedit_rls.model.subject import Row
+from easyedit_rls.scoring import Score, score_rows
 
 _ANSWERED = {"rewrite_acc": ("prompt", "target_new"), "rephrase_acc": ("rephrase_prompt", "target_new")}
 

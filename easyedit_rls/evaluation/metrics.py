@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.evaluation.scoring import Score, score
 from easyedit_rls.requests import EditRequest, Probe, parse_requests
+from easyedit_rls.scoring import Score, score
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ def same(a, b):
 
 
 def target_nll(model, tok, requests):
-    from easyedit_rls.evaluation.scoring import score
     from easyedit_rls.requests import Probe
+    from easyedit_rls.scoring import score
 
     return [s.nll for s in score(model, tok, [Probe(r.prompt, r.target) for r in parse_requests(requests)])]
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from easyedit_rls import RequestError, evaluate, perplexity
-from easyedit_rls.evaluation import scoring
-from easyedit_rls.evaluation.scoring import score
+from easyedit_rls import RequestError, evaluate, perplexity, scoring
 from easyedit_rls.requests import Probe
+from easyedit_rls.scoring import score
 
 RECORDS = [
     {

@@ -5,12 +5,12 @@ import torch
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor
 from easyedit_rls.errors import LayoutError
-from easyedit_rls.evaluation.scoring import score
 from easyedit_rls.keys import LayerWalk, locate_facts
 from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.prefix import Heads, share_beginnings
 from easyedit_rls.requests import Probe, parse_requests
+from easyedit_rls.scoring import score
 from easyedit_rls.values import optimise_values
 from tests import zoo
 from tests.reference import plain_key, plain_value
