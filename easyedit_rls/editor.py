@@ -26,7 +26,7 @@ from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.priors import make_priors
 from easyedit_rls.progress import progress_bar
-from easyedit_rls.rehearsal import due_edits, lost_edits, weightier
+from easyedit_rls.rehearsal import due_edits, lost_edits
 from easyedit_rls.reports import EditReport, FactReport, LayerReport, RetractReport
 from easyedit_rls.requests import EditRequest, parse_requests
 from easyedit_rls.resume import attach, identify
@@ -239,7 +239,7 @@ class RLSEditor:
             self._upkeep()
             clock.append(time.perf_counter())
             lost = lost_edits(self.model, self.tok, due, self.hparams.batch_tokens)
-            requests = [*requests, *(weightier(edit.request) for edit in lost)]
+            requests = [*requests, *(edit.request for edit in lost)]
             removed = sorted({*superseded, *(edit.edit_id for edit in lost)})
             clock.append(time.perf_counter())
             self._prepare()

@@ -122,7 +122,7 @@ class RLSEditHyperParams:
     )
     rehearsal: int = _setting(
         "Before each batch, so many edits that stand are looked at, each in its turn; those whose target is no longer the most probable "
-        "text after their prompt are taken out and edited again with the batch, at four times the importance. 0 looks at none.",
+        "text after their prompt are taken out and edited again with the batch. 0 looks at none.",
         0,
     )
     state_dir: str | None = _setting("Folder of the ledger, which keeps every edit on disk; None keeps them in memory.", None)

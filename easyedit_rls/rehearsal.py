@@ -3,22 +3,16 @@
 Later batches change the layers below an edited one, and with them the keys of earlier facts, which the least-squares problem of that layer
 still knows as they were; so some facts are lost, although every equation about them still holds. What was asked for is known, so a look
 tells which (closed-loop editing, as in REPAIR, Wang et al. 2025, arXiv 2510.01879). `RLSEditor` then takes them out of the objective
-exactly and edits them in anew, with keys and values of the model as it is now. Others were never written in full, since their keys are
-common in ordinary text, where the anchors hold: so each time an edit comes back it weighs four times as much (its row of D).
+exactly and edits them in anew, with keys and values of the model as it is now.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.history import Edit, History
 from easyedit_rls.keys import locate_facts
-from easyedit_rls.requests import EditRequest
 from easyedit_rls.scoring import score_rows
-
-_WEIGHTIER = 4.0
-_WEIGHTIEST = 64.0
 
 
 def due_edits(history: History, most: int, besides: Collection[int] = ()) -> list[Edit]:
@@ -46,12 +40,6 @@ def lost_edits(model: PreTrainedModel, tok: PreTrainedTokenizerBase, edits: Sequ
     rows = [fact.rows[0] for fact in locate_facts(tok, [edit.request for edit in edits], [])]
     scores = score_rows(model, rows, batch_tokens=batch_tokens, desc="rehearsal", show_progress=False) if rows else []
     return [edit for edit, score in zip(edits, scores) if not score.is_argmax]
-
-
-def weightier(request: EditRequest) -> EditRequest:
-    """The request of an edit that was lost, to be edited again: of four times the importance, up to 64 (or what it had)."""
-    importance = max(request.importance, min(_WEIGHTIER * request.importance, _WEIGHTIEST))
-    return replace(request, importance=importance)
 
 
 def _is_newest(history: History, edit: Edit) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from easyedit_rls import RLSEditor, parse_requests
 from easyedit_rls.history import Edit, Entry, History
-from easyedit_rls.rehearsal import due_edits, lost_edits, weightier
+from easyedit_rls.rehearsal import due_edits, lost_edits
 from easyedit_rls.requests import Probe
 from easyedit_rls.scoring import score
 
@@ -47,7 +47,6 @@ def test_what_was_lost_is_edited_again_with_the_next_batch(model, tok, hparams):
     assert (report.rehearsed, report.superseded) == ([1], [])
     assert [(fact.edit_id, fact.prompt) for fact in report.facts] == [(9, "Bakers know rye"), (10, "The river Oder")]
     assert sorted(editor.state.history.live) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert [editor.state.history.live[edit_id].request.importance for edit_id in (2, 9, 10)] == [1, 1, 4]
     assert says(editor, FIRST)
     assert says(editor, OTHER)
     assert 0 < report.seconds["rehearsal"] < report.seconds_per_edit  # one request paid for both
@@ -87,17 +86,6 @@ def test_nothing_to_rehearse(model, tok, hparams):
     editor.edit(FIRST)
     assert editor.rehearse() is None
     assert editor.state.n_batches == 1
-
-
-def test_an_edit_that_comes_back_weighs_more(requests):
-    (request,) = parse_requests({**FIRST, "importance": 5.0})
-    found = []
-    for _ in range(3):
-        request = weightier(request)
-        found.append(request.importance)
-    assert found == [20, 64, 64]
-    (heavy,) = parse_requests({**FIRST, "importance": 100.0})
-    assert weightier(heavy) == heavy
 
 
 def history_of(*requests):
