@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.hparams import RLSEditHyperParams
 
 PLAN = "plan.json"
 
@@ -117,7 +118,8 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
-        """Read the plan of a comparison's folder."""
+        """Read the plan of a comparison's folder; settings of RLSEdit that are newer than it have their defaults."""
         raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        raw["hparams"] = RLSEditHyperParams.from_dict(raw["hparams"]).to_dict()
         contenders = tuple(Contender(**contender) for contender in raw["contenders"])
         return cls(**{**raw, "templates": tuple(raw["templates"]), "tasks": tuple(raw["tasks"]), "contenders": contenders})

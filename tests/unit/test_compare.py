@@ -1,12 +1,13 @@
 """A comparison's arithmetic, plans and pages; nothing is edited here."""
 
+import json
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from easyedit_rls import HostError, HyperParamsError, RLSEditError
+from easyedit_rls import HostError, HyperParamsError, RLSEditError, RLSEditHyperParams
 from easyedit_rls.compare.figures import draw
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
@@ -15,7 +16,7 @@ from easyedit_rls.compare.run import run_all
 
 PLAN = Plan(
     model="model",
-    hparams={"v_lr": 0.5},
+    hparams=RLSEditHyperParams.from_hparams("smollm2-135m").to_dict(),
     templates=("It was late. ",),
     data="records.json",
     first=0,
@@ -149,3 +150,18 @@ def test_the_page_needs_no_network(tmp_path, monkeypatch):
     assert len(ids) == len(set(ids)), "one figure's parts would be drawn in another"
     assert all(target in ids for target in re.findall(r'xlink:href="#([^"]+)"', page))
     assert {"results.json", "table.md", "table.csv", "report.html", "figures"} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_setting_newer_than_the_plan_has_its_default(tmp_path):
+    """A comparison goes on with a later version of the package, unless the plan asks for something else."""
+    PLAN.save(tmp_path)
+    path = tmp_path / "plan.json"
+    raw = json.loads(path.read_text())
+    raw["hparams"].pop("rehearsal")
+    path.write_text(json.dumps(raw))
+    assert Plan.load(tmp_path) == PLAN
+    PLAN.save(tmp_path)
+    raw["hparams"]["v_lr"] = 0.1
+    path.write_text(json.dumps(raw))
+    with pytest.raises(HyperParamsError, match="different: hparams"):
+        PLAN.save(tmp_path)
