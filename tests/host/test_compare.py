@@ -105,7 +105,7 @@ def test_the_tuned_settings_are_the_editors_own(easyeditor, model_folder, demo_t
 
     with initialize_config_module("easyedit_rls.conf.streams", version_base="1.3"):
         tuned = compose("compare", ["alg=smollm2-135m"]).settings
-    assert set(tuned) <= set(BUILTIN)
+    assert set(tuned) <= set(NAMES)
     (tmp_path / "text.txt").write_text(demo_text, encoding="utf-8")
     hparams = {**host_settings(easyeditor, "tiny-llama").to_dict(), "mom2_dataset": str(tmp_path / "text.txt")}
     plan = Plan("tiny-llama", RLSEditHyperParams.from_dict(hparams).to_dict(), ("",), "", 0, 0, 2, 1, None, False, 0, None, ())
@@ -114,3 +114,4 @@ def test_the_tuned_settings_are_the_editors_own(easyeditor, model_folder, demo_t
         wanted = {key: value for key, value in changes.items() if key not in ("layers", "inner_params")}  # the tiny one has four layers
         editor = make_editor(plan, Contender(name, wanted), model, AutoTokenizer.from_pretrained("tiny-llama"), tmp_path)
         assert wanted.items() <= editor.describe().items()
+        editor.close()
