@@ -96,15 +96,16 @@ class Plan:
         return next(contender for contender in self.contenders if contender.name == name)
 
     def save(self, folder: Path) -> None:
-        """Write it into the comparison's folder.
+        """Write it into the comparison's folder; contenders that are planned there and aren't among these stay in the file.
 
         Raises:
-            HyperParamsError: the folder holds results of another plan; names what differs. More contenders are fine.
+            HyperParamsError: the folder holds results of another plan; names what differs. Other contenders are fine.
         """
-        path = folder / PLAN
+        path, written = folder / PLAN, asdict(self)
         if path.is_file():
             old, new = asdict(Plan.load(folder)), asdict(self)
             names = {contender.name for contender in self.contenders}
+            written["contenders"] = [*new["contenders"], *(c for c in old["contenders"] if c["name"] not in names)]
             old["contenders"] = [c for c in old["contenders"] if c["name"] in names]
             new["contenders"] = [c for c in new["contenders"] if c["name"] in {o["name"] for o in old["contenders"]}]
             old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
@@ -114,7 +115,7 @@ class Plan:
                     "Give another folder (out=…), or remove this one."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":

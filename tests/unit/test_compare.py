@@ -152,6 +152,14 @@ def test_the_page_needs_no_network(tmp_path, monkeypatch):
     assert {"results.json", "table.md", "table.csv", "report.html", "figures"} == {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_contender_left_out_of_a_command_is_still_held_to(tmp_path):
+    PLAN.save(tmp_path)
+    replace(PLAN, contenders=(Contender("ROME"),)).save(tmp_path)
+    assert [contender.name for contender in Plan.load(tmp_path).contenders] == ["ROME", "RLSEdit", "RLSEdit-soft"]
+    with pytest.raises(HyperParamsError, match="different: contenders"):
+        replace(PLAN, contenders=(Contender("RLSEdit-soft", {"v_lr": 0.2}),)).save(tmp_path)
+
+
 def test_a_setting_newer_than_the_plan_has_its_default(tmp_path):
     """A comparison goes on with a later version of the package, unless the plan asks for something else."""
     PLAN.save(tmp_path)
