@@ -1,6 +1,6 @@
 """Thirty real facts through `batch_edit` on the real model, all scored again at the end by EasyEdit itself.
 
-Held to what AlphaEdit reaches on the same records (docs/tuning.md) for what was edited; locality is measured there, not held to.
+Held to what AlphaEdit reaches on the same records (docs/tuning.md) for what was edited, and to what these settings reach for locality.
 """
 
 import json
@@ -13,18 +13,31 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PARAREL = REPOSITORY.parent / "shared" / "data" / "pararel_dev.json"
-SHORT_STREAM = ["early_stopping=off", "clamp_norm_factor=0.75", "kl_factor=0.0625", "mom2_update_weight=200"]
+SHORT_STREAM = [
+    "mom2_n_samples=6000",
+    "mom2_tolerance=0",
+    "mom2_update_weight=50",
+    "n_templates=3",
+    "early_stopping=off",
+    "statement_share=0.5",
+    'statements=["{}:","{} is","{},"]',
+]
 
 
 @pytest.mark.slow
-def test_thirty_edits_are_kept(easyeditor, model_folder, smollm2):
+def test_thirty_edits_are_kept(easyeditor, model_folder, smollm2, tmp_path):
     if not PARAREL.is_file():
         pytest.skip(f"no records at {PARAREL}")
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "easyedit_stream.py"), "--model", "smollm2-llama", "--data", str(PARAREL)]
-    command += [part for setting in SHORT_STREAM for part in ("--set", setting)]
+    benchmarks, facts = REPOSITORY / "benchmarks", tmp_path / "facts.txt"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
+    data = ["--data", str(PARAREL)]
+    write_facts = [sys.executable, str(benchmarks / "facts_text.py"), *data, "--paraphrases", "--out", str(facts)]
+    subprocess.run(write_facts, env=environment, check=True)
+    command = [sys.executable, str(benchmarks / "easyedit_stream.py"), "--model", "smollm2-llama", *data]
+    command += [part for setting in [f"mom2_dataset={facts}", *SHORT_STREAM] for part in ("--set", setting)]
     done = subprocess.run(command, cwd=model_folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    scores = json.loads(done.stdout)
+    scores = json.loads(done.stdout)["means"]
     assert scores["rewrite_acc"] >= 0.97, scores
-    assert scores["rephrase_acc"] >= 0.606, scores
+    assert scores["rephrase_acc"] >= 0.80, scores
+    assert scores["locality"] >= 0.93, scores
