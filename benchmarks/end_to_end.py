@@ -6,7 +6,7 @@ Five editors take the same records in turns, each on a model of its own:
   peer      AlphaEdit of the checkout (without one, a plain loop that works as it does, and the output says so)
   plain     RLSEdit with the peer's value settings: its Adam (momentum 0.9, rate 0.5), 25 steps, the same clamp, KL weight and five
             templates, and the only stopping rule that AlphaEdit has, which can't be switched off: a loss below 0.05
-  same      the same, but texts whose target has an NLL below 0.15 nats run at every third step only (`settled_nll`)
+  same      the same, but texts whose target has an NLL below 0.1 nats run at every third step only (`settled_nll`)
   fewer     as same, with our step rule: a momentum of 0.5 and a rate of 0.7, and `--steps` of them
   defaults  RLSEdit as shipped
 All edit the same layers. Preparation is left out on all sides: moments, projections, templates.
@@ -82,7 +82,7 @@ def main() -> None:
     }
     rule = {"v_lr": 0.7, "v_momentum": 0.5, "v_num_grad_steps": args.steps}
     plain = RLSEditHyperParams.from_dict({**shipped, **theirs})
-    same = RLSEditHyperParams.from_dict({**shipped, **theirs, "settled_nll": 0.15})
+    same = RLSEditHyperParams.from_dict({**shipped, **theirs, "settled_nll": 0.1})
     fewer = RLSEditHyperParams.from_dict({**same.to_dict(), **rule})
     settings = {"plain": plain, "same": same, "fewer": fewer, "defaults": defaults}
     peer = make_peer(models["peer"], tok, plain, templates)

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.hparams import RLSEditHyperParams
 
@@ -101,21 +103,29 @@ class Plan:
         Raises:
             HyperParamsError: the folder holds results of another plan; names what differs. Other contenders are fine.
         """
-        path, written = folder / PLAN, asdict(self)
-        if path.is_file():
-            old, new = asdict(Plan.load(folder)), asdict(self)
-            names = {contender.name for contender in self.contenders}
-            written["contenders"] = [*new["contenders"], *(c for c in old["contenders"] if c["name"] not in names)]
-            old["contenders"] = [c for c in old["contenders"] if c["name"] in names]
-            new["contenders"] = [c for c in new["contenders"] if c["name"] in {o["name"] for o in old["contenders"]}]
-            old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-            if differences := [name for name in new if old[name] != new[name]]:
-                raise HyperParamsError(
-                    f"{folder} holds results of another comparison; different: {', '.join(differences)}. "
-                    "Give another folder (out=…), or remove this one."
-                )
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with FileLock(folder / f"{PLAN}.lock"):  # another command may plan in the same folder
+            written = asdict(self)
+            if (folder / PLAN).is_file():
+                written["contenders"] = [*written["contenders"], *self._others_of(Plan.load(folder), folder)]
+            new = folder / f"{PLAN}.new"
+            new.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            new.replace(folder / PLAN)  # its contenders' processes may be reading it
+
+    def _others_of(self, planned: "Plan", folder: Path) -> list[dict[str, Any]]:
+        """The contenders of an earlier plan that aren't among these, if it is otherwise the same."""
+        names = {contender.name for contender in self.contenders}
+        old, new = asdict(planned), asdict(self)
+        others = [c for c in old["contenders"] if c["name"] not in names]
+        old["contenders"] = [c for c in old["contenders"] if c["name"] in names]
+        new["contenders"] = [c for c in new["contenders"] if c["name"] in {o["name"] for o in old["contenders"]}]
+        old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+        if differences := [name for name in new if old[name] != new[name]]:
+            raise HyperParamsError(
+                f"{folder} holds results of another comparison; different: {', '.join(differences)}. "
+                "Give another folder (out=…), or remove this one."
+            )
+        return others
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":

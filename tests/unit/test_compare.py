@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -158,6 +159,13 @@ def test_a_contender_left_out_of_a_command_is_still_held_to(tmp_path):
     assert [contender.name for contender in Plan.load(tmp_path).contenders] == ["ROME", "RLSEdit", "RLSEdit-soft"]
     with pytest.raises(HyperParamsError, match="different: contenders"):
         replace(PLAN, contenders=(Contender("RLSEdit-soft", {"v_lr": 0.2}),)).save(tmp_path)
+
+
+def test_commands_that_plan_in_one_folder_at_once_keep_each_others_contenders(tmp_path):
+    plans = [replace(PLAN, contenders=(Contender(f"RLSEdit-{i}"),)) for i in range(24)]
+    with ThreadPoolExecutor(len(plans)) as pool:
+        list(pool.map(lambda plan: plan.save(tmp_path), plans))
+    assert {contender.name for contender in Plan.load(tmp_path).contenders} == {f"RLSEdit-{i}" for i in range(24)}
 
 
 def test_a_setting_newer_than_the_plan_has_its_default(tmp_path):
