@@ -146,7 +146,7 @@ class _Stage:
         self._shared = share_beginnings([row[:-1] for row in rows], device)
         rests = rows if self._shared is None else [row[n:] for row, n in zip(rows, self._shared.lengths)]
         self._parts = []
-        for group in chunks([len(rest) for rest in rests], batch_tokens, device):
+        for group in chunks([len(rest) for rest in rests], batch_tokens):
             mask, numbers = (None, None) if self._shared is None else (self._shared.mask[group], self._shared.numbers[group])
             self._parts.append(_Part(group, pad([rests[i] for i in group], "left", device, mask), numbers))
         if self._shared is not None:

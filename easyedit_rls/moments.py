@@ -80,7 +80,7 @@ def _keys(
 ) -> Iterable[dict[int, tuple[Tensor, Tensor]]]:
     """For groups of texts: layer -> keys of all tokens (tokens, d_k), and which half of the texts each belongs to, (tokens,)."""
     dtype = getattr(torch, hparams.mom2_dtype)
-    for group in chunks([len(row) for row in rows], hparams.batch_tokens, device_of(model)):
+    for group in chunks([len(row) for row in rows], hparams.batch_tokens):
         batch = pad([rows[i] for i in group], "right", device_of(model))
         with tap(inputs=modules, stop=True) as seen:
             run(model, batch)

@@ -132,7 +132,7 @@ class Tails:
         self._model, self._layout, self._rows, self._batch_tokens = model, layout, rows, batch_tokens
         self._heads = Heads(model, layout.loss_layer, {row.head for row in rows}, batch_tokens)
         found: dict[int, Tensor] = {}
-        for group in chunks([len(row.tail) for row in rows], batch_tokens, device_of(model)):
+        for group in chunks([len(row.tail) for row in rows], batch_tokens):
             with record_outputs(layout.lower_layers) as below:
                 self._run(*self._batch(group), layout.value_layer)
             self._forms = [form_of(output) for output in below]
@@ -143,7 +143,7 @@ class Tails:
         """Get ready to run rows, as often as one likes."""
         passes = []
         outputs: list[tuple[int, int, float]] = []  # which of the chosen, token, weight
-        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens, device_of(self._model)):
+        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens):
             numbers = [chosen[k] for k in group]
             wanted = []
             for j, (k, row) in enumerate(zip(group, (self._rows[i] for i in numbers))):

@@ -122,7 +122,7 @@ def generate(
     random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with undisturbed(model), random, progress_bar(len(rows), desc, "text", show_progress) as bar:
         torch.manual_seed(seed)
-        for group in chunks([len(row) + max_new_tokens for row in rows], batch_tokens, device):
+        for group in chunks([len(row) + max_new_tokens for row in rows], batch_tokens):
             batch = pad([rows[i] for i in group], "left", device)
             given: dict[str, Any] = {"tokenizer": tok} if stops else {}
             out = model.generate(batch.ids, attention_mask=batch.mask, generation_config=config, **given)

@@ -64,7 +64,7 @@ def _run_heads(model: PreTrainedModel, end: nn.Module, heads: Sequence[Sequence[
         with tap(outputs={"end": end}, stop=True):
             run(model, shared.texts, cache=beginnings, use_cache=True)
     parts = []
-    for group in chunks([len(rest) for rest in rests], batch_tokens, device):
+    for group in chunks([len(rest) for rest in rests], batch_tokens):
         cache, mask = DynamicCache(config=model.config), None
         if shared is not None:
             cache, mask = fork(beginnings), shared.mask[group]
