@@ -24,10 +24,16 @@ REPOSITORY = Path(__file__).parents[1]
 SMOLLM2 = Path(os.environ.get("EASYEDIT_RLS_TEST_MODEL", REPOSITORY / "models" / "smollm2-135m"))
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    """Moments are cached in a folder of this test run, never in the user's."""
-    monkeypatch.setenv("EASYEDIT_RLS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Moments are cached in a folder of this test run, never in the user's.
+
+    Of the session, since a module's fixtures come before a test's: what they start has to find the same moments, which differ
+    in their last bits between numbers of threads.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EASYEDIT_RLS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
