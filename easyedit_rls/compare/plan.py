@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.files import write_file
 from easyedit_rls.hparams import RLSEditHyperParams
 
 PLAN = "plan.json"
@@ -108,9 +109,8 @@ class Plan:
             written = asdict(self)
             if (folder / PLAN).is_file():
                 written["contenders"] = [*written["contenders"], *self._others_of(Plan.load(folder), folder)]
-            new = folder / f"{PLAN}.new"
-            new.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            new.replace(folder / PLAN)  # its contenders' processes may be reading it
+            content = json.dumps(written, indent=1, ensure_ascii=False) + "\n"
+            write_file(folder / PLAN, content.encode())  # its contenders' processes may be reading it
 
     def _others_of(self, planned: "Plan", folder: Path) -> list[dict[str, Any]]:
         """The contenders of an earlier plan that aren't among these, if it is otherwise the same."""

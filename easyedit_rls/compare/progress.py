@@ -1,16 +1,17 @@
 """How far a contender has come: on disk after each batch, so that a run that was broken off goes on there."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from easyedit_rls.files import write_file
 
 PROGRESS = "progress.safetensors"
 _WEIGHT, _MEMORY = "weight.", "memory."
@@ -55,6 +56,4 @@ def write_progress(
     changed = {name: weight.detach() for name, weight in model.named_parameters() if not torch.equal(weight, unedited[name])}
     tensors = {f"{_WEIGHT}{name}": weight.contiguous() for name, weight in changed.items()}
     tensors |= {f"{_MEMORY}{name}": tensor.contiguous() for name, tensor in memory.items()}
-    part = place / f"{PROGRESS}.part"
-    save_file(tensors, part, metadata={"seconds": json.dumps(list(seconds))})
-    os.replace(part, place / PROGRESS)
+    write_file(place / PROGRESS, save(tensors, {"seconds": json.dumps(list(seconds))}))

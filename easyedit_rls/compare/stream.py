@@ -6,7 +6,6 @@ behind its last whole batch. The unedited model is measured by the first contend
 """
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -27,6 +26,7 @@ from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.progress import PROGRESS, Progress, write_progress
 from easyedit_rls.evaluation import abilities, add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
+from easyedit_rls.files import write_file
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.records import EditRecord, read_records
 
@@ -156,9 +156,7 @@ def _say(line: str) -> None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, ensure_ascii=False, default=str), encoding="utf-8")
-    os.replace(part, path)
+    write_file(path, json.dumps(content, ensure_ascii=False, default=str).encode())
 
 
 if __name__ == "__main__":

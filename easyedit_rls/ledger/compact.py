@@ -7,8 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from easyedit_rls.errors import LedgerError
+from easyedit_rls.files import PARTIAL
 from easyedit_rls.history import Edit, Entry, History
-from easyedit_rls.ledger.files import PARTIAL
 from easyedit_rls.ledger.journal import MANIFEST, Journal
 from easyedit_rls.ledger.ledger import Ledger, journals
 from easyedit_rls.ledger.snapshot import Snapshot, prior_files, read_prior, write_checkpoint

@@ -1,9 +1,7 @@
-"""Files that are whole or not there: written aside, synced, renamed; known by their SHA-256."""
+"""The ledger's files: known by their SHA-256, tensors as safetensors."""
 
 import hashlib
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,57 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from easyedit_rls.errors import LedgerError
-
-PARTIAL = ".partial"  # suffix of a file that is being written
-_CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What a file must be: SHA-256 as 64 hex digits, and its size."""
-
-    sha256: str
-    n_bytes: int
-
-
-def write_file(path: Path, content: bytes) -> Stamp:
-    """Write a file durably: its content is on disk, under its name, when this returns; before that, the name is untouched.
-
-    Raises:
-        OSError: nothing was changed, but for a partial file that may be left where it can't be removed.
-    """
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            write_all(handle, content)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    return Stamp(hashlib.sha256(content).hexdigest(), len(content))
-
-
-def write_all(handle: int, content: bytes) -> None:
-    """Write all bytes to an open file."""
-    view = memoryview(content)
-    while view:
-        view = view[os.write(handle, view[:_CHUNK]) :]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable (where the system lets folders be opened)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from easyedit_rls.files import Stamp
 
 
 def read_file(path: Path, stamp: Stamp) -> bytes:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from easyedit_rls.errors import NumericalError, RLSEditError
+from easyedit_rls.files import PARTIAL
 from easyedit_rls.forgetting import ForgettingLeastSquares
 from easyedit_rls.history import History, Solution, rebuild
-from easyedit_rls.ledger.files import PARTIAL
 from easyedit_rls.ledger.journal import HEAD, INDEX, Journal
 from easyedit_rls.ledger.ledger import journals
 from easyedit_rls.ledger.manifest import Manifest

@@ -25,8 +25,9 @@ from typing import Any
 from torch import Tensor
 
 from easyedit_rls.errors import LedgerError
+from easyedit_rls.files import Stamp, write_all, write_file
 from easyedit_rls.history import Entry
-from easyedit_rls.ledger.files import Stamp, pack, read_file, unpack, write_all, write_file
+from easyedit_rls.ledger.files import pack, read_file, unpack
 
 logger = logging.getLogger(__name__)
 

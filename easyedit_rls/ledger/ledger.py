@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from easyedit_rls.errors import LedgerError
+from easyedit_rls.files import PARTIAL, sync_folder
 from easyedit_rls.history import Entry
-from easyedit_rls.ledger.files import PARTIAL, sync_folder
 from easyedit_rls.ledger.journal import Journal
 
 logger = logging.getLogger(__name__)

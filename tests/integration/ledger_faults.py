@@ -29,9 +29,9 @@ import torch
 from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from easyedit_rls import RLSEditor
+from easyedit_rls import RLSEditor, files
 from easyedit_rls.ledger import compact as compact_module
-from easyedit_rls.ledger import files, journal, ledger
+from easyedit_rls.ledger import journal, ledger
 from easyedit_rls.ledger.ledger import latest
 from tests.conftest import tiny_llama, tiny_settings
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from easyedit_rls import AnchorPairs, LedgerError, RequestError, RLSEditor, RLSEditWarning, StateMismatchError, anchor_pairs
+from easyedit_rls import AnchorPairs, LedgerError, RequestError, RLSEditor, RLSEditWarning, StateMismatchError, anchor_pairs, files
 from easyedit_rls.history import rebuild
-from easyedit_rls.ledger import files, journal, ledger
+from easyedit_rls.ledger import journal, ledger
 from easyedit_rls.ledger.ledger import journals, latest
 from easyedit_rls.ledger.snapshot import read_history, read_prior, read_state
 from easyedit_rls.recursion import RecursiveLeastSquares

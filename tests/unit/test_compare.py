@@ -1,6 +1,8 @@
 """A comparison's arithmetic, plans and pages; nothing is edited here."""
 
+import errno
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from easyedit_rls import HostError, HyperParamsError, RLSEditError, RLSEditHyperParams
+from easyedit_rls import HostError, HyperParamsError, RLSEditError, RLSEditHyperParams, files
 from easyedit_rls.compare.figures import draw
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
@@ -166,6 +168,21 @@ def test_commands_that_plan_in_one_folder_at_once_keep_each_others_contenders(tm
     with ThreadPoolExecutor(len(plans)) as pool:
         list(pool.map(lambda plan: plan.save(tmp_path), plans))
     assert {contender.name for contender in Plan.load(tmp_path).contenders} == {f"RLSEdit-{i}" for i in range(24)}
+
+
+def test_a_plan_whose_writing_breaks_off_is_the_one_before(tmp_path, monkeypatch):
+    """Processes that run its contenders read it at any time, so it is never half there."""
+    PLAN.save(tmp_path)
+
+    def written_in_part(handle, content):
+        os.write(handle, content[: len(content) // 2])
+        assert Plan.load(tmp_path) == PLAN
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr(files, "write_all", written_in_part)
+    with pytest.raises(OSError, match="disk full"):
+        replace(PLAN, contenders=(Contender("ROME"),)).save(tmp_path)
+    assert Plan.load(tmp_path) == PLAN
 
 
 def test_a_setting_newer_than_the_plan_has_its_default(tmp_path):

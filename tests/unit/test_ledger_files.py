@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 
+from easyedit_rls import files
 from easyedit_rls.errors import LedgerError
+from easyedit_rls.files import Stamp, write_file
 from easyedit_rls.history import Edit, Entry
-from easyedit_rls.ledger import files, journal, ledger
-from easyedit_rls.ledger.files import Stamp, pack, read_file, unpack, write_file
+from easyedit_rls.ledger import journal, ledger
+from easyedit_rls.ledger.files import pack, read_file, unpack
 from easyedit_rls.ledger.ledger import Ledger, latest
 from easyedit_rls.requests import EditRequest
 
