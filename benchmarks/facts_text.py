@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import parser, records_of
+from common import parser
 
 
 def prompts_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -34,7 +34,7 @@ def main() -> None:
     left_out = {prompt for record in measured for prompts in prompts_of(record).values() for prompt in prompts}
     kinds = ["own", *(kind for kind in ("paraphrases", "neighbors") if getattr(args, kind))]
     statements: dict[str, None] = {}
-    for record in records_of(args):
+    for record in every[args.first : args.first + args.count]:
         true, prompts = record["requested_rewrite"]["target_true"]["str"], prompts_of(record)
         statements |= {f"{prompt} {true}.": None for kind in kinds for prompt in prompts[kind] if prompt not in left_out}
     args.out.write_text("\n\n".join(statements), encoding="utf-8")
