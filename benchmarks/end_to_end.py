@@ -2,16 +2,19 @@
 
     EASYEDIT_HOME=CHECKOUT python benchmarks/end_to_end.py --model models/smollm2-135m --data pararel_dev.json --threads 1
 
-Five editors take the same records in turns, each on a model of its own:
+Seven editors take the same records in turns, each on a model of its own:
   peer      AlphaEdit of the checkout (without one, a plain loop that works as it does, and the output says so)
   plain     RLSEdit with the peer's value settings: its Adam (momentum 0.9, rate 0.5), 25 steps, the same clamp, KL weight and five
             templates, and the only stopping rule that AlphaEdit has, which can't be switched off: a loss below 0.05
   same      the same, but texts whose target has an NLL below 0.1 nats run at every third step only (`settled_nll`)
   fewer     as same, with our step rule: a momentum of 0.5 and a rate of 0.7, and `--steps` of them
   defaults  RLSEdit as shipped
+  plain-bfloat16, defaults-bfloat16
+            as plain and defaults, the values optimised on a copy in bfloat16 (`v_dtype`)
 All edit the same layers. Preparation is left out on all sides: moments, projections, templates.
-The losses are those of the values at the last step. From the second batch on the edited models differ, so before the peer edits a batch,
-the values of others with its settings are optimised on its own model too, off the clock (`loss_to_peer_on_its_model`).
+The losses are those of the values at the last step (with bfloat16 as the copy sees them). From the second batch on the edited models
+differ, so before the peer edits a batch, the values of others with its settings are optimised on its own model too, off the clock, and
+their losses taken there, in its own type (`loss_to_peer_on_its_model`).
 """
 
 import copy
@@ -32,9 +35,9 @@ from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.requests import EditRequest
-from easyedit_rls.values import optimise_values
+from easyedit_rls.values import losses_at, optimise_values
 
-THEIR_VALUES = ("plain", "same", "fewer")  # what is optimised with the peer's value settings
+THEIR_VALUES = ("plain", "same", "fewer", "plain-bfloat16")  # what is optimised with the peer's value settings
 
 
 def prepared(model: Any, tok: Any, hparams: RLSEditHyperParams) -> Callable[[Sequence[EditRequest]], list[float]]:
@@ -48,7 +51,9 @@ def losses_on(model: Any, tok: Any, hparams: RLSEditHyperParams, requests: Seque
     """Final losses of values on a model as it is; it is not edited."""
     facts = locate_facts(tok, requests, hparams.context_templates or ())
     with undisturbed(model):
-        return optimise_values(model, find_layout(model, hparams), facts, hparams).loss.tolist()
+        layout = find_layout(model, hparams)
+        values = optimise_values(model, layout, facts, hparams)
+        return losses_at(model, layout, facts, hparams, values.z - values.h).tolist()
 
 
 def to_peer(losses: dict[str, list[float]], name: str, count: int) -> float:
@@ -66,8 +71,7 @@ def main() -> None:
     shipped["layers"] = args.layers or shipped["layers"]
     records = records_of(args)
     model, tok = load(args.model)
-    models = {"peer": model, **{name: copy.deepcopy(model) for name in ("plain", "same", "fewer", "defaults")}}
-    templates = sample_templates(models["peer"], tok, 5, shipped["seed"])
+    templates = sample_templates(model, tok, 5, shipped["seed"])
     defaults = RLSEditHyperParams.from_dict(shipped)
     theirs = {
         "early_stopping": "loss",
@@ -85,6 +89,9 @@ def main() -> None:
     same = RLSEditHyperParams.from_dict({**shipped, **theirs, "settled_nll": 0.1})
     fewer = RLSEditHyperParams.from_dict({**same.to_dict(), **rule})
     settings = {"plain": plain, "same": same, "fewer": fewer, "defaults": defaults}
+    for name in ("plain", "defaults"):
+        settings[f"{name}-bfloat16"] = RLSEditHyperParams.from_dict({**settings[name].to_dict(), "v_dtype": "bfloat16"})
+    models = {"peer": model, **{name: copy.deepcopy(model) for name in settings}}
     peer = make_peer(models["peer"], tok, plain, templates)
     editors = {"peer": peer.edit, **{name: prepared(models[name], tok, hparams) for name, hparams in settings.items()}}
 

@@ -13,7 +13,7 @@ last gradient for some steps (`settled_nll`, `settled_every`); before a fact is 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.keys import Fact
-from easyedit_rls.model.layout import Layout
+from easyedit_rls.keys import Fact, value_states
+from easyedit_rls.model.layout import Layout, twin
 from easyedit_rls.tails import Plan, Tails, rows_of
 
 _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
@@ -55,6 +55,8 @@ def optimise_values(
 ) -> Values:
     """Optimise the values of all facts, in groups that fit `batch_tokens`.
 
+    With `v_dtype`, a copy of the model in that type is optimised on, and the losses are as it sees them; h is the model's own.
+
     Args:
         model: in evaluation mode, its parameters without gradient.
         layout: its modules.
@@ -65,6 +67,12 @@ def optimise_values(
     Raises:
         NumericalError: a loss or a value is not finite; names the request.
     """
+    dtype = model.dtype if hparams.v_dtype is None else getattr(torch, hparams.v_dtype)
+    if dtype != model.dtype:
+        low = twin(layout, dtype)
+        found = optimise_values(low.model, low, facts, replace(hparams, v_dtype=None), progress)
+        h = value_states(model, layout, facts, hparams.batch_tokens)
+        return replace(found, z=h + (found.z - found.h), h=h)
     lengths = [max(len(row.ids) for row in fact.rows) * (len(fact.rows) + len(fact.statements) + 1) for fact in facts]
     parts: dict[int, list[Tensor]] = {}
     for group in _groups(lengths, hparams.batch_tokens):
@@ -80,6 +88,17 @@ def optimise_values(
             "Check the model's weights for NaN, or lower v_lr."
         )
     return merged
+
+
+def losses_at(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor) -> Tensor:
+    """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all heads in memory.
+
+    Args:
+        model, layout, facts, hparams: see `optimise_values`.
+        delta: z − h, (facts, d), float32.
+    """
+    optimisation = _Optimisation(model, layout, facts, hparams)
+    return optimisation.loss_at(delta)
 
 
 def _groups(n_tokens: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -166,6 +185,14 @@ class _Optimisation:
             nll=self._nll().to(to),
             steps=torch.ones(len(self.h), dtype=torch.long, device=to),
         )
+
+    def loss_at(self, delta: Tensor) -> Tensor:
+        """The whole loss at a δ, (facts,), on the CPU."""
+        everything = torch.arange(len(self.rows))
+        self._refresh(everything, wants_gradient=False)  # at δ = 0, which the divergence is measured from
+        self.delta = delta.to(self.delta)
+        self._refresh(everything, wants_gradient=False)
+        return self._loss()
 
     def _due(self, is_last: bool) -> Tensor:
         """Rows that must run in this step: those of active facts; before the last step not the settled ones that ran a short while ago."""

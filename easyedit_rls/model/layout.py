@@ -1,5 +1,6 @@
 """Where the modules are that editing needs, found by the names in the settings."""
 
+import copy
 import difflib
 import re
 from dataclasses import dataclass
@@ -105,6 +106,20 @@ def find_layout(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Layout:
             f"{type(model).__name__} takes no position_ids and counts padding as text, so prompts of unlike lengths can't run together."
         )
     return Layout(model, edited, layers, hparams.layers[-1] + 1, layers[hparams.v_loss_layer])
+
+
+def twin(layout: Layout, dtype: torch.dtype) -> Layout:
+    """The same modules in a copy of the model whose parameters have another type.
+
+    Buffers stay as they are: a rotary embedding's frequencies hold positions apart only in float32. Parameters are never held twice
+    in their own type.
+    """
+    copies: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in layout.model.parameters()
+        if parameter.is_floating_point()
+    }
+    return copy.deepcopy(layout, copies)
 
 
 def _layers(model: nn.Module, template: str) -> list[nn.Module]:

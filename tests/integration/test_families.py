@@ -1,5 +1,7 @@
 """Every decoder family: settings are made from the model, the fast path of keys and values equals the plain one, and the edit lands."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,14 +9,14 @@ from easyedit_rls import RLSEditHyperParams, RLSEditor
 from easyedit_rls.errors import LayoutError
 from easyedit_rls.keys import LayerWalk, locate_facts
 from easyedit_rls.model.capture import tap, undisturbed
-from easyedit_rls.model.layout import find_layout
+from easyedit_rls.model.layout import find_layout, twin
 from easyedit_rls.model.prefix import Heads, share_beginnings
 from easyedit_rls.requests import Probe, parse_requests
 from easyedit_rls.scoring import score
-from easyedit_rls.values import optimise_values
+from easyedit_rls.values import losses_at, optimise_values
 from tests import zoo
 from tests.reference import plain_key, plain_value
-from tests.tolerances import PADDING, VALUES
+from tests.tolerances import BFLOAT16, PADDING, VALUES
 
 SETTINGS = {
     "layers": [1, 2],
@@ -126,6 +128,17 @@ def test_values_equal_the_plain_path(located):
         assert int(values.steps[i]) == steps
         assert float((values.z[i] - z).norm() / (z - values.h[i]).norm().clamp(min=1e-6)) < VALUES
         assert float(values.loss[i]) == pytest.approx(loss, rel=VALUES)
+
+
+def test_losses_on_a_copy_in_bfloat16_are_alike(located):
+    """At δ = 0 and few steps on; the copy has the family's own buffers, biases and scales."""
+    model, layout, facts, hp = located
+    with undisturbed(model):
+        low = twin(layout, torch.bfloat16)
+        values = optimise_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
+        for delta in (torch.zeros_like(values.h), values.z - values.h):
+            exact = losses_at(model, layout, facts, hp, delta)
+            torch.testing.assert_close(losses_at(low.model, low, facts, hp, delta), exact, rtol=BFLOAT16, atol=BFLOAT16)
 
 
 def test_heads_run_once_whatever_they_share(located):

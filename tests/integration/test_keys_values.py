@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import easyedit_rls.values
 from easyedit_rls import RLSEditor
 from easyedit_rls.errors import RequestError
 from easyedit_rls.keys import LayerWalk, collect_keys, locate_facts, value_states
@@ -12,10 +13,10 @@ from easyedit_rls.model.capture import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.requests import parse_requests
 from easyedit_rls.tails import Tails
-from easyedit_rls.values import optimise_values
+from easyedit_rls.values import losses_at, optimise_values
 from tests.conftest import FAMILIES
 from tests.reference import hidden_at, plain_key, plain_value
-from tests.tolerances import PADDING, VALUES
+from tests.tolerances import BFLOAT16, PADDING, VALUES
 
 
 @pytest.fixture
@@ -100,6 +101,48 @@ def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settin
     if early_stopping == "off":
         assert lazy < 0.9 * sum(n_rows)
     assert not torch.equal(values.z, full.z)
+
+
+def test_a_copy_in_bfloat16_finds_values_as_good(model, located, settings, monkeypatch):
+    layout, facts = located
+    hp, dtypes = settings(early_stopping="off"), set()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    forward = Tails.forward
+
+    def noting(self, plan, delta):
+        dtypes.add((found := forward(self, plan, delta)).dtype)
+        return found
+
+    with undisturbed(model):
+        plain = optimise_values(model, layout, facts, hp)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tails, "forward", noting)
+            low = optimise_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
+        assert dtypes == {torch.bfloat16}
+        losses = losses_at(model, layout, facts, hp, low.z - low.h)
+        assert torch.equal(low.h, value_states(model, layout, facts, hp.batch_tokens))  # not rounded
+    assert low.z.dtype == torch.float32
+    torch.testing.assert_close(losses, plain.loss, rtol=BFLOAT16, atol=BFLOAT16)
+    torch.testing.assert_close(low.loss, losses, rtol=BFLOAT16, atol=BFLOAT16)
+    assert not torch.equal(low.z, plain.z)
+    assert all(torch.equal(weight, before[name]) and weight.dtype == torch.float32 for name, weight in model.state_dict().items())
+
+
+def test_a_model_of_that_type_already_is_not_copied(family, tok, requests, settings, monkeypatch):
+    hp, model = settings(v_dtype="bfloat16", v_num_grad_steps=2), FAMILIES[family]().bfloat16()
+    monkeypatch.setattr(easyedit_rls.values, "twin", None)
+    facts = locate_facts(tok, parse_requests(requests), hp.context_templates, hp.statements)
+    with undisturbed(model):
+        assert optimise_values(model, find_layout(model, hp), facts, hp).z.isfinite().all()
+
+
+def test_losses_at_a_value_are_those_it_was_found_with(model, located, settings):
+    layout, facts = located
+    hp = settings(early_stopping="argmax")
+    with undisturbed(model):
+        values = optimise_values(model, layout, facts, hp)
+        torch.testing.assert_close(losses_at(model, layout, facts, hp, values.z - values.h), values.loss, rtol=VALUES, atol=VALUES)
+        assert (losses_at(model, layout, facts, hp, torch.zeros_like(values.h)) > values.loss).all()
 
 
 def test_an_editor_takes_its_statements_along(family, tok, requests, settings):

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.forward import chunks, pad, run
-from easyedit_rls.model.layout import find_layout
+from easyedit_rls.model.layout import find_layout, twin
 from easyedit_rls.model.subject import tokenize_answer, tokenize_fact
 from easyedit_rls.model.weights import EditedWeight, fingerprint
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_settings
@@ -211,3 +211,21 @@ def test_slow_tokenizers_are_refused():
 
     with pytest.raises(LayoutError, match="Load the fast tokenizer"):
         tokenize_fact(Slow(), "a ", "b", " c")
+
+
+def test_a_twin_is_a_copy_in_another_type(model, settings):
+    layout = find_layout(model, settings())
+    low = twin(layout, torch.bfloat16)
+    assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in low.model.parameters())
+    ours, theirs = ([name for name, _ in m.named_parameters()] for m in (model, low.model))  # tied ones once
+    assert ours == theirs
+    for (name, buffer), (_, other) in zip(model.named_buffers(), low.model.named_buffers()):
+        assert torch.equal(buffer, other), name
+        assert other.dtype == buffer.dtype
+    for name, parameter in low.model.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).bfloat16()), name
+    within = set(low.model.modules())
+    assert {low.value_layer, low.loss_layer, *low.layers, *(weight.module for weight in low.edited.values())} <= within
+    assert low.value_layer not in set(model.modules())
