@@ -143,7 +143,7 @@ class Tails:
         """Get ready to run rows, as often as one likes."""
         passes = []
         outputs: list[tuple[int, int, float]] = []  # which of the chosen, token, weight
-        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens):
+        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens, self.states[0].dtype):
             numbers = [chosen[k] for k in group]
             wanted = []
             for j, (k, row) in enumerate(zip(group, (self._rows[i] for i in numbers))):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from easyedit_rls.errors import LayoutError
 
 _PASS = 20  # tokens that a pass costs as much as beside its own: small products run at less than full speed
+_PASS_OF_TWO_BYTES = 60  # in types of two bytes, where multiplying takes less time, and getting ready for it as much
 _LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
 
 
@@ -94,16 +95,21 @@ def run(model: PreTrainedModel, batch: Batch, cache: Any = None, use_cache: bool
     return model(input_ids=batch.ids, **kwargs)
 
 
-def chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def chunks(lengths: Sequence[int], max_tokens: int, dtype: torch.dtype = torch.float32) -> Iterator[list[int]]:
     """Cut indices into groups of similar length, so that passes and padding together cost the least, and no padded group holds more than
     `max_tokens`.
 
     A row longer than `max_tokens` makes a group of its own.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: tokens in one pass, at most.
+        dtype: the model's type, which says what a pass costs.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     ends = [k + 1 for k, i in enumerate(order) if k + 1 == len(order) or lengths[order[k + 1]] != lengths[i]]
     start = 0
-    for end in _cuts([lengths[order[end - 1]] for end in ends], ends, max_tokens):
+    for end in _cuts([lengths[order[end - 1]] for end in ends], ends, max_tokens, _PASS if dtype.itemsize > 2 else _PASS_OF_TWO_BYTES):
         most = max(1, max_tokens // max(1, lengths[order[end - 1]]))
         n_parts = math.ceil((end - start) / most)
         places = [start + (end - start) * part // n_parts for part in range(n_parts + 1)]
@@ -111,13 +117,14 @@ def chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         start = end
 
 
-def _cuts(widths: Sequence[int], ends: Sequence[int], max_tokens: int) -> list[int]:
+def _cuts(widths: Sequence[int], ends: Sequence[int], max_tokens: int, price: int) -> list[int]:
     """Where to cut sorted rows, by dynamic programming: of all cuts between rows unlike in length, those of the least cost.
 
     Args:
         widths: the lengths that occur, rising.
         ends: for each, the number of rows up to that length.
         max_tokens: tokens in one pass, at most.
+        price: of a pass, in tokens.
     """
     starts = [0, *ends]
     costs, before = [0.0], [0]
@@ -127,7 +134,7 @@ def _cuts(widths: Sequence[int], ends: Sequence[int], max_tokens: int) -> list[i
             n_rows = ends[k] - starts[j]
             if n_rows >= _LEAST_ROWS or k == len(widths) - 1:
                 tokens = n_rows * width
-                found.append((costs[j] + tokens + _PASS * math.ceil(tokens / max_tokens), j))
+                found.append((costs[j] + tokens + price * math.ceil(tokens / max_tokens), j))
         cost, j = min(found, default=(math.inf, 0))
         costs.append(cost)
         before.append(j)

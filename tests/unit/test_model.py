@@ -152,17 +152,18 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(kind):
     assert run(model, pad([[1, 2]], "left", torch.device("cpu")), cache=cache, use_cache=True) == (cache, {})
 
 
+@pytest.mark.parametrize(("dtype", "price"), [(torch.float32, 20), (torch.bfloat16, 60)])
 @pytest.mark.parametrize("seed", range(20))
-def test_chunks_cost_the_least(seed):
-    """Against every way to cut sorted rows in two or three; a pass counts as 20 tokens."""
+def test_chunks_cost_the_least(seed, dtype, price):
+    """Against every way to cut sorted rows in two or three; a pass counts as so many tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 3 + 2 * seed, (40,), generator=generator).tolist()
     rows = sorted(lengths)
 
     def cost(places: list[int]) -> int:
-        return sum(20 + (end - start) * rows[end - 1] for start, end in pairwise([0, *places, len(rows)]))
+        return sum(price + (end - start) * rows[end - 1] for start, end in pairwise([0, *places, len(rows)]))
 
-    groups = list(chunks(lengths, 10**6))
+    groups = list(chunks(lengths, 10**6, dtype))
     ours = cost([sum(len(group) for group in groups[:k]) for k in range(1, len(groups))])
     few = [
         list(places) for n in range(3) for places in combinations(range(8, len(rows)), n) if all(b - a >= 8 for a, b in pairwise(places))
@@ -226,6 +227,7 @@ def test_a_twin_is_a_copy_in_another_type(model, settings):
         assert other.dtype == buffer.dtype
     for name, parameter in low.model.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name).bfloat16()), name
+    assert (model.config._attn_implementation, low.model.config._attn_implementation) == ("sdpa", "eager")
     within = set(low.model.modules())
     assert {low.value_layer, low.loss_layer, *low.layers, *(weight.module for weight in low.edited.values())} <= within
     assert low.value_layer not in set(model.modules())
