@@ -251,8 +251,8 @@ class RLSEditor:
                     self._take_out(removed)
                     values = self._optimise(facts)
                 clock.append(time.perf_counter())
-                walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens)
-                steps, factors, change.data = self._write(walk, facts, values)
+                walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
+                steps, factors, change.data = self._write(walk, values)
                 edits = tuple(Edit(self.state.history.next_id + row, fact.request, row) for row, fact in enumerate(facts))
                 fact_reports, layer_reports = self._fact_reports(edits, walk, values), self._layer_reports(steps)
                 clock.append(time.perf_counter())
@@ -350,11 +350,11 @@ class RLSEditor:
         return {layer: self._step(layer, W) for layer, W in before.items()}
 
     def _write(
-        self, walk: LayerWalk, facts: Sequence[Fact], values: Values
+        self, walk: LayerWalk, values: Values
     ) -> tuple[dict[int, float], dict[int, float], dict[str, Tensor]]:
         """Write the values into all layers, lowest first; returns the size of each layer's step, γ, and what each was given."""
         hp = self.hparams
-        data = {"importance": torch.tensor([fact.request.importance for fact in facts])}
+        data = {"importance": walk.importance}
         steps, factors = {}, {}
         for i, (layer, weight) in enumerate(self.layout.edited.items()):
             solution, layers_left = self.state.layers[layer], len(hp.layers) - i
@@ -362,7 +362,7 @@ class RLSEditor:
             K = walk.keys(layer).to(W)
             share = walk.needed(layer, (values.z - walk.value_states(layer)) / layers_left)
             V = _targets(K, W, share.to(W), layers_left, hp.targets)
-            factors[layer] = solution.update(K, V, data["importance"], joins_last=True)
+            factors[layer] = solution.update(K, V, walk.importance, joins_last=True)
             weight.write(solution.weight)
             steps[layer] = self._step(layer, W)
             data |= {f"K.{layer}": K, f"V.{layer}": V}
@@ -409,6 +409,7 @@ class RLSEditor:
 def _targets(K: Tensor, W: Tensor, share: Tensor, layers_left: int, kind: str) -> Tensor:
     """Target outputs V of one layer: the old output plus this layer's share of what is missing at the value layer."""
     output = K @ W
+    share = share if K.dim() == 2 else share[:, None]  # a fact's rows all change alike
     if kind == "published":  # the authors' code takes z − h itself for the target output, and shares out what that leaves
         return output + share - output / layers_left
     return output + share

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.linalg import cholesky, information_drift, pack_symmetric, row_major, spd_inverse, symmetrize_, unpack_symmetric
-from easyedit_rls.recursion import prior, probes
+from easyedit_rls.recursion import flat_rows, prior, probes
 from easyedit_rls.revertible import Revertible
 
 _LEAST_FACTOR = 0.5  # one batch never fades the past by more than half
@@ -103,9 +103,9 @@ class ForgettingLeastSquares(Revertible[_Pending]):
         """Fade what came before, then take in one batch of edits. Until the next change, `rollback` undoes it exactly.
 
         Args:
-            K: keys, (u, d_k).
-            V: target outputs, (u, d_v).
-            importance: diagonal of D, (u,), positive; ones if None.
+            K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
+            V: target outputs, (u, d_v) or (u, r, d_v).
+            importance: diagonal of D, (u,) or (u, r), positive; ones if None.
             joins_last: make it part of the change before, so that `rollback` undoes both.
             factor: γ of this batch instead of the object's own rule: to replay a stream.
 
@@ -115,6 +115,7 @@ class ForgettingLeastSquares(Revertible[_Pending]):
         Raises:
             NumericalError: a non-finite input, or an information matrix that is not positive definite. The state is then as before.
         """
+        n_edits = len(K)
         K, V, D = self._checked(K, V, importance)
         if not joins_last:
             self.commit()
@@ -123,7 +124,7 @@ class ForgettingLeastSquares(Revertible[_Pending]):
         gamma, surprise = self.factor if factor is None else factor, self._seen()
         if self.factor is None:
             now = self._surprise_of(K, D, E)
-            surprise = (surprise[0] + now, surprise[1] + len(K))
+            surprise = (surprise[0] + now, surprise[1] + n_edits)
             gamma = self._adapt(now, surprise) if gamma is None else gamma
         step = _Step(K, D, 1.0 if gamma is None else gamma)
         A = self._apply_(self._information(), step)
@@ -131,21 +132,22 @@ class ForgettingLeastSquares(Revertible[_Pending]):
         right = K.T @ (D[:, None] * E) - (1.0 - step.gamma) * (self._P @ (W - self._W_p))
         Z = probes(self._P)
         drift = information_drift(A @ torch.cholesky_solve(Z, L), Z)
-        self._add(step, W + torch.cholesky_solve(right, L), len(K), surprise, drift)
+        self._add(step, W + torch.cholesky_solve(right, L), n_edits, surprise, drift)
         return step.gamma
 
     def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> None:
         """Remove edits from the objective exactly, as if they had never been made.
 
         Args:
-            K: keys that were given to `update`, (u, d_k).
-            V: their target outputs, (u, d_v).
-            importance: what is left of their importances: those given to `update` times every γ since, (u,).
+            K: keys that were given to `update`, (u, d_k) or (u, r, d_k).
+            V: their target outputs, (u, d_v) or (u, r, d_v).
+            importance: what is left of their importances: those given to `update` times every γ since, (u,) or (u, r).
             joins_last: make it part of the change before, so that `rollback` undoes both.
 
         Raises:
             NumericalError: the edits are not in the state (what is left is not positive definite). The state is then as before.
         """
+        n_edits = len(K)
         K, V, D = self._checked(K, V, importance)
         if not joins_last:
             self.commit()
@@ -153,7 +155,7 @@ class ForgettingLeastSquares(Revertible[_Pending]):
         step = _Step(K, -D, 1.0)
         cure = "These edits are not part of the state: give those that were made."
         L = cholesky(self._apply_(self._information(), step), f"Information matrix of {self.name} without the edits", cure)
-        self._add(step, W - torch.cholesky_solve(K.T @ (D[:, None] * (V - K @ W)), L), -len(K), self._seen(), self.drift())
+        self._add(step, W - torch.cholesky_solve(K.T @ (D[:, None] * (V - K @ W)), L), -n_edits, self._seen(), self.drift())
 
     def commit(self) -> None:
         """Make the last change permanent: `rollback` can't undo it any more."""
@@ -199,8 +201,8 @@ class ForgettingLeastSquares(Revertible[_Pending]):
         return state
 
     def _checked(self, K: Tensor, V: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        K, V = row_major(K, self._P), row_major(V, self._P)
-        D = torch.ones(len(K)).to(K) if importance is None else importance.to(K)
+        K, V, D = flat_rows(K, V, torch.ones(K.shape[:-1]) if importance is None else importance)
+        K, V, D = row_major(K, self._P), row_major(V, self._P), D.to(self._P)
         for label, tensor in (("Keys", K), ("Target outputs", V), ("Importances", D)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"{label} of {self.name} hold NaN or infinite entries. Check the model's weights for NaN.")

@@ -12,7 +12,7 @@ from easyedit_rls._version import __version__
 from easyedit_rls.errors import RequestError
 from easyedit_rls.forgetting import ForgettingLeastSquares
 from easyedit_rls.linalg import spd_inverse
-from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.recursion import RecursiveLeastSquares, flat_rows
 from easyedit_rls.requests import EditRequest
 
 Solution: TypeAlias = RecursiveLeastSquares | ForgettingLeastSquares
@@ -47,7 +47,8 @@ class Entry:
         weights: `weights_fingerprint` of the edited weights after it.
         time: when, ISO 8601, UTC.
         version: of this package.
-        data: loads the tensors: ``K.<layer>`` (u, d_k), ``V.<layer>`` (u, d_v), ``importance`` (u,); for 'adopt' ``W.<layer>``.
+        data: loads the tensors: ``K.<layer>`` (u, d_k), ``V.<layer>`` (u, d_v), ``importance`` (u,), or with a dimension more, (u, r, …),
+            where an edit has r rows (setting `keys`); for 'adopt' ``W.<layer>``.
     """
 
     kind: str
@@ -149,7 +150,7 @@ class History:
         """Keys, targets and what is left of the importances of some edits.
 
         Returns:
-            layer -> [K (r, d_k), V (r, d_v), D (r,)], rows in order of the numbers.
+            layer -> [K (u, d_k), V (u, d_v), D (u,)], or with a dimension more (see `Entry.data`), in order of the numbers.
         """
         layers = list(layers)
         by_entry: dict[int, list[int]] = {}
@@ -226,15 +227,15 @@ def rebuild(prior: Solution, current: Solution, history: History, layer: int) ->
     A = spd_inverse(prior.covariance().to(wide), f"Prior covariance of {prior.name}", "Mend the ledger.")
     W_p = prior.weight.to(wide)
     right = torch.zeros_like(W_p)
-    rows = 0
+    n_edits = 0
     for entry in history.entries:
         standing = [edit.edit_id for edit in entry.edits if edit.edit_id in history.live]
         if standing:
-            K, V, D = (tensor.to(wide) for tensor in history.tensors(standing, [layer], prior.weight.device)[layer])
+            K, V, D = flat_rows(*(tensor.to(wide) for tensor in history.tensors(standing, [layer], prior.weight.device)[layer]))
             A.addmm_(K.T, D[:, None] * K)
             right.addmm_(K.T, D[:, None] * (V - K @ W_p))
-            rows += len(K)
+            n_edits += len(standing)
     C = spd_inverse(A, f"Information matrix of {prior.name}", "Raise lambda_reg.")
     is_adopted = any(entry.kind == "adopt" for entry in history.entries)
     W = current.weight if is_adopted else (W_p + C @ right).to(prior.weight.dtype)
-    return RecursiveLeastSquares.assemble(C.to(prior.weight.dtype), W.clone(), A, rows, prior.name)
+    return RecursiveLeastSquares.assemble(C.to(prior.weight.dtype), W.clone(), A, n_edits, prior.name)

@@ -83,6 +83,11 @@ class RLSEditHyperParams:
         "subtracted, as the authors' code does; only to reproduce their figures.",
         "residual",
     )
+    keys: str = _setting(
+        "What becomes of a fact's keys in its context templates: 'mean' makes one row of them, as MEMIT does; with 'each' every one is a "
+        "row of its own, so that all of them are written, in as many times the rows (update, memory and ledger).",
+        "mean",
+    )
     v_momentum: float = _setting(
         "β₁ of Adam on δ. ROME, MEMIT and AlphaEdit have 0.9; with about 0.5 a fact is done in fewer steps, with a shorter δ.", 0.9
     )
@@ -325,6 +330,7 @@ _OBJECTIVE = (
     "stats_dir",
     "context_templates",
     "n_templates",
+    "keys",
     "seed",
     "forgetting_factor",
     "forgetting_memory",
@@ -361,6 +367,7 @@ _CHOICES = {
     "mom2_dtype": ("float32", "float64"),
     "v_dtype": (None, "float32", "bfloat16", "float16"),
     "targets": ("residual", "published"),
+    "keys": ("mean", "each"),
     "values": ("adam", "gradient"),
     "early_stopping": ("argmax", "loss", "off"),
     "on_conflict": ("supersede", "keep", "error"),

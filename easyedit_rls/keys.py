@@ -1,8 +1,10 @@
 """Keys: where a fact sits (MEMIT, Meng et al. 2023, section 4).
 
 The key of a fact at a layer is the input of the MLP's output projection at the subject's last token, averaged over context
-templates: the bare prompt counts half, the templates with a text in front share the other half. Attention is causal, so prompts
-run only up to the subject.
+templates: the bare prompt counts half, the templates with a text in front share the other half. A subject at the very start of a
+text has keys that are far from those it has further on (the first tokens draw attention to themselves; Xiao et al. 2024, arXiv
+2309.17453), and a mean of both is neither: with ``keys: each`` every template's key is a row of its own, with the same shares as
+weights. Attention is causal, so prompts run only up to the subject.
 """
 
 from collections.abc import Sequence
@@ -78,18 +80,30 @@ class LayerWalk:
         layout: its modules.
         facts: tokenised facts.
         batch_tokens: tokens in one pass, at most.
+        keys: 'mean' over a fact's templates, or 'each' template's.
+
+    Attributes:
+        importance: of the rows in the objective, (facts,), or with 'each' (facts, templates): every fact's own, shared out.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int) -> None:
-        self._layout, self._n_templates = layout, len(facts[0].rows)
+    def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int, keys: str = "mean") -> None:
+        self._layout, self._n_templates, self._keys = layout, len(facts[0].rows), keys
+        self.importance = torch.tensor([fact.request.importance for fact in facts])
+        if keys == "each":
+            self.importance = self.importance[:, None] * _shares(self._n_templates)
         rows = [row.ids[: row.subject_last + 1] for fact in facts for row in fact.rows]
         self._all = _Stage(model, layout, rows, batch_tokens)
         self._bare = _Stage(model, layout, rows[:: self._n_templates], batch_tokens)
 
     def keys(self, layer: int) -> Tensor:
-        """Keys at one layer, (facts, d_k), float32. From here on, the layers below it must not change any more."""
+        """Keys at one layer, (facts, d_k), or with 'each' (facts, templates, d_k), float32.
+
+        From here on, the layers below it must not change any more.
+        """
         states = self._all.last_states(self._layout.edited[layer].module, True, layer)
         states = states.reshape(-1, self._n_templates, states.shape[-1])
+        if self._keys == "each":
+            return states
         return states[:, 0] if self._n_templates == 1 else 0.5 * states[:, 0] + 0.5 * states[:, 1:].mean(1)
 
     def value_states(self, layer: int) -> Tensor:
@@ -104,6 +118,13 @@ class LayerWalk:
         """The change of the projection's output that a change of the layer's output, (facts, d), asks for, (facts, d), float32."""
         outlet = self._layout.outlets[layer]
         return outlet.needed(change, None if outlet.norm is None else self._bare.last_states(outlet.norm, True, layer))
+
+
+def _shares(n_templates: int) -> Tensor:
+    """Each template's share of a fact, (templates,): half for the bare prompt, the other half for the others."""
+    if n_templates == 1:
+        return torch.ones(1)
+    return torch.tensor([0.5] + [0.5 / (n_templates - 1)] * (n_templates - 1))
 
 
 def collect_keys(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int) -> Tensor:

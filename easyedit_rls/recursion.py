@@ -135,9 +135,9 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         """Take in one batch of edits. Until the next change, `rollback` undoes it exactly.
 
         Args:
-            K: keys, (u, d_k).
-            V: target outputs, (u, d_v).
-            importance: diagonal of D, (u,), positive; ones if None.
+            K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
+            V: target outputs, (u, d_v) or (u, r, d_v).
+            importance: diagonal of D, (u,) or (u, r), positive; ones if None.
             joins_last: make it part of the change before, so that `rollback` undoes both.
             factor: 1 or None; only `ForgettingLeastSquares` can let older edits fade.
 
@@ -149,6 +149,7 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         """
         if factor not in (None, 1.0):
             raise NumericalError(f"The covariance of {self.name} can't forget (factor {factor}). Set forgetting_factor.")
+        n_edits = len(K)
         K, V, D = self._checked(K, V, importance)
         if not joins_last:
             self.commit()
@@ -156,7 +157,7 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         L = innovation_factor(K, F, D)
         G = torch.linalg.solve_triangular(L, F.T, upper=False).T.contiguous()  # F L^-T
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)  # L^-1 (V − K W)
-        self._add(_Term(G, -1.0), step, K, D)
+        self._add(_Term(G, -1.0), step, K, D, n_edits)
         return 1.0
 
     def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> None:
@@ -165,14 +166,15 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         Until the next change, `rollback` undoes it exactly.
 
         Args:
-            K: keys that were given to `update`, (u, d_k).
-            V: their target outputs, (u, d_v).
-            importance: their importances, (u,); ones if None.
+            K: keys that were given to `update`, (u, d_k) or (u, r, d_k).
+            V: their target outputs, (u, d_v) or (u, r, d_v).
+            importance: their importances, (u,) or (u, r); ones if None.
             joins_last: make it part of the change before, so that `rollback` undoes both.
 
         Raises:
             NumericalError: the edits are not in the state (``D^-1 − K C Kᵀ`` is not positive definite). The state is then as before.
         """
+        n_edits = len(K)
         K, V, D = self._checked(K, V, importance)
         if not joins_last:
             self.commit()
@@ -183,7 +185,7 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         L = cholesky(core, f"Retraction core of {self.name}", cure).to(F)
         H = torch.linalg.solve_triangular(L, F.T, upper=False).T.contiguous()
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)
-        self._add(_Term(H, 1.0), step, K, -D)
+        self._add(_Term(H, 1.0), step, K, -D, -n_edits)
 
     def commit(self) -> None:
         """Make the last change permanent: `rollback` can't undo it any more. C itself is changed on the way through the next update."""
@@ -237,9 +239,9 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         return state
 
     def _checked(self, K: Tensor, V: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs in the state's dtype and memory layout."""
-        K, V = row_major(K, self._C), row_major(V, self._C)
-        D = torch.ones(K.shape[0]).to(self._C) if importance is None else importance.to(self._C)
+        """Inputs in the state's dtype and memory layout, a row each key."""
+        K, V, D = flat_rows(K, V, torch.ones(K.shape[:-1]) if importance is None else importance)
+        K, V, D = row_major(K, self._C), row_major(V, self._C), D.to(self._C)
         for label, tensor in (("Keys", K), ("Target outputs", V), ("Importances", D)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"{label} of {self.name} hold NaN or infinite entries. Check the model's weights for NaN.")
@@ -254,7 +256,7 @@ class RecursiveLeastSquares(Revertible[_Pending]):
             out = torch.addmm(out, G, G.T @ X, alpha=sign)
         return out
 
-    def _add(self, term: _Term, step: Tensor, K: Tensor, D: Tensor) -> None:
+    def _add(self, term: _Term, step: Tensor, K: Tensor, D: Tensor, n_edits: int) -> None:
         """Put ``W ← W − sign · G step`` into the pending change, in the memory of the weight before the last, if there is one."""
         out, self._spare = torch.empty_like(self._W) if self._spare is None else self._spare, None
         W = torch.addmm(self.weight, term.G, step, alpha=-term.sign, out=out)
@@ -262,8 +264,7 @@ class RecursiveLeastSquares(Revertible[_Pending]):
             raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
         before = () if self._pending is None else self._pending.terms
         Y = self._Y if self._pending is None else self._pending.Y
-        n_edits = self.n_edits + (len(K) if term.sign < 0 else -len(K))
-        self._pending = _Pending((*before, term), W, torch.addmm(Y, K.T, D[:, None] * (K @ self._Z)), n_edits)
+        self._pending = _Pending((*before, term), W, torch.addmm(Y, K.T, D[:, None] * (K @ self._Z)), self.n_edits + n_edits)
 
     def _fold(self) -> None:
         """Bring what was committed into C."""
@@ -299,6 +300,11 @@ def prior(
     if anchor_cross is not None:
         W = C @ (W * lambda_reg**2 + anchor_cross.to(A) * mu_reg**2)
     return A, C, W
+
+
+def flat_rows(K: Tensor, V: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, target outputs and importances as (rows, d_k), (rows, d_v), (rows,), however many rows an edit has."""
+    return K.flatten(0, -2), V.flatten(0, -2), D.flatten()
 
 
 def probes(like: Tensor) -> Tensor:

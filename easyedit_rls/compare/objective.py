@@ -49,5 +49,5 @@ def _missed(editor: RLSEditor) -> float:
     total = torch.zeros(())
     for layer, (K, V, D) in history.tensors(history.live, solutions).items():
         W: Tensor = solutions[layer].weight
-        total += (D.to(W)[:, None] * (K.to(W) @ W - V.to(W)).square()).sum().cpu()
+        total += (D.to(W)[..., None] * (K.to(W) @ W - V.to(W)).square()).sum().cpu()
     return float(total)

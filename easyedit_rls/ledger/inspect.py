@@ -107,7 +107,7 @@ def layer_figures(prior: Prior, solution: Solution, history: History, layer: int
     missed = 0.0
     for ids in _chunks(sorted(history.live)):
         K, V, D = (tensor.double() for tensor in history.tensors(ids, [layer])[layer])
-        missed += float((D[:, None] * (K @ W - V).square()).sum())
+        missed += float((D[..., None] * (K @ W - V).square()).sum())
     deviation = float((W - W_0).square().sum())
     A = _prior_information(prior.solution)
     if prior.anchor_energy is None:  # V_0 = K_0 W_0: the quadratic form of what moved

@@ -116,6 +116,23 @@ def test_rollback_and_storage_are_bit_for_bit(problem, data, factor):
     assert torch.equal(other.covariance(), state.covariance())
 
 
+@pytest.mark.parametrize("factor", [0.9, None])
+def test_rows_that_share_an_importance_weigh_and_fade_as_one(factor):
+    from tests.property.test_recursion import Problem
+
+    problem = Problem(0, 12, "both", False, "moments")
+    one, three = forgetting(problem, factor), forgetting(problem, factor)
+    K, V, d = problem.K, problem.V, problem.d
+    for i in range(0, 12, 4):
+        batch = slice(i, i + 4)
+        rows = [tensor[batch, None].expand(-1, 3, *tensor.shape[1:]) for tensor in (K, V, d / 3)]
+        assert three.update(*rows) == pytest.approx(one.update(K[batch], V[batch], d[batch]))
+    three.retract(*(tensor[:1, None].expand(-1, 3, *tensor.shape[1:]) for tensor in (K, V, d / 30)))
+    one.retract(K[:1], V[:1], d[:1] / 10)
+    assert one.n_edits == three.n_edits == 11
+    assert_close(three.weight, one.weight, FLOAT64)
+
+
 def test_faults_change_nothing():
     from tests.property.test_recursion import Problem
 

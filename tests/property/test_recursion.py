@@ -307,6 +307,22 @@ def test_a_stored_state_goes_on_bit_for_bit(problem, data):
     assert (other.n_edits, other.drift()) == (straight.n_edits, straight.drift())
 
 
+def test_an_edit_may_have_several_rows():
+    problem = Problem(0, 12, "both", False, "moments")
+    K, V, d = (tensor.unflatten(0, (4, 3)) for tensor in (problem.K, problem.V, problem.d))
+    state = problem.state()
+    state.update(K[:2], V[:2], d[:2])
+    state.update(K[2:], V[2:], d[2:])
+    assert state.n_edits == 4
+    assert_close(state.weight, problem.solution(), FLOAT64)
+    state.retract(K[1:2], V[1:2], d[1:2])
+    assert state.n_edits == 3
+    assert_close(state.weight, problem.solution([0, 1, 2, *range(6, 12)]), RETRACTION)
+    even = problem.state()
+    even.update(K, V)  # without importances every row counts one
+    assert_close(even.weight, problem.solution(), FLOAT64)
+
+
 def test_the_covariance_form_refuses_to_forget():
     problem = Problem(0, 5, "lambda", False, "moments")
     with pytest.raises(NumericalError, match="can't forget"):

@@ -1,0 +1,111 @@
+"""`keys: each`: every context template's key is a row of its own in the objective, in memory, on disk and when taken back."""
+
+import pytest
+import torch
+
+from easyedit_rls import RLSEditor, StateMismatchError
+from easyedit_rls.history import rebuild
+from easyedit_rls.keys import LayerWalk, locate_facts
+from easyedit_rls.ledger.ledger import latest
+from easyedit_rls.ledger.snapshot import read_prior
+from easyedit_rls.model.capture import tap
+from easyedit_rls.requests import parse_requests
+from tests.conftest import FAMILIES
+from tests.tolerances import FLOAT32
+
+TEMPLATES = ["The well is old. ", "Leaves fall. ", "He said: "]
+
+
+@pytest.fixture
+def each(settings):
+    """Settings with three templates before the prompt, so four rows a fact."""
+    return lambda **changes: settings(**{"context_templates": TEMPLATES, "keys": "each", **changes})
+
+
+@pytest.fixture
+def fresh(family, tok):
+    """Makes an editor of the same unedited model, time and again."""
+    return lambda hp, state_dir=None: RLSEditor(FAMILIES[family](), tok, hp, state_dir=state_dir)
+
+
+def solved(prior, history, layer):
+    """The float64 solution of one layer from its unedited weight, prior covariance and all rows that stand."""
+    K, V, D = (tensor.double() for tensor in history.tensors(history.live, [layer])[layer])
+    K, V, D = K.reshape(-1, K.shape[-1]), V.reshape(-1, V.shape[-1]), D.reshape(-1)
+    W_0, A = prior.unedited.double(), torch.linalg.inv(prior.solution.covariance().double())
+    return W_0, W_0 + torch.linalg.solve(A + K.T @ (D[:, None] * K), K.T @ (D[:, None] * (V - K @ W_0)))
+
+
+def test_rows_are_the_templates_own_keys_and_their_shares_make_the_mean(fresh, tok, requests, each):
+    editor = fresh(each())
+    weighted = [{**request, "importance": 1.0 + i} for i, request in enumerate(requests)]
+    facts = locate_facts(tok, parse_requests(weighted), TEMPLATES)
+    walks = {keys: LayerWalk(editor.model, editor.layout, facts, 10_000, keys) for keys in ("mean", "each")}
+    rows, means = walks["each"].keys(1), walks["mean"].keys(1)
+    assert rows.shape == (len(facts), 4, means.shape[1])
+    assert walks["mean"].importance.tolist() == [1.0, 2.0, 3.0, 4.0]
+    shares = walks["each"].importance
+    torch.testing.assert_close(shares[1], torch.tensor([1.0, 1 / 3, 1 / 3, 1 / 3]))
+    torch.testing.assert_close((shares[..., None] * rows).sum(1) / shares.sum(1, keepdim=True), means)
+    for fact, keys in zip(facts, rows):
+        for row, key in zip(fact.rows, keys):
+            with torch.no_grad(), tap(inputs={"key": editor.layout.edited[1].module}) as seen:
+                editor.model(torch.tensor([row.ids[: row.subject_last + 1]]))
+            torch.testing.assert_close(seen["key"].reshape(-1, key.shape[0])[-1], key, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bare_prompt_and_every_template_are_written(fresh, tok, requests, each):
+    """With a weak prior every row reaches its target, where of the mean only the mean does."""
+    facts = locate_facts(tok, parse_requests(requests), TEMPLATES)
+    misses = {}
+    for keys in ("mean", "each"):
+        editor = fresh(each(mom2_update_weight=0.01, keys=keys))
+        W_0 = editor.layout.edited[1].read()
+        rows, given = (LayerWalk(editor.model, editor.layout, facts, 10_000, how).keys(1) for how in ("each", keys))
+        editor.edit(requests)
+        V = editor.state.history.tensors([1, 2, 3, 4], [1])[1][1]
+        wanted = (V - given @ W_0).reshape(len(facts), -1, V.shape[-1])  # the same for all rows of a fact
+        missed = rows @ (editor.layout.edited[1].read() - W_0) - wanted
+        misses[keys] = float((missed.norm(dim=-1) / wanted.norm(dim=-1)).max())
+    assert misses["each"] < 0.1
+    assert misses["mean"] > 3 * misses["each"]
+
+
+@pytest.mark.parametrize("forgetting_factor", [1.0, "adaptive"])
+def test_the_ledger_keeps_every_row(fresh, requests, each, tmp_path, forgetting_factor):
+    hp = each(forgetting_factor=forgetting_factor)
+    editor = fresh(hp, tmp_path)
+    assert editor.edit(requests[:3]).n_edits == 3
+    editor.edit(requests[3:])
+    editor.retract([2])
+    assert editor.amend(1, {**requests[0], "target_new": "water"}).n_edits == 3
+    assert editor.n_edits == len(editor.state.history.live) == 3
+    for layer, solution in editor.state.layers.items():
+        W_0, exact = solved(read_prior(latest(tmp_path), layer), editor.state.history, layer)
+        assert float((solution.weight - exact).norm() / (exact - W_0).norm()) < 10 * FLOAT32
+
+    resumed = fresh(hp, tmp_path)
+    assert resumed.n_edits == 3
+    for one in (editor, resumed):
+        one.rollback()
+        assert one.n_edits == 3 and 1 in one.state.history.live
+    for layer, solution in editor.state.layers.items():
+        assert torch.equal(solution.weight, resumed.state.layers[layer].weight)
+        assert torch.equal(solution.covariance(), resumed.state.layers[layer].covariance())
+
+
+def test_a_covariance_is_rebuilt_from_every_row(fresh, requests, each, tmp_path):
+    editor = fresh(each(), tmp_path)
+    editor.edit(requests)
+    editor.retract([3])
+    for layer, solution in editor.state.layers.items():
+        again = rebuild(read_prior(latest(tmp_path), layer).solution, solution, editor.state.history, layer)
+        assert again.n_edits == 3
+        torch.testing.assert_close(again.weight, solution.weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(again.covariance(), solution.covariance(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_ledger_of_means_is_not_gone_on_with(fresh, requests, each, tmp_path):
+    fresh(each(keys="mean"), tmp_path).edit(requests[:1])
+    with pytest.raises(StateMismatchError, match="keys: the ledger has 'mean', here it is 'each'"):
+        fresh(each(), tmp_path)
