@@ -349,9 +349,7 @@ class RLSEditor:
             weight.write(self.state.layers[layer].weight)
         return {layer: self._step(layer, W) for layer, W in before.items()}
 
-    def _write(
-        self, walk: LayerWalk, values: Values
-    ) -> tuple[dict[int, float], dict[int, float], dict[str, Tensor]]:
+    def _write(self, walk: LayerWalk, values: Values) -> tuple[dict[int, float], dict[int, float], dict[str, Tensor]]:
         """Write the values into all layers, lowest first; returns the size of each layer's step, γ, and what each was given."""
         hp = self.hparams
         data = {"importance": walk.importance}
