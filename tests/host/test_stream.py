@@ -33,10 +33,10 @@ def test_thirty_edits_are_kept(easyeditor, model_folder, smollm2, tmp_path):
         pytest.skip(f"no records at {PARAREL}")
     benchmarks, facts = REPOSITORY / "benchmarks", tmp_path / "facts.txt"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
-    data = ["--data", str(PARAREL)]
+    data, streams = ["--data", str(PARAREL)], ["--first", "2900", "--streams", "2"]
     write_facts = [sys.executable, str(benchmarks / "facts_text.py"), *data, "--paraphrases", "--out", str(facts)]
     subprocess.run(write_facts, env=environment, check=True)
-    command = [sys.executable, str(benchmarks / "easyedit_stream.py"), "--model", "smollm2-llama", *data, "--first", "2900", "--streams", "2"]
+    command = [sys.executable, str(benchmarks / "easyedit_stream.py"), "--model", "smollm2-llama", *data, *streams]
     command += [part for setting in [f"mom2_dataset={facts}", *SHORT_STREAM] for part in ("--set", setting)]
     done = subprocess.run(command, cwd=model_folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
