@@ -56,9 +56,9 @@ def settings_of(args: argparse.Namespace, changes: Mapping[str, Any] | None = No
     return RLSEditHyperParams.from_dict({**shipped, **(changes or {}), **overrides}, source="--set")
 
 
-def load(folder: str) -> tuple[Any, Any]:
-    """A model in float32, and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+def load(folder: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A model and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -69,7 +69,7 @@ def score_rows(
     members = _share([row.ids[:-1] for row in rows])
     texts, scores = list(members), dict[int, Score]()
     with undisturbed(model), progress_bar(len(rows), desc, "text", show_progress) as bar:
-        for group in chunks([len(text) for text in texts], batch_tokens):
+        for group in chunks([len(text) for text in texts], batch_tokens, model.dtype):
             asked = [(i, r) for r, g in enumerate(group) for i in members[texts[g]]]
             wanted = [(r, at, token) for i, r in asked for at, token in enumerate(rows[i].target, rows[i].target_start - 1)]
             nll, top = _rate(model, [texts[g] for g in group], wanted)
