@@ -19,7 +19,7 @@ from easyedit_rls import (
 )
 from easyedit_rls import editor as editor_module
 from easyedit_rls.anchors import moments as moments_of
-from easyedit_rls.keys import collect_keys, locate_facts, value_states
+from easyedit_rls.keys import LayerWalk, locate_facts, value_states
 from easyedit_rls.recursion import RecursiveLeastSquares
 from easyedit_rls.requests import parse_requests
 
@@ -83,8 +83,9 @@ def test_the_weights_are_the_batch_solution_of_keys_and_targets(model, tok, requ
         assert float((editor.layout.edited[layer].read() - solution).norm() / (solution - W_0[layer]).norm()) < 1e-3
 
 
-def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(model, tok, requests, settings, monkeypatch):
-    hp = settings()
+@pytest.mark.parametrize("keys", ["mean", "each"])
+def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(model, tok, requests, settings, keys, monkeypatch):
+    hp = settings(keys=keys)
     editor = RLSEditor(model, tok, hp)
     facts = locate_facts(tok, parse_requests(requests), hp.context_templates)
     seen = []
@@ -100,8 +101,10 @@ def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(model, tok, 
     monkeypatch.setattr(editor_module, "optimise_values", lambda *args: z.append(real_values(*args)) or z[0])
     editor.edit(requests)
     for layers_left, (K, V, W, h) in zip((2, 1), seen):
-        torch.testing.assert_close(V, K @ W + (z[0].z - h) / layers_left, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(seen[1][0], collect_keys(model, editor.layout, facts, 2, 10_000), rtol=1e-4, atol=1e-4)
+        share = (z[0].z - h) / layers_left
+        torch.testing.assert_close(V, K @ W + (share if keys == "mean" else share[:, None]), rtol=1e-4, atol=1e-4)
+    rows = LayerWalk(model, editor.layout, facts, 10_000, keys).keys(2)
+    torch.testing.assert_close(seen[1][0], rows, rtol=1e-4, atol=1e-4)
 
 
 def test_the_published_targets_miss_by_more(model, tok, requests, settings):
