@@ -16,6 +16,7 @@ from easyedit_rls.model.weights import fingerprint
 
 FORMAT = 1
 _INFORMATION = ("created", "version", "model", "templates", "settings")  # not compared
+_ADDED_LATER = ("nullspace_weight", "nullspace_threshold", "keys")  # settings whose defaults are what there was before them
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Manifest:
         values = json.loads(content)
         if values.get("format") != FORMAT:
             raise LedgerError(f"{where} has format {values.get('format')}; this version reads {FORMAT}. Use the package that wrote it.")
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        before = {f.name: f.default for f in fields(RLSEditHyperParams) if f.name in _ADDED_LATER}
+        return cls(**{f.name: values[f.name] for f in fields(cls)} | {"objective": {**before, **values["objective"]}})
 
     def differences(self, other: "Manifest") -> list[str]:
         """Everything in which another model or other settings differ, one text each."""

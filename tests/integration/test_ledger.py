@@ -15,7 +15,8 @@ from easyedit_rls import AnchorPairs, LedgerError, RequestError, RLSEditor, RLSE
 from easyedit_rls.history import rebuild
 from easyedit_rls.ledger import journal, ledger
 from easyedit_rls.ledger.ledger import journals, latest
-from easyedit_rls.ledger.snapshot import read_history, read_prior, read_state
+from easyedit_rls.ledger.manifest import Manifest
+from easyedit_rls.ledger.snapshot import read_history, read_manifest, read_prior, read_state
 from easyedit_rls.recursion import RecursiveLeastSquares
 from tests.conftest import FAMILIES, tiny_settings
 from tests.tolerances import FLOAT32
@@ -313,6 +314,21 @@ def test_retraction_and_amendment_equal_the_batch_solution(fresh, requests, sett
         exact = W_0 + torch.linalg.solve(A + K.T @ (D[:, None] * K), K.T @ (D[:, None] * (V - K @ W_0)))
         assert float((solution.weight - exact).norm() / (exact - W_0).norm()) < 10 * FLOAT32
         assert editor.layout.edited[layer].holds(solution.weight)
+
+
+def test_settings_that_came_later_are_at_their_defaults_in_older_ledgers(fresh, requests, settings, tmp_path):
+    with fresh(settings(), tmp_path) as editor:
+        editor.edit(requests[:1])
+    manifest = read_manifest(latest(tmp_path))
+    older = json.loads(manifest.encode())
+    for name in ("keys", "nullspace_weight", "nullspace_threshold"):
+        del older["objective"][name]
+    read = Manifest.decode(json.dumps(older).encode(), "manifest.json")
+    assert read.differences(manifest) == []
+    del older["objective"]["mu_reg"]  # there from the first
+    assert Manifest.decode(json.dumps(older).encode(), "manifest.json").differences(manifest) == [
+        f"mu_reg: the ledger has None, here it is {settings().mu_reg!r}"
+    ]
 
 
 def test_unknown_numbers_are_refused(fresh, requests, settings):
