@@ -129,7 +129,8 @@ def rank_update_(
     tensor([[ 0., -2.],
             [-2., -3.]])
     """
-    size = _BLOCK if C.device.type == "cpu" else _DEVICE_BLOCK
+    is_cpu = C.device.type == "cpu"
+    size = _BLOCK if is_cpu else _DEVICE_BLOCK
     out = torch.zeros(len(C), X.shape[1], dtype=C.dtype, device=C.device)
     for i in range(0, len(C), size):
         rows = slice(i, i + size)
@@ -141,7 +142,8 @@ def rank_update_(
             if terms and i == j:
                 symmetrize_(block)
             elif terms:
-                C[columns, rows].copy_(block.T)
+                mirrored = block.contiguous() if is_cpu else block  # columns of C lie far apart: to read them along is twice as slow on a CPU
+                C[columns, rows].copy_(mirrored.T)
             if X.shape[1]:
                 out[rows].addmm_(block, X[columns])
                 if i != j:
