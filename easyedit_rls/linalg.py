@@ -142,8 +142,8 @@ def rank_update_(
             if terms and i == j:
                 symmetrize_(block)
             elif terms:
-                mirrored = block.contiguous() if is_cpu else block  # columns of C lie far apart: to read them along is twice as slow on a CPU
-                C[columns, rows].copy_(mirrored.T)
+                near = block.contiguous() if is_cpu else block  # a CPU takes twice as long to turn what lies far apart in C
+                C[columns, rows].copy_(near.T)
             if X.shape[1]:
                 out[rows].addmm_(block, X[columns])
                 if i != j:
