@@ -6,7 +6,7 @@
 Ours and the peer run in one process, in turns; times are medians with the least and the largest. The peer is the two lines of
 EasyEdit's AlphaEdit that make an update (AlphaEdit_main.py: `P (K Kᵀ + cache) + L2 I`, then `torch.linalg.solve`), written out here
 since they stand in the middle of a long function. The floor is the larger of two times: to move what must be moved (C's lower triangle
-read, all of it written, the weights) at the bandwidth of a large copy, and to multiply what must be multiplied at the rate of a large
+read and written, the weights) at the bandwidth of a large copy, and to multiply what must be multiplied at the rate of a large
 matrix product; both rates are measured here.
 """
 
@@ -111,7 +111,7 @@ def against_alphaedit(d_k: int, d_v: int, u: int, repeats: int, peer_repeats: in
         ours.append(timed(lambda K=K, V=V: state.update(K, V), device))
         print(f"peer: {peer[-1]:.2f} s, ours: {ours[-1]:.2f} s", file=sys.stderr)
     bandwidth, flops = rates(device)
-    moved = 4 * (1.5 * d_k * d_k + 3 * d_k * d_v)  # C's triangle in, all of C out; W in, the new W out and in
+    moved = 4 * (d_k * d_k + 3 * d_k * d_v)  # C's triangle in and out; W in, the new W out and in
     multiplied = u * d_k * d_k + 2 * u * d_k * d_k + 4 * u * d_k * d_v  # G Gᵀ of a triangle; C Kᵀ; K W and G step
     floor = max(moved / bandwidth, multiplied / flops)
     return {

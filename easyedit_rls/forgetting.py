@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError
-from easyedit_rls.linalg import cholesky, information_drift, pack_symmetric, row_major, spd_inverse, symmetrize_, unpack_symmetric
+from easyedit_rls.linalg import cholesky, information_drift, row_major, spd_inverse, symmetrize_
 from easyedit_rls.recursion import flat_rows, prior, probes
 from easyedit_rls.revertible import Revertible
+from easyedit_rls.symmetric import PackedSymmetric
 
 _LEAST_FACTOR = 0.5  # one batch never fades the past by more than half
 _CURE = "Raise lambda_reg, or use more text for the second moments (mom2_n_samples)."
@@ -173,7 +174,8 @@ class ForgettingLeastSquares(Revertible[_Pending]):
     def tensors(self) -> dict[str, Tensor]:
         """The whole state as tensors that `from_tensors` takes, the pending change included; A and P are stored by half."""
         numbers = [self.factor or 0.0, self.memory, *self._surprise, self._drift]
-        stored = {"P": pack_symmetric(self._P), "A": pack_symmetric(self._A), "W_p": self._W_p, "W": self._W}
+        stored = {key: PackedSymmetric.of(M).to_vector() for key, M in (("P", self._P), ("A", self._A))}
+        stored |= {"W_p": self._W_p, "W": self._W}
         stored |= {"n_edits": torch.tensor([self._n_edits]), "numbers": torch.tensor(numbers, dtype=torch.float64)}
         if self._pending is not None:
             stored |= {"pending.W": self._pending.W, "pending.n_edits": torch.tensor([self._pending.n_edits])}
@@ -191,7 +193,7 @@ class ForgettingLeastSquares(Revertible[_Pending]):
         factor, state.memory, *surprise, state._drift = stored["numbers"].tolist()
         state.factor, state._surprise = factor or None, (surprise[0], surprise[1])
         state._W, state._W_p = stored["W"], stored["W_p"]
-        state._P, state._A = (unpack_symmetric(stored[key], len(state._W)) for key in ("P", "A"))
+        state._P, state._A = (PackedSymmetric.from_vector(stored[key], len(state._W)).full() for key in ("P", "A"))
         state._n_edits, state._pending = int(stored["n_edits"]), None
         if "pending.W" in stored:
             n = sum(key.startswith("pending.K.") for key in stored)

@@ -4,16 +4,12 @@ Letters as in RLSEdit (arXiv 2601.15686): ``A`` the information matrix, ``C = A^
 a row, ``D`` importances. Nothing here knows of models or files.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError
 
-_STRIP = 64  # rows of a strip in `pack_symmetric`
-_BLOCK = 512  # rows of a block: measured best of 256 to 2048 at n = 14,336; two float32 blocks are 2 MB
-_DEVICE_BLOCK = 4096  # the same on an accelerator, where each block costs launches
+_BLOCK = 512  # rows of a block that is turned in one piece; two float32 blocks are 2 MB
 
 
 def cholesky(
@@ -102,55 +98,6 @@ def symmetrize_(M: Tensor) -> Tensor:  # shape: (n, n)
     return M
 
 
-def rank_update_(
-    C: Tensor,  # shape: (n, n), symmetric
-    terms: Sequence[tuple[Tensor, float]],  # shape of each: (n, u)
-    X: Tensor,  # shape: (n, m), m may be 0
-) -> Tensor:
-    """``C ← C + Σ sign · G Gᵀ`` in place, and ``C X`` with the new C, in one pass over one triangle of C.
-
-    Block by block: each block below the diagonal is read once, changed, mirrored, and multiplied while it is in the cache. No
-    temporary is larger than a block, C stays exactly symmetric, and the product depends on C's entries alone, whether a change
-    is folded in at the same time or was before.
-
-    Args:
-        C: symmetric; changed in place.
-        terms: pairs (G, sign), sign 1 or -1.
-        X: what to multiply with; no columns cost nothing.
-
-    Returns:
-        ``C X`` for the new C, (n, m).
-
-    >>> C = torch.eye(2)
-    >>> rank_update_(C, [(torch.tensor([[1.0], [2.0]]), -1.0)], torch.tensor([[1.0], [1.0]]))
-    tensor([[-2.],
-            [-5.]])
-    >>> C
-    tensor([[ 0., -2.],
-            [-2., -3.]])
-    """
-    is_cpu = C.device.type == "cpu"
-    size = _BLOCK if is_cpu else _DEVICE_BLOCK
-    out = torch.zeros(len(C), X.shape[1], dtype=C.dtype, device=C.device)
-    for i in range(0, len(C), size):
-        rows = slice(i, i + size)
-        for j in range(0, i + 1, size):
-            columns = slice(j, j + size)
-            block = C[rows, columns]
-            for G, sign in terms:
-                block.addmm_(G[rows], G[columns].T, alpha=sign)
-            if terms and i == j:
-                symmetrize_(block)
-            elif terms:
-                near = block.contiguous() if is_cpu else block  # a CPU takes twice as long to turn what lies far apart in C
-                C[columns, rows].copy_(near.T)
-            if X.shape[1]:
-                out[rows].addmm_(block, X[columns])
-                if i != j:
-                    out[columns].addmm_(block.T, X[rows])
-    return out
-
-
 def row_major(tensor: Tensor, like: Tensor) -> Tensor:
     """A copy in another tensor's dtype and device, laid out row by row: products come out bit for bit whatever the layout was.
 
@@ -158,40 +105,6 @@ def row_major(tensor: Tensor, like: Tensor) -> Tensor:
     (2, 1)
     """
     return tensor.to(like).clone(memory_format=torch.contiguous_format)
-
-
-def pack_symmetric(C: Tensor) -> Tensor:  # shape: (n, n), symmetric
-    """About half of a symmetric matrix: its lower triangle, in strips of 64 rows cut off behind the diagonal block.
-
-    Args:
-        C: exactly symmetric, (n, n).
-
-    Returns:
-        A new vector of n(n + 64)/2 entries at most, from which `unpack_symmetric` makes C again, bit for bit.
-
-    >>> pack_symmetric(torch.eye(2))
-    tensor([1., 0., 0., 1.])
-    """
-    n = len(C)
-    return torch.cat([C[i : i + _STRIP, : i + _STRIP].reshape(-1) for i in range(0, n, _STRIP)])
-
-
-def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
-    """The (n, n) matrix that `pack_symmetric` was given.
-
-    >>> unpack_symmetric(torch.tensor([1.0, 2.0, 2.0, 5.0]), 2)
-    tensor([[1., 2.],
-            [2., 5.]])
-    """
-    C = torch.empty(n, n, dtype=packed.dtype, device=packed.device)
-    start = 0
-    for i in range(0, n, _STRIP):
-        rows, columns = min(_STRIP, n - i), min(i + _STRIP, n)
-        strip = packed[start : start + rows * columns].reshape(rows, columns)
-        C[i : i + rows, :columns] = strip
-        C[:i, i : i + rows] = strip[:, :i].T
-        start += rows * columns
-    return C
 
 
 def innovation_factor(

@@ -24,6 +24,7 @@ Edits leave the objective by the same step with negative weight:
 
 What the last change adds to C, G or H or both, stays *pending* until the next change comes. So the last change can be taken back
 bit for bit, without a second (d_k, d_k) matrix: drop it. It is brought into C in the same pass that makes the next batch's F.
+C is held by half (`symmetric`), and F by its rows, Fᵀ = K C.
 """
 
 from collections.abc import Mapping
@@ -39,14 +40,12 @@ from easyedit_rls.linalg import (
     cholesky,
     information_drift,
     innovation_factor,
-    pack_symmetric,
-    rank_update_,
     row_major,
     spd_inverse,
     symmetrize_,
-    unpack_symmetric,
 )
 from easyedit_rls.revertible import Revertible
+from easyedit_rls.symmetric import PackedSymmetric
 
 N_PROBES = 8
 
@@ -97,12 +96,12 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         name: str = "layer",
     ) -> None:
         A, C, W = prior(W_0, gram, lambda_reg=lambda_reg, mu_reg=mu_reg, anchor_cross=anchor_cross, name=name)
-        self._assemble(C.to(W_0.dtype), W.to(W_0.dtype).clone(), A, 0, name)
+        self._assemble(C, W.to(W_0.dtype).clone(), A, 0, name)
 
     def _assemble(self, C: Tensor, W: Tensor, A: Tensor, n_edits: int, name: str) -> None:
         self.name = name
         self._n_edits = n_edits
-        self._C, self._W, self._Z = C.contiguous(), W.contiguous(), probes(W)
+        self._C, self._W, self._Z = PackedSymmetric.of(C, W.dtype), W.contiguous(), probes(W)
         self._Y = (A @ self._Z.to(A)).to(W.dtype)
         self._pending = None
         self._unfolded: tuple[_Term, ...] = ()  # committed, but not yet in C
@@ -110,11 +109,11 @@ class RecursiveLeastSquares(Revertible[_Pending]):
 
     @classmethod
     def assemble(cls, C: Tensor, W: Tensor, A: Tensor, n_edits: int, name: str) -> "RecursiveLeastSquares":
-        """A state from its parts, which it owns from then on.
+        """A state from its parts; it owns W from then on.
 
         Args:
-            C: covariance, (d_k, d_k), in the state's dtype.
-            W: solution, (d_k, d_v), in the state's dtype.
+            C: covariance, (d_k, d_k), exactly symmetric, in any dtype; not kept.
+            W: solution, (d_k, d_v); its dtype and device are those of the whole state.
             A: information matrix, (d_k, d_k), in any dtype; not kept.
             n_edits: edits that are in it.
             name: of the layer, for messages.
@@ -126,8 +125,8 @@ class RecursiveLeastSquares(Revertible[_Pending]):
     def covariance(self) -> Tensor:
         """C_t as a new (d_k, d_k) tensor."""
         C = self._C.clone()
-        rank_update_(C, self._terms(), C[:, :0])
-        return C
+        C.update_(self._terms())
+        return C.full()
 
     def update(
         self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False, factor: float | None = None
@@ -153,9 +152,9 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         K, V, D = self._checked(K, V, importance)
         if not joins_last:
             self.commit()
-        F = self._times(K.T)
-        L = innovation_factor(K, F, D)
-        G = torch.linalg.solve_triangular(L, F.T, upper=False).T.contiguous()  # F L^-T
+        KC = self._times(K)
+        L = innovation_factor(K, KC.T, D)
+        G = torch.linalg.solve_triangular(L, KC, upper=False).T.contiguous()  # F L^-T
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)  # L^-1 (V − K W)
         self._add(_Term(G, -1.0), step, K, D, n_edits)
         return 1.0
@@ -178,12 +177,12 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         K, V, D = self._checked(K, V, importance)
         if not joins_last:
             self.commit()
-        F = self._times(K.T)
-        core = -symmetrize_(K.to(widest_dtype(K.device)) @ F.to(widest_dtype(K.device)))
+        KC = self._times(K)
+        core = -symmetrize_(K.to(widest_dtype(K.device)) @ KC.T.to(widest_dtype(K.device)))
         core.diagonal().add_(D.to(core).reciprocal())  # SPD exactly if the edits' information is contained in A
         cure = "These edits are not part of the state: give those that were made."
-        L = cholesky(core, f"Retraction core of {self.name}", cure).to(F)
-        H = torch.linalg.solve_triangular(L, F.T, upper=False).T.contiguous()
+        L = cholesky(core, f"Retraction core of {self.name}", cure).to(KC)
+        H = torch.linalg.solve_triangular(L, KC, upper=False).T.contiguous()
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)
         self._add(_Term(H, 1.0), step, K, -D, -n_edits)
 
@@ -202,12 +201,13 @@ class RecursiveLeastSquares(Revertible[_Pending]):
 
     def drift(self) -> float:
         """Relative error of C as the inverse of A, seen through fixed random probes (see `linalg.information_drift`)."""
-        return information_drift(self._times(self._Y if self._pending is None else self._pending.Y), self._Z)
+        Y = self._Y if self._pending is None else self._pending.Y
+        return information_drift(self._times(Y.T).T, self._Z)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state as tensors that `from_tensors` takes, the pending change included; C is stored by half."""
         self._fold()
-        stored = {"C": pack_symmetric(self._C), "W": self._W, "Y": self._Y, "Z": self._Z, "n_edits": torch.tensor([self._n_edits])}
+        stored = {"C": self._C.to_vector(), "W": self._W, "Y": self._Y, "Z": self._Z, "n_edits": torch.tensor([self._n_edits])}
         if self._pending is not None:
             stored |= {"pending.W": self._pending.W, "pending.Y": self._pending.Y, "pending.n_edits": torch.tensor([self._pending.n_edits])}
             for i, term in enumerate(self._pending.terms):
@@ -225,7 +225,7 @@ class RecursiveLeastSquares(Revertible[_Pending]):
         state = cls.__new__(cls)
         state.name = name
         state._W, state._Y, state._Z = stored["W"], stored["Y"], stored["Z"]
-        state._C = unpack_symmetric(stored["C"], len(state._W))
+        state._C = PackedSymmetric.from_vector(stored["C"], len(state._W))
         state._n_edits = int(stored["n_edits"])
         state._pending, state._unfolded, state._spare = None, (), None
         if "pending.W" in stored:
@@ -241,19 +241,19 @@ class RecursiveLeastSquares(Revertible[_Pending]):
     def _checked(self, K: Tensor, V: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs in the state's dtype and memory layout, a row each key."""
         K, V, D = flat_rows(K, V, torch.ones(K.shape[:-1]) if importance is None else importance)
-        K, V, D = row_major(K, self._C), row_major(V, self._C), D.to(self._C)
+        K, V, D = row_major(K, self._W), row_major(V, self._W), D.to(self._W)
         for label, tensor in (("Keys", K), ("Target outputs", V), ("Importances", D)):
             if not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"{label} of {self.name} hold NaN or infinite entries. Check the model's weights for NaN.")
         return K, V, D
 
     def _times(self, X: Tensor) -> Tensor:
-        """``C X`` with the pending change; what was committed is folded into C on the way, in the same pass."""
+        """``X C``, (m, d_k), with the pending change; what was committed is folded into C on the way, in the same pass."""
         with deferred_interrupts():
-            out = rank_update_(self._C, self._unfolded, X)
+            out = self._C.update_(self._unfolded, X)
             self._unfolded = ()
         for G, sign in () if self._pending is None else self._pending.terms:
-            out = torch.addmm(out, G, G.T @ X, alpha=sign)
+            out = torch.addmm(out, X @ G, G.T, alpha=sign)
         return out
 
     def _add(self, term: _Term, step: Tensor, K: Tensor, D: Tensor, n_edits: int) -> None:
@@ -269,7 +269,7 @@ class RecursiveLeastSquares(Revertible[_Pending]):
     def _fold(self) -> None:
         """Bring what was committed into C."""
         with deferred_interrupts():
-            rank_update_(self._C, self._unfolded, self._C[:, :0])
+            self._C.update_(self._unfolded)
             self._unfolded = ()
 
     def _terms(self) -> tuple[_Term, ...]:

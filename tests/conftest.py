@@ -109,6 +109,12 @@ def model(family):
     return FAMILIES[family]()
 
 
+def spoil(solution):
+    """Make a solution's covariance wrong in one entry, by far."""
+    panel = solution._C.panels[0]
+    panel[0, 1] += 10 * panel.abs().max()
+
+
 def tiny_settings(family: str, **changes) -> RLSEditHyperParams:
     """Settings for the tiny models; no text is sampled unless asked for."""
     names = {

@@ -18,7 +18,7 @@ from easyedit_rls.ledger.ledger import journals, latest
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.snapshot import read_history, read_manifest, read_prior, read_state
 from easyedit_rls.recursion import RecursiveLeastSquares
-from tests.conftest import FAMILIES, tiny_settings
+from tests.conftest import FAMILIES, spoil, tiny_settings
 from tests.tolerances import FLOAT32
 
 FORGETTING = [1.0, 0.9, "adaptive"]
@@ -371,7 +371,7 @@ def test_drift_is_mended_from_the_ledger(fresh, requests, settings, tmp_path, ca
     hp = settings()
     editor = fresh(hp, tmp_path)
     editor.edit(requests[:2])
-    editor.state.layers[2]._C[0, 1] += 10 * editor.state.layers[2]._C.abs().max()
+    spoil(editor.state.layers[2])
     editor.edit(requests[2:])
     assert "layer 2 has drifted" in caplog.text
     assert max(solution.drift() for solution in editor.state.layers.values()) < FLOAT32
@@ -387,7 +387,7 @@ def test_drift_is_mended_from_the_ledger(fresh, requests, settings, tmp_path, ca
 def test_without_a_ledger_drift_is_told(fresh, requests, settings):
     editor = fresh(settings())
     editor.edit(requests[:2])
-    editor.state.layers[2]._C[0, 1] += 10 * editor.state.layers[2]._C.abs().max()
+    spoil(editor.state.layers[2])
     with pytest.warns(RLSEditWarning, match="set state_dir"):
         editor.edit(requests[2:])
 
@@ -564,7 +564,7 @@ def stream_in_bfloat16(tok, requests, n_batches):
     for i in range(n_batches):
         editor.edit({**requests[i % 4], "target_new": targets[(i // 4) % 4]})
         if i == 0:
-            priors = {layer: (solution._C.clone(), solution._W.clone()) for layer, solution in editor.state.layers.items()}
+            priors = {layer: (solution._C.full(), solution._W.clone()) for layer, solution in editor.state.layers.items()}
     return editor, priors
 
 

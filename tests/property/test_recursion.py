@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyedit_rls import recursion
 from easyedit_rls.errors import NumericalError, StateMismatchError
 from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.symmetric import PackedSymmetric
 from tests.tolerances import FLOAT32, FLOAT64, LONG_STREAM_FLOAT32, RETRACTION
 
 
@@ -164,13 +164,13 @@ def test_ten_thousand_batches_in_float32(lam, n_0):
 def test_each_downdate_makes_the_covariance_symmetric():
     problem = Problem(5, 8, "both", False, "moments")
     state = problem.state(torch.float32)
-    state._C[0, 1] += 1e-6  # what a matrix product that rounds its two triangles differently would leave
+    state._C.panels[0][0, 1] += 1e-6  # what a matrix product that rounds its two triangles differently would leave
     problem.feed(state, 0, 4)
     C = state.covariance()
     assert torch.equal(C, C.T)
     problem.feed(state, 4, 8)
     state._fold()
-    assert torch.equal(state._C, state._C.T)
+    assert torch.equal(state._C.full(), state._C.full().T)
 
 
 def test_drift_rises_when_the_covariance_is_spoiled():
@@ -180,7 +180,7 @@ def test_drift_rises_when_the_covariance_is_spoiled():
     problem.feed(state, 10, 20)
     sound = state.drift()
     assert sound < 1e-5
-    state._C[2, 3] += 0.05 * state._C.abs().max()
+    state._C.panels[0][2, 3] += 0.05 * state._C.full().abs().max()
     assert state.drift() > 100 * sound
 
 
@@ -219,13 +219,13 @@ def test_an_interrupt_while_folding_leaves_a_whole_state(monkeypatch):
     state, undisturbed = problem.state(), problem.state()
     problem.feed(state, 0, 6)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        real = recursion.rank_update_
+        real = PackedSymmetric.update_
 
         def interrupted(*args):
             os.kill(os.getpid(), signal.SIGINT)
             return real(*args)
 
-        patch.setattr(recursion, "rank_update_", interrupted)
+        patch.setattr(PackedSymmetric, "update_", interrupted)
         problem.feed(state, 6, 12)
     problem.feed(state, 6, 12)
     for part in ((0, 6), (6, 12)):
@@ -235,7 +235,7 @@ def test_an_interrupt_while_folding_leaves_a_whole_state(monkeypatch):
 
 
 def test_a_fold_on_the_way_is_the_same_as_one_before():
-    """Larger than a block, so that mirrored blocks and products from both sides come in."""
+    """Larger than two panels, so that products from both sides come in."""
     g = torch.Generator().manual_seed(0)
     K, V, W_0 = torch.randn(40, 1100, generator=g), torch.randn(40, 3, generator=g), torch.randn(1100, 3, generator=g)
     states = [RecursiveLeastSquares(W_0, None, lambda_reg=3.0, mu_reg=1.0) for _ in range(2)]
