@@ -2,7 +2,8 @@
 
     EASYEDIT_HOME=CHECKOUT python benchmarks/evaluation.py --model models/smollm2-135m-llama --data pararel_dev.json --threads 2
 
-Both score the same prompts by the same rule (rewrite, rephrase, all neighbours) with the same model, and must give the same numbers; in
+Both score the same prompts by the same rule (rewrite, rephrase, all neighbours) with the same model, and must give the same numbers. A turn
+is all records: in one call here, one call a record there, which is all that EasyEdit has. In
 bfloat16 a near tie may fall otherwise where texts run together, and `records_with_another_number` says how often it did. EasyEdit loads a
 model by what its folder is called, so the folder's name must contain the family's, as in smollm2-llama.
 """
@@ -26,7 +27,7 @@ from easyedit_rls.records import read_records
 def main() -> None:
     options = parser(__doc__, "model", "data", "hparams", "first", "count", "threads", count=200, threads=2)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the model (default: %(default)s)")
-    options.add_argument("--block", type=int, default=50, help="records in a turn (default: %(default)s)")
+    options.add_argument("--repeats", type=int, default=3, help="turns (default: %(default)s)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     package = easyeditor()
@@ -35,32 +36,30 @@ def main() -> None:
     model, tok = load(args.model, getattr(torch, args.dtype))
     settings = BuiltinEditor("FT", model, tok, RLSEditHyperParams.from_hparams(args.hparams), []).settings
     seconds: dict[str, list[float]] = {"EasyEdit": [], "edit_quality": [], "evaluate": []}
-    n_unlike = 0
     edit_quality(model, tok, [record.easyedit for record in records[:5]])  # warm
-    for at in range(0, len(records), args.block):
-        block = records[at : at + args.block]
+    for _ in range(args.repeats):
         begun = time.perf_counter()
-        ours = edit_quality(model, tok, [record.easyedit for record in block])
+        ours = edit_quality(model, tok, [record.easyedit for record in records])
         seconds["edit_quality"].append(time.perf_counter() - begun)
         begun = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            theirs = [package.compute_edit_quality(model, settings.model_name, settings, tok, record.easyedit, "cpu") for record in block]
+            theirs = [package.compute_edit_quality(model, settings.model_name, settings, tok, record.easyedit, "cpu") for record in records]
         seconds["EasyEdit"].append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        evaluate(model, tok, [record.request for record in block])
+        evaluate(model, tok, [record.request for record in records])
         seconds["evaluate"].append(time.perf_counter() - begun)
-        for one, other in zip(ours, theirs):
-            parts = [(one[name], other[name]) for name in ("rewrite_acc", "rephrase_acc") if name in one]
-            parts += [(one["locality"][name], other["locality"][name]) for name in one["locality"]]
-            n_unlike += any(a != [type(x)(x) if isinstance(x, list) else float(x) for x in b] for a, b in parts)
         print({name: round(values[-1], 2) for name, values in seconds.items()}, file=sys.stderr)
+    n_unlike = 0
+    for one, other in zip(ours, theirs):
+        parts = [(one[name], other[name]) for name in ("rewrite_acc", "rephrase_acc") if name in one]
+        parts += [(one["locality"][name], other["locality"][name]) for name in one["locality"]]
+        n_unlike += any(a != [type(x)(x) if isinstance(x, list) else float(x) for x in b] for a, b in parts)
     ratios = [a / b for a, b in zip(seconds["EasyEdit"], seconds["edit_quality"])]
     result = {
         "dtype": args.dtype,
         "records": [args.first, args.first + len(records)],
-        "seconds": {name: sum(values) for name, values in seconds.items()},
+        "seconds": {name: spread(values) for name, values in seconds.items()},
         "times_faster": spread(ratios),
-        "times_faster_whole": sum(seconds["EasyEdit"]) / sum(seconds["edit_quality"]),
         "records_with_another_number": n_unlike,
         "versions": versions(),
         "machine": machine(),

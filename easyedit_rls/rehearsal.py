@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.history import Edit, History
 from easyedit_rls.keys import locate_facts
-from easyedit_rls.scoring import score_rows
+from easyedit_rls.scoring import predict_rows
 
 
 def due_edits(history: History, most: int, besides: Collection[int] = ()) -> list[Edit]:
@@ -38,8 +38,8 @@ def lost_edits(model: PreTrainedModel, tok: PreTrainedTokenizerBase, edits: Sequ
         batch_tokens: tokens in one pass, at most.
     """
     rows = [fact.rows[0] for fact in locate_facts(tok, [edit.request for edit in edits], [])]
-    scores = score_rows(model, rows, batch_tokens=batch_tokens, desc="rehearsal", show_progress=False) if rows else []
-    return [edit for edit, score in zip(edits, scores) if not score.is_argmax]
+    predicted = predict_rows(model, rows, batch_tokens=batch_tokens, desc="rehearsal", show_progress=False)
+    return [edit for edit, row, top in zip(edits, rows, predicted) if top != row.target]
 
 
 def _is_newest(history: History, edit: Edit) -> bool:

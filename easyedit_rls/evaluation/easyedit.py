@@ -7,13 +7,14 @@ positions (GPT-2) see them shifted; here they don't.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RequestError
 from easyedit_rls.model.subject import Row
-from easyedit_rls.scoring import Score, score_rows
+from easyedit_rls.scoring import accuracy, predict_rows
 
 _ANSWERED = {"rewrite_acc": ("prompt", "target_new"), "rephrase_acc": ("rephrase_prompt", "target_new")}
 
@@ -45,8 +46,9 @@ def edit_quality(
     """
     asked = [list(_asked(record, i)) for i, record in enumerate(records)]
     rows = [_row(tok, prompt, answer, i) for i, parts in enumerate(asked) for _, _, texts in parts for prompt, answer in texts]
-    scores = iter(score_rows(model, rows, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress))
-    return [_quality(parts, scores) for parts in asked]
+    predicted = predict_rows(model, rows, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)
+    answers = iter(zip(rows, predicted))
+    return [_quality(parts, answers) for parts in asked]
 
 
 def add_locality(before: Sequence[Mapping[str, Any]], after: Sequence[dict[str, Any]]) -> None:
@@ -92,11 +94,11 @@ def _row(tok: PreTrainedTokenizerBase, prompt: str, answer: str, index: int) -> 
     return Row(ids=tuple(ids), subject_last=n_prompt - 1, target_start=n_prompt)
 
 
-def _quality(parts: Sequence[tuple[str, str, list[tuple[str, str]]]], scores: Iterator[Score]) -> dict[str, Any]:
-    """One record's figures, from as many scores as it has prompts."""
+def _quality(parts: Sequence[tuple[str, str, list[tuple[str, str]]]], answers: Iterator[tuple[Row, tuple[int, ...]]]) -> dict[str, Any]:
+    """One record's figures, from as many rows, with the tokens predicted for their targets, as it has prompts."""
     result: dict[str, Any] = {"locality": {}, "portability": {}}
     for section, name, texts in parts:
-        found = [next(scores) for _ in texts]
+        found = list(islice(answers, len(texts)))
         place = result[section] if section else result
-        place[name] = [list(s.predicted) for s in found] if name.endswith("_output") else [s.accuracy for s in found]
+        place[name] = [list(top) if name.endswith("_output") else accuracy(top, row.target) for row, top in found]
     return result
