@@ -45,7 +45,7 @@ def edit_quality(
         RequestError: names the record, the field and the cure.
     """
     asked = [list(_asked(record, i)) for i, record in enumerate(records)]
-    rows = [_row(tok, prompt, answer, i) for i, parts in enumerate(asked) for _, _, texts in parts for prompt, answer in texts]
+    rows = _rows(tok, [(i, prompt, answer) for i, parts in enumerate(asked) for _, _, texts in parts for prompt, answer in texts])
     predicted = predict_rows(model, rows, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)
     answers = iter(zip(rows, predicted))
     return [_quality(parts, answers) for parts in asked]
@@ -87,11 +87,16 @@ def _pairs(prompts: Any, answers: Any, index: int, prompt_field: str, answer_fie
     return list(zip(prompts, answers))
 
 
-def _row(tok: PreTrainedTokenizerBase, prompt: str, answer: str, index: int) -> Row:
-    ids, n_prompt = tok(f"{prompt} {answer}")["input_ids"], len(tok(prompt)["input_ids"])
-    if n_prompt >= len(ids):
-        raise RequestError(f"{answer!r} has no token of its own behind {prompt!r}.", index=index)
-    return Row(ids=tuple(ids), subject_last=n_prompt - 1, target_start=n_prompt)
+def _rows(tok: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, str, str]]) -> list[Row]:
+    """Rows of (number of the record, prompt, answer)."""
+    if not pairs:
+        return []
+    whole = tok([f"{prompt} {answer}" for _, prompt, answer in pairs])["input_ids"]
+    starts = [len(ids) for ids in tok([prompt for _, prompt, _ in pairs])["input_ids"]]
+    for (index, prompt, answer), ids, start in zip(pairs, whole, starts):
+        if start >= len(ids):
+            raise RequestError(f"{answer!r} has no token of its own behind {prompt!r}.", index=index)
+    return [Row(ids=tuple(ids), subject_last=start - 1, target_start=start) for ids, start in zip(whole, starts)]
 
 
 def _quality(parts: Sequence[tuple[str, str, list[tuple[str, str]]]], answers: Iterator[tuple[Row, tuple[int, ...]]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from easyedit_rls.errors import LayoutError
 
 _PASS = 20  # tokens that a pass costs as much as beside its own: small products run at less than full speed
-_PASS_OF_TWO_BYTES = 60  # in types of two bytes, where multiplying takes less time, and getting ready for it as much
+_PASS_OF_TWO_BYTES = 250  # in types of two bytes, where multiplying takes less time, and getting ready for it as much
 _LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
 
 
@@ -43,12 +43,9 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device, after: T
         after: mask of cached tokens that come before these, (rows, cached).
     """
     width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = 1
+    before = [width - len(row) if side == "left" else 0 for row in rows]
+    ids = torch.tensor([[0] * n + [*row] + [0] * (width - n - len(row)) for n, row in zip(before, rows)], dtype=torch.long)
+    mask = torch.tensor([[0] * n + [1] * len(row) + [0] * (width - n - len(row)) for n, row in zip(before, rows)], dtype=torch.long)
     mask = mask.to(device)
     whole = mask if after is None else torch.cat([after, mask], dim=1)
     positions = (whole.cumsum(1) - 1).clamp(min=0)[:, -width:]
