@@ -1,6 +1,6 @@
 """Teacher-forced scores of answers, batched: the one forward pass behind all metrics."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -9,12 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.model.capture import undisturbed
-from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
+from easyedit_rls.model.forward import Batch, chunks, run
 from easyedit_rls.model.subject import Row, tokenize_answer
+from easyedit_rls.model.tree import grow, takes_trees, tree_batch
 from easyedit_rls.progress import progress_bar
 from easyedit_rls.requests import Probe
 
 _Ids = tuple[int, ...]
+
+_WIDTH = 48  # tokens of a row of texts; wider rows share little more, and attention pays for what a token does not see
+_FEW = 8  # texts that aren't worth the two short passes that tell whether a model takes trees
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def score(
 ) -> list[Score]:
     """Score each probe's answer behind its prompt.
 
-    A text that another one begins with is read off that one's pass, so two answers to one prompt often cost one.
+    What texts have in common at their beginnings is run once where the model lets it (`model/tree.py`), so a second answer to a prompt
+    costs its own tokens only.
 
     Args:
         model: the model; logits are computed where an answer stands only.
@@ -99,32 +104,20 @@ def _run_rows(
 ) -> None:
     """Run rows; `take` gets of each pass the numbers of the rows that it answers, logits, (places, vocabulary), and which of these stand
     before each of those rows' target tokens in turn."""
-    device = device_of(model)
-    members = _share([row.ids[:-1] for row in rows])
-    texts = list(members)
+    askers: dict[_Ids, list[int]] = {}
+    for i, row in enumerate(rows):
+        askers.setdefault(row.ids[:-1], []).append(i)
     with undisturbed(model), progress_bar(len(rows), desc, "text", show_progress) as bar:
-        for group in chunks([len(text) for text in texts], batch_tokens, model.dtype):
-            asked = [(i, r) for r, g in enumerate(group) for i in members[texts[g]]]
-            wanted = [(r, rows[i].target_start - 1 + k) for i, r in asked for k in range(len(rows[i].target))]
+        is_packed = len(askers) > _FEW and takes_trees(model, max(map(len, askers)))
+        trees = grow(askers, min(_WIDTH, batch_tokens) if is_packed else 0)
+        for group in chunks([len(tree.ids) for tree in trees], batch_tokens, model.dtype):
+            asked = [(i, r, path) for r, g in enumerate(group) for text, path in trees[g].paths.items() for i in askers[text]]
+            wanted = [(r, path[rows[i].target_start - 1 + k]) for i, r, path in asked for k in range(len(rows[i].target))]
             places = sorted(set(wanted))
             number = {place: n for n, place in enumerate(places)}
-            logits = _logits(model, pad([texts[g] for g in group], "right", device), places)
-            take([i for i, _ in asked], logits, torch.tensor([number[place] for place in wanted], device=logits.device))
+            logits = _logits(model, tree_batch([trees[g] for g in group], model), places)
+            take([i for i, _, _ in asked], logits, torch.tensor([number[place] for place in wanted], device=logits.device))
             bar.update(len(asked))
-
-
-def _share(texts: Iterable[_Ids]) -> dict[_Ids, list[int]]:
-    """Text -> numbers of the texts that are it or its beginning, so that each number stands with one of the longest texts."""
-    numbers: dict[_Ids, list[int]] = {}
-    for i, text in enumerate(texts):
-        numbers.setdefault(text, []).append(i)
-    shared: dict[_Ids, list[int]] = {}
-    longer: _Ids = ()
-    for text in sorted(numbers, reverse=True):  # a text comes straight after those that begin with it
-        if longer[: len(text)] != text:
-            longer = text
-        shared.setdefault(longer, []).extend(numbers[text])
-    return shared
 
 
 def _logits(model: PreTrainedModel, batch: Batch, places: Sequence[tuple[int, int]]) -> Tensor:

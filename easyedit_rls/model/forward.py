@@ -24,7 +24,7 @@ class Batch:
 
     Attributes:
         ids: (rows, length), int64.
-        mask: (rows, length), 1 for real tokens; with a cache, (rows, cached + length).
+        mask: (rows, length), 1 for real tokens; with a cache, (rows, cached + length); or (rows, 1, length, length), what each sees.
         positions: (rows, length), position of each token in its own row.
     """
 
@@ -78,7 +78,7 @@ def run(model: PreTrainedModel, batch: Batch, cache: Any = None, use_cache: bool
     Raises:
         LayoutError: with a cache, rows as long as the model's sliding window, which would count their padding.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    window = window_of(model)
     if cache is not None and window is not None and batch.mask.shape[1] > window:
         raise LayoutError(
             f"A text takes {batch.mask.shape[1]} tokens with its padding; the model's sliding window is {window}. "
@@ -90,6 +90,13 @@ def run(model: PreTrainedModel, batch: Batch, cache: Any = None, use_cache: bool
     if cache is not None:
         kwargs["cache" if _takes(model, "cache") else "past_key_values"] = cache  # transformers 5.24 renamed it
     return model(input_ids=batch.ids, **kwargs)
+
+
+def window_of(model: PreTrainedModel) -> int | None:
+    """How many tokens back a token sees at least, in the layer where that is the fewest; None where it sees all."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window), default=None)
 
 
 def chunks(lengths: Sequence[int], max_tokens: int, dtype: torch.dtype = torch.float32) -> Iterator[list[int]]:

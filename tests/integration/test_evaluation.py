@@ -161,6 +161,19 @@ def test_perplexity_needs_text(model, tok):
         perplexity(model, tok, "")
 
 
+def test_what_texts_begin_with_runs_once(model, tok, monkeypatch):
+    """27 texts of up to nine words, in rows of 48 tokens at most: fewer tokens than there are in all."""
+    seen = []
+    true = scoring.run
+    monkeypatch.setattr(scoring, "run", lambda model, batch: seen.append(batch) or true(model, batch))
+    words = ("bread", "river", "bees")
+    probes = [Probe(f"The slow and wide {a} and the {b}", f"{c} is") for a in words for b in words for c in words]
+    score(model, tok, probes)
+    texts = {tuple(tok(f"{probe.prompt} {probe.answer}")["input_ids"][:-1]) for probe in probes}
+    assert all(batch.mask.ndim == 4 and batch.ids.shape[1] <= 48 for batch in seen)
+    assert sum(batch.ids.numel() for batch in seen) < 0.6 * sum(map(len, texts))
+
+
 def test_answers_share_passes(model, tok, monkeypatch):
     """A text that another one begins with is read off its pass; the scores stay those of one prompt at a time."""
     seen = []

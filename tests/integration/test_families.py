@@ -159,3 +159,21 @@ def test_heads_run_once_whatever_they_share(located):
                     torch.testing.assert_close(whole.keys[i][:, mask[i].bool()], part.keys[0], rtol=0, atol=PADDING)
                     torch.testing.assert_close(whole.values[i][:, mask[i].bool()], part.values[0], rtol=0, atol=PADDING)
     assert sum(n_tokens) < sum(map(len, set(texts)))  # padding and all
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scores_of_many_texts_equal_one_at_a_time(name, attention, tok):
+    """Texts packed as trees, or in rows of their own where a model takes none."""
+    model = zoo.make(name)
+    if attention == "eager":
+        model = type(model)._from_config(model.config, attn_implementation="eager").eval()
+        model.load_state_dict(zoo.make(name).state_dict())
+    elif name == "gemma2":
+        pytest.skip("Gemma 2 caps attention's logits, which PyTorch's can't")
+    subjects = ("bread", "river", "bees")
+    probes = [Probe(f"The slow {a} and the {b}", f"{c} is warm") for a in subjects for b in subjects for c in subjects]
+    probes += [Probe("The slow bread", "is"), Probe("A long text that begins like none of the others, and then goes on and on and on", "b")]
+    for one, probe in zip(score(model, tok, probes, batch_tokens=100), probes):
+        (alone,) = score(model, tok, [probe])
+        assert one.nll == pytest.approx(alone.nll, abs=PADDING, rel=PADDING)
+        assert one.predicted == alone.predicted
