@@ -26,6 +26,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "first": {"type": int, "default": 2000, "help": "first record (default: %(default)s)"},
     "count": {"type": int, "default": 40, "help": "number of records (default: %(default)s)"},
     "batch": {"type": int, "default": 10, "help": "edits a batch (default: %(default)s)"},
+    "device": {"default": "cpu", "help": "cpu, cuda, cuda:1, … (default: %(default)s)"},
     "threads": {"type": int, "default": 1, "help": "default: %(default)s"},
 }
 
@@ -56,9 +57,9 @@ def settings_of(args: argparse.Namespace, changes: Mapping[str, Any] | None = No
     return RLSEditHyperParams.from_dict({**shipped, **(changes or {}), **overrides}, source="--set")
 
 
-def load(folder: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load(folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
     """A model and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -62,7 +62,7 @@ def to_peer(losses: dict[str, list[float]], name: str, count: int) -> float:
 
 
 def main() -> None:
-    options = parser(__doc__, "model", "data", "hparams", "layers", "first", "count", "batch", "threads")
+    options = parser(__doc__, "model", "data", "hparams", "layers", "first", "count", "batch", "device", "threads")
     options.add_argument("--steps", type=int, default=12, help="steps of a value of 'fewer', at most (default: %(default)s)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
@@ -70,7 +70,7 @@ def main() -> None:
     shipped = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
     shipped["layers"] = args.layers or shipped["layers"]
     records = records_of(args)
-    model, tok = load(args.model)
+    model, tok = load(args.model, device=args.device)
     templates = sample_templates(model, tok, 5, shipped["seed"])
     defaults = RLSEditHyperParams.from_dict(shipped)
     theirs = {
@@ -123,7 +123,7 @@ def main() -> None:
         "quality": {name: evaluate(model, tok, records).means() for name, model in models.items()},
         "settings": {name: hparams.to_dict() for name, hparams in settings.items()},
         "versions": versions(),
-        "machine": machine(),
+        "machine": {**machine(), "device": args.device},
     }
     print(json.dumps(result, indent=1))
 

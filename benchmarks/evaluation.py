@@ -37,7 +37,7 @@ def figures(record: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def main() -> None:
-    options = parser(__doc__, "model", "data", "hparams", "first", "count", "threads", count=200, threads=2)
+    options = parser(__doc__, "model", "data", "hparams", "first", "count", "device", "threads", count=200, threads=2)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the model (default: %(default)s)")
     options.add_argument("--repeats", type=int, default=3, help="turns (default: %(default)s)")
     args = options.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
     package = easyeditor()
 
     records = read_records(args.data, args.first, args.count)
-    model, tok = load(args.model, getattr(torch, args.dtype))
+    model, tok = load(args.model, getattr(torch, args.dtype), args.device)
     settings = BuiltinEditor("FT", model, tok, RLSEditHyperParams.from_hparams(args.hparams), []).settings
     seconds: dict[str, list[float]] = {"EasyEdit": [], "edit_quality": [], "evaluate": []}
     edit_quality(model, tok, [record.easyedit for record in records[:5]])  # warm
@@ -55,7 +55,10 @@ def main() -> None:
         seconds["edit_quality"].append(time.perf_counter() - begun)
         begun = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            theirs = [package.compute_edit_quality(model, settings.model_name, settings, tok, record.easyedit, "cpu") for record in records]
+            theirs = [
+                package.compute_edit_quality(model, settings.model_name, settings, tok, record.easyedit, settings.device)
+                for record in records
+            ]
         seconds["EasyEdit"].append(time.perf_counter() - begun)
         begun = time.perf_counter()
         evaluate(model, tok, [record.request for record in records])
@@ -63,7 +66,7 @@ def main() -> None:
         print({name: round(values[-1], 2) for name, values in seconds.items()}, file=sys.stderr)
     unlike = {"EasyEdit's": n_unlike(ours, theirs)}
     if args.dtype != "float32":
-        true = edit_quality(*load(args.model), [record.easyedit for record in records])
+        true = edit_quality(*load(args.model, device=args.device), [record.easyedit for record in records])
         unlike |= {"in float32": n_unlike(ours, true), "EasyEdit's, in float32": n_unlike(theirs, true)}
     ratios = [a / b for a, b in zip(seconds["EasyEdit"], seconds["edit_quality"])]
     result = {
@@ -73,7 +76,7 @@ def main() -> None:
         "times_faster": spread(ratios),
         "records_with_another_number_than": unlike,
         "versions": versions(),
-        "machine": machine(),
+        "machine": {**machine(), "device": args.device},
     }
     print(json.dumps(result, indent=1))
 

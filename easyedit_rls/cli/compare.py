@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyedit_rls.cli.command import command, output_folder
-from easyedit_rls.cli.loading import load_model, settings_for
+from easyedit_rls.cli.loading import choose_device, load_model, settings_for
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
 from easyedit_rls.compare.results import METRICS
@@ -58,7 +58,8 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
     n_records = len(read_records(config.data.file, config.data.first, config.data.count))
     if config.eval.text is not None and not Path(config.eval.text).is_file():
         raise RequestError(f"{config.eval.text} can't be read. Check the path.", field="eval.text")
-    model, tok = load_model(config.model.path)
+    device = choose_device(config.device)
+    model, tok = load_model(config.model.path, config.dtype, device)
     hparams = settings_for(model, config.model.path, config.model.hparams)
     n_templates = hparams.n_templates if config.templates is None else config.templates
     return Plan(
@@ -78,6 +79,8 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         tasks_every=config.eval.tasks_every,
         tasks_limit=config.eval.tasks_limit,
         tasks_folder=config.eval.tasks_folder,
+        device=device,
+        dtype=config.dtype,
         contenders=tuple(Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})}) for name in names),
     )
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from easyedit_rls.cli.command import command, output_folder
-from easyedit_rls.cli.loading import load_model, settings_for
+from easyedit_rls.cli.loading import choose_device, load_model, settings_for
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import evaluate
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
         raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
     requests = [record.request for record in read_records(config.data.file, config.data.first, config.data.count)]
     settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
-    model, tok = load_model(config.model.path, config.dtype)
+    model, tok = load_model(config.model.path, config.dtype, choose_device(config.device))
     hparams = settings_for(model, config.model.path, config.model.hparams).to_dict()
     hparams |= {**settings, **({"state_dir": str(config.state_dir)} if config.state_dir else {})}
     before = evaluate(model, tok, requests, show_progress=True).means()

@@ -14,12 +14,13 @@ from easyedit_rls.hparams import RLSEditHyperParams
 _CURE = "Give a folder that save_pretrained wrote, or a hub name; `easyedit-rls demo-model` writes one to try things on."
 
 
-def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in evaluation mode, and its tokenizer.
 
     Args:
         name: folder or hub name.
         dtype: float32, bfloat16 or float16.
+        device: where the model goes: cpu, cuda, cuda:1, …
 
     Raises:
         LayoutError: there is no such model.
@@ -27,11 +28,39 @@ def load_model(name: str, dtype: str = "float32") -> tuple[PreTrainedModel, PreT
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():  # not a hub name, so don't go looking there
         raise LayoutError(f"There is no folder {Path(name).expanduser().absolute()}. {_CURE}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
         return model, AutoTokenizer.from_pretrained(name)
     except OSError as exc:
         first = str(exc).splitlines()[0]
         raise LayoutError(f"No model can be loaded from {name}: {first} {_CURE}") from exc
+
+
+def choose_device(asked: str | None) -> str:
+    """Name of the device to work on.
+
+    Args:
+        asked: cpu, cuda, cuda:1, …; None takes a GPU where PyTorch sees one.
+
+    Raises:
+        LayoutError: PyTorch sees no such device.
+    """
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is None:
+        return "cuda" if n_gpus else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as exc:
+        raise LayoutError(f"device {asked!r} is none that PyTorch knows. Take cpu, cuda, or one of several: cuda:1.") from exc
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise LayoutError(
+            f"PyTorch sees {n_gpus or 'no'} GPU{'s' * (n_gpus > 1)}, so not {asked}. Take device cpu, or install a build for your GPU."
+        )
+    return asked
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option that `choose_device` reads."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where PyTorch sees one)")
 
 
 def settings_for(model: PreTrainedModel, name: str, hparams: str | None) -> RLSEditHyperParams:

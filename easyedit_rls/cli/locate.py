@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from easyedit_rls.cli.loading import load_model, run_command
+from easyedit_rls.cli.loading import add_device, choose_device, load_model, run_command
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.records import read_records
 from easyedit_rls.tuning.trace import KINDS, PLACES, Trace, trace
@@ -28,13 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=10, help="number of records (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=3, help="noises a fact (default: %(default)s)")
     parser.add_argument("--window", type=int, help="layers put back at once, for MLPs and attentions (default: a fifth of the model's)")
+    add_device(parser)
     parser.add_argument("--out", type=Path, default=Path("outputs/locate"), help="folder to write (default: %(default)s)")
     return run_command(parser, _locate, argv)
 
 
 def _locate(arguments: argparse.Namespace) -> None:
     records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count)]
-    model, tok = load_model(arguments.model)
+    model, tok = load_model(arguments.model, device=choose_device(arguments.device))
     found = trace(model, tok, records, samples=arguments.samples, window=arguments.window, show_progress=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "trace.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")

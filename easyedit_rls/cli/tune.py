@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from easyedit_rls.cli.loading import load_model, run_command, settings_for
+from easyedit_rls.cli.loading import add_device, choose_device, load_model, run_command, settings_for
 from easyedit_rls.errors import RequestError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.progress import progress_bar
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=30, help="at most so many (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=20.0, help="time limit, moments included (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--out", type=Path, default=Path("outputs/tune"), help="folder to write (default: %(default)s)")
     return run_command(parser, _tune, argv)
 
@@ -46,7 +47,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count)]
     text = _text(arguments.text)
     with progress_bar(None, "tuning", "trial", True) as bar:
-        model, tok = load_model(arguments.model)
+        model, tok = load_model(arguments.model, device=choose_device(arguments.device))
         hparams = settings_for(model, arguments.model, arguments.hparams)
         quick = RLSEditHyperParams.from_dict({**hparams.to_dict(), "mom2_tolerance": max(_QUICK_TOLERANCE, hparams.mom2_tolerance)})
         search = Search(model, tok, quick, records, text, batch=arguments.batch, seed=arguments.seed)

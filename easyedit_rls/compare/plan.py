@@ -58,6 +58,8 @@ class Plan:
         tasks_every: batches after which they are run as well, at checkpoints; None for never.
         tasks_limit: documents a task; None for all.
         tasks_folder: tasks of one's own, or None.
+        device: where the editors and the measuring run.
+        dtype: of the model.
         threads: torch's; None leaves it alone.
         contenders: in the order of the tables.
     """
@@ -79,6 +81,8 @@ class Plan:
     tasks_every: int | None = None
     tasks_limit: int | None = None
     tasks_folder: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @property
     def n_batches(self) -> int:

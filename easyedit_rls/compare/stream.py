@@ -45,7 +45,7 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
     records = read_records(plan.data, plan.first, plan.count)
-    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=getattr(torch, plan.dtype)).to(plan.device).eval()
     tok = AutoTokenizer.from_pretrained(plan.model)
     scale = _Measure(plan, model, tok, records)
     with FileLock(folder / f"{UNEDITED}.lock"):

@@ -102,6 +102,8 @@ class BuiltinEditor:
             raise HostError(f"No way is known to compare with '{alg_name}'; known: RLSEdit, {', '.join(BUILTIN)}.")
         package = easyeditor()
         self.alg_name, self.model, self.tok = alg_name, model, tok
+        if tok.pad_token is None:
+            tok.pad_token = tok.eos_token  # as EasyEdit's own paths have it
         self._folder = tempfile.TemporaryDirectory()
         shared = RLSEditHyperParams.from_dict({**hparams.to_dict(), "stats_dir": self._folder.name})
         known = getattr(package, _CLASSES.get(alg_name, f"{alg_name}HyperParams"))
