@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RequestError
 from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
-from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
+from easyedit_rls.model.forward import Batch, chunks, device_of, pad, price_of_pass, run
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.prefix import fork, share_beginnings
 from easyedit_rls.model.subject import Row, tokenize_fact
@@ -167,7 +167,7 @@ class _Stage:
         self._shared = share_beginnings([row[:-1] for row in rows], device)
         rests = rows if self._shared is None else [row[n:] for row, n in zip(rows, self._shared.lengths)]
         self._parts = []
-        for group in chunks([len(rest) for rest in rests], batch_tokens):
+        for group in chunks([len(rest) for rest in rests], batch_tokens, price_of_pass(device)):
             mask, numbers = (None, None) if self._shared is None else (self._shared.mask[group], self._shared.numbers[group])
             self._parts.append(_Part(group, pad([rests[i] for i in group], "left", device, mask), numbers))
         if self._shared is not None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.capture import tap, undisturbed
-from easyedit_rls.model.forward import chunks, device_of, pad, run
+from easyedit_rls.model.forward import chunks, device_of, pad, price_of_pass, run
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.progress import progress_bar
 
@@ -80,8 +80,9 @@ def _keys(
 ) -> Iterable[dict[int, tuple[Tensor, Tensor]]]:
     """For groups of texts: layer -> keys of all tokens (tokens, d_k), and which half of the texts each belongs to, (tokens,)."""
     dtype = getattr(torch, hparams.mom2_dtype)
-    for group in chunks([len(row) for row in rows], hparams.batch_tokens):
-        batch = pad([rows[i] for i in group], "right", device_of(model))
+    device = device_of(model)
+    for group in chunks([len(row) for row in rows], hparams.batch_tokens, price_of_pass(device)):
+        batch = pad([rows[i] for i in group], "right", device)
         with tap(inputs=modules, stop=True) as seen:
             run(model, batch)
         is_token = batch.mask.bool()

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from easyedit_rls.keys import Fact
 from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
-from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
+from easyedit_rls.model.forward import Batch, chunks, device_of, pad, price_of_pass, run
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.prefix import Heads, fork
 
@@ -132,7 +132,7 @@ class Tails:
         self._model, self._layout, self._rows, self._batch_tokens = model, layout, rows, batch_tokens
         self._heads = Heads(model, layout.loss_layer, {row.head for row in rows}, batch_tokens)
         found: dict[int, Tensor] = {}
-        for group in chunks([len(row.tail) for row in rows], batch_tokens):
+        for group in chunks([len(row.tail) for row in rows], batch_tokens, price_of_pass(device_of(model))):
             with record_outputs(layout.lower_layers) as below:
                 self._run(*self._batch(group), layout.value_layer)
             self._forms = [form_of(output) for output in below]
@@ -143,7 +143,8 @@ class Tails:
         """Get ready to run rows, as often as one likes."""
         passes = []
         outputs: list[tuple[int, int, float]] = []  # which of the chosen, token, weight
-        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens, self.states[0].dtype):
+        price = price_of_pass(self.states[0].device, self.states[0].dtype)
+        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens, price):
             numbers = [chosen[k] for k in group]
             wanted = []
             for j, (k, row) in enumerate(zip(group, (self._rows[i] for i in numbers))):

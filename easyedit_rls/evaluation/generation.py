@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.model.capture import undisturbed
-from easyedit_rls.model.forward import chunks, device_of, pad
+from easyedit_rls.model.forward import chunks, device_of, pad, price_of_pass
 from easyedit_rls.progress import progress_bar
 
 _ENDS = (".", "\n")  # EasyEdit's ends of an answer, besides the model's own end token
@@ -122,7 +122,7 @@ def generate(
     random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with undisturbed(model), random, progress_bar(len(rows), desc, "text", show_progress) as bar:
         torch.manual_seed(seed)
-        for group in chunks([len(row) + max_new_tokens for row in rows], batch_tokens):
+        for group in chunks([len(row) + max_new_tokens for row in rows], batch_tokens, price_of_pass(device)):
             batch = pad([rows[i] for i in group], "left", device)
             given: dict[str, Any] = {"tokenizer": tok} if stops else {}
             out = model.generate(batch.ids, attention_mask=batch.mask, generation_config=config, **given)

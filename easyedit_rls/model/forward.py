@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from easyedit_rls.errors import LayoutError
 
 _PASS = 20  # tokens that a pass costs as much as beside its own: small products run at less than full speed
-_PASS_OF_TWO_BYTES = 250  # in types of two bytes, where multiplying takes less time, and getting ready for it as much
+_PASS_OF_FAST_PRODUCTS = 250  # in types of two bytes or on a GPU, where multiplying takes less time, and getting ready for it as much
 _LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
 
 
@@ -99,7 +99,12 @@ def window_of(model: PreTrainedModel) -> int | None:
     return min((window for window in windows if window), default=None)
 
 
-def chunks(lengths: Sequence[int], max_tokens: int, dtype: torch.dtype = torch.float32) -> Iterator[list[int]]:
+def price_of_pass(device: torch.device, dtype: torch.dtype = torch.float32) -> int:
+    """Tokens that a pass costs as much as beside its own. Measured on the CPU; a GPU's is the one of two-byte types, unmeasured."""
+    return _PASS if device.type == "cpu" and dtype.itemsize > 2 else _PASS_OF_FAST_PRODUCTS
+
+
+def chunks(lengths: Sequence[int], max_tokens: int, price: int = _PASS) -> Iterator[list[int]]:
     """Cut indices into groups of similar length, so that passes and padding together cost the least, and no padded group holds more than
     `max_tokens`.
 
@@ -108,12 +113,12 @@ def chunks(lengths: Sequence[int], max_tokens: int, dtype: torch.dtype = torch.f
     Args:
         lengths: tokens of each row.
         max_tokens: tokens in one pass, at most.
-        dtype: the model's type, which says what a pass costs.
+        price: what a pass costs beside its tokens, in tokens; see `price_of_pass`.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     ends = [k + 1 for k, i in enumerate(order) if k + 1 == len(order) or lengths[order[k + 1]] != lengths[i]]
     start = 0
-    for end in _cuts([lengths[order[end - 1]] for end in ends], ends, max_tokens, _PASS if dtype.itemsize > 2 else _PASS_OF_TWO_BYTES):
+    for end in _cuts([lengths[order[end - 1]] for end in ends], ends, max_tokens, price):
         most = max(1, max_tokens // max(1, lengths[order[end - 1]]))
         n_parts = math.ceil((end - start) / most)
         places = [start + (end - start) * part // n_parts for part in range(n_parts + 1)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from easyedit_rls.model.capture import tap
-from easyedit_rls.model.forward import Batch, chunks, device_of, pad, run
+from easyedit_rls.model.forward import Batch, chunks, device_of, pad, price_of_pass, run
 
 _LEAST_SHARED = 5  # tokens; sharing fewer saves little, and rows that differ after them would be kept apart from closer ones
 
@@ -64,7 +64,7 @@ def _run_heads(model: PreTrainedModel, end: nn.Module, heads: Sequence[Sequence[
         with tap(outputs={"end": end}, stop=True):
             run(model, shared.texts, cache=beginnings, use_cache=True)
     parts = []
-    for group in chunks([len(rest) for rest in rests], batch_tokens):
+    for group in chunks([len(rest) for rest in rests], batch_tokens, price_of_pass(device)):
         cache, mask = DynamicCache(config=model.config), None
         if shared is not None:
             cache, mask = fork(beginnings), shared.mask[group]

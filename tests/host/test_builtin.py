@@ -25,6 +25,7 @@ def editor(easyeditor, model_folder, demo_text, tmp_path, is_tied):
     if is_tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     tok = AutoTokenizer.from_pretrained("tiny-llama")
+    tok.pad_token = None  # as many published ones are
     return lambda name, **changes: BuiltinEditor(name, model, tok, hparams, TEMPLATES, {**CHANGES.get(name, {}), **changes}, False)
 
 

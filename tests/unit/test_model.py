@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.model.capture import tap, undisturbed
-from easyedit_rls.model.forward import chunks, pad, run
+from easyedit_rls.model.forward import chunks, pad, price_of_pass, run
 from easyedit_rls.model.layout import find_layout, twin
 from easyedit_rls.model.subject import tokenize_answer, tokenize_fact
 from easyedit_rls.model.weights import EditedWeight, fingerprint
@@ -163,7 +163,8 @@ def test_chunks_cost_the_least(seed, dtype, price):
     def cost(places: list[int]) -> int:
         return sum(price + (end - start) * rows[end - 1] for start, end in pairwise([0, *places, len(rows)]))
 
-    groups = list(chunks(lengths, 10**6, dtype))
+    assert price_of_pass(torch.device("cpu"), dtype) == price
+    groups = list(chunks(lengths, 10**6, price))
     ours = cost([sum(len(group) for group in groups[:k]) for k in range(1, len(groups))])
     few = [
         list(places) for n in range(3) for places in combinations(range(8, len(rows)), n) if all(b - a >= 8 for a, b in pairwise(places))
