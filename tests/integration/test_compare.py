@@ -239,6 +239,21 @@ def test_a_batch_half_written_down(folder, done, monkeypatch, request, broken_of
     assert {**found, "seconds_per_edit": None} == {**wanted, "seconds_per_edit": None}
 
 
+def test_the_model_is_of_the_type_that_was_asked_for(folder, done, monkeypatch, request, tmp_path):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    monkeypatch.chdir(folder)
+    with initialize_config_module("easyedit_rls.conf.streams", version_base=None):
+        given = [argument for argument in ARGUMENTS if not argument.startswith(("alg_name", "settings."))]
+        plan = make_plan(compose("compare", [*given, "dtype=bfloat16", "data.count=2"]), tmp_path)
+    plan.save(tmp_path)
+    types = []
+    edit = OurEditor.edit
+    monkeypatch.setattr(OurEditor, "edit", lambda self, requests: types.append(self.editor.model.dtype) or edit(self, requests))
+    stream.run_contender(tmp_path, plan, plan.contender("RLSEdit"))
+    assert types == [torch.bfloat16]
+    assert (tmp_path / "RLSEdit" / "checkpoint-000002.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

@@ -19,8 +19,8 @@ def test_unasked_a_gpu_where_there_is_one(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("cuda:2", "PyTorch sees 2 GPUs, so not cuda:2"),
-        ("gpu", "'gpu' is none that PyTorch knows. Take cpu, cuda, or one of several: cuda:1"),
+        ("cuda:2", r"PyTorch sees 2 GPUs, so not cuda:2\."),
+        ("gpu", r"'gpu' is none that PyTorch knows\. Take cpu, cuda, or one of several: cuda:1\."),
     ],
 )
 def test_a_device_that_is_not_there_is_told(asked, message, monkeypatch):
@@ -32,5 +32,5 @@ def test_a_device_that_is_not_there_is_told(asked, message, monkeypatch):
 
 def test_without_a_gpu_the_cure_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LayoutError, match="PyTorch sees no GPU, so not cuda. Take device cpu"):
+    with pytest.raises(LayoutError, match=r"PyTorch sees no GPU, so not cuda\. Take device cpu"):
         choose_device("cuda")

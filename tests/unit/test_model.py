@@ -152,6 +152,10 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(kind):
     assert run(model, pad([[1, 2]], "left", torch.device("cpu")), cache=cache, use_cache=True) == (cache, {})
 
 
+def test_where_products_are_fast_a_pass_costs_more_of_them():
+    assert price_of_pass(torch.device("cuda")) == price_of_pass(torch.device("cpu"), torch.float16) > price_of_pass(torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("dtype", "price"), [(torch.float32, 20), (torch.bfloat16, 250)])
 @pytest.mark.parametrize("seed", range(20))
 def test_chunks_cost_the_least(seed, dtype, price):
