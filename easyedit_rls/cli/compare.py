@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from easyedit_rls.cli.command import command, output_folder
-from easyedit_rls.cli.loading import choose_device, load_model, settings_for
+from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
 from easyedit_rls.compare.results import METRICS
 from easyedit_rls.compare.run import run_all
+from easyedit_rls.devices import choose_device
 from easyedit_rls.errors import HyperParamsError, RequestError
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.records import read_records
@@ -34,7 +35,10 @@ def main(config: DictConfig) -> None:
     run_all(out, plan, jobs=config.jobs)
     result = write_report(out, plan)
     shown = [name for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "exact") if name in result["unedited"]]
-    figures = Table("", *(METRICS[name] for name in shown), "perplexity", "s an edit", title=f"{plan.count} edits, measured after the last")
+    figures = Table(title=f"{plan.count} edits, measured after the last")
+    figures.add_column("", no_wrap=True)
+    for title in (*(METRICS[name] for name in shown), "perplexity", "s an edit"):
+        figures.add_column(title, overflow="fold")
     for name, found in {"unedited": result["unedited"], **result["contenders"]}.items():
         means = [f"{found[metric]['mean']:.3f}" for metric in shown]
         figures.add_row(name, *means, *(f"{found[key]:.2f}" if key in found else "" for key in ("perplexity", "seconds_per_edit")))

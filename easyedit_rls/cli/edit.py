@@ -9,7 +9,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from easyedit_rls.cli.command import command, output_folder
-from easyedit_rls.cli.loading import choose_device, load_model, settings_for
+from easyedit_rls.cli.loading import load_model, settings_for
+from easyedit_rls.devices import choose_device
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import evaluate

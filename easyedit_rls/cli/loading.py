@@ -20,7 +20,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
     Args:
         name: folder or hub name.
         dtype: float32, bfloat16 or float16.
-        device: where the model goes: cpu, cuda, cuda:1, …
+        device: where the model goes; see `choose_device`.
 
     Raises:
         LayoutError: there is no such model.
@@ -33,34 +33,6 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
     except OSError as exc:
         first = str(exc).splitlines()[0]
         raise LayoutError(f"No model can be loaded from {name}: {first} {_CURE}") from exc
-
-
-def choose_device(asked: str | None) -> str:
-    """Name of the device to work on.
-
-    Args:
-        asked: cpu, cuda, cuda:1, …; None takes a GPU where PyTorch sees one.
-
-    Raises:
-        LayoutError: PyTorch sees no such device.
-    """
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked is None:
-        return "cuda" if n_gpus else "cpu"
-    try:
-        device = torch.device(asked)
-    except RuntimeError as exc:
-        raise LayoutError(f"device {asked!r} is none that PyTorch knows. Take cpu, cuda, or one of several: cuda:1.") from exc
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise LayoutError(
-            f"PyTorch sees {n_gpus or 'no'} GPU{'s' * (n_gpus > 1)}, so not {asked}. Take device cpu, or install a build for your GPU."
-        )
-    return asked
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """The option that `choose_device` reads."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: a GPU where PyTorch sees one)")
 
 
 def settings_for(model: PreTrainedModel, name: str, hparams: str | None) -> RLSEditHyperParams:

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from easyedit_rls.cli.loading import add_device, choose_device, load_model, run_command
+from easyedit_rls.cli.loading import load_model, run_command
+from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.records import read_records
 from easyedit_rls.tuning.trace import KINDS, PLACES, Trace, trace

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from easyedit_rls.cli.loading import add_device, choose_device, load_model, run_command, settings_for
+from easyedit_rls.cli.loading import load_model, run_command, settings_for
+from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RequestError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.progress import progress_bar

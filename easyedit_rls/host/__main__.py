@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.host.moments import write_moments
 from easyedit_rls.host.scripts import run_script
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     files.add_argument("--text", metavar="SOURCE", help="self, a .txt file or a data set, instead of the settings' mom2_dataset")
     files.add_argument("--dataset", metavar="NAME", help="the mom2_dataset that the other editors' settings name, e.g. wikipedia")
     files.add_argument("--stats_dir", metavar="FOLDER", help="where EasyEdit keeps its moments, instead of the settings' stats_dir")
+    add_device(files)
     args = parser.parse_args(argv)
     try:
         if args.command == "run":
@@ -51,7 +53,7 @@ def _moments(args: argparse.Namespace) -> None:
     given = {"model_name": args.model, "mom2_dataset": args.text, "stats_dir": args.stats_dir}
     settings = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
     hparams = RLSEditHyperParams.from_dict({**settings, **{name: value for name, value in given.items() if value is not None}})
-    model = AutoModelForCausalLM.from_pretrained(hparams.model_name, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(hparams.model_name, dtype="float32").to(choose_device(args.device))
     tok = AutoTokenizer.from_pretrained(hparams.model_name)
     for path in write_moments(model, tok, hparams, dataset=args.dataset):
         sys.stdout.write(f"{path}\n")
