@@ -1,8 +1,12 @@
 """How a function becomes a command: hydra reads its settings, our own errors end it with one line."""
 
+import contextlib
 import functools
+import importlib.resources
+import io
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,49 @@ def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[C
                 sys.exit(f"easyedit-rls: {exc}")
 
         main: Callable[[], Any] = hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=config_name)(guarded)
-        return main
+
+        @functools.wraps(function)
+        def run() -> Any:
+            if "--help" not in sys.argv:
+                return main()
+            shown = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(shown):
+                    return main()  # hydra shows its help and exits
+            finally:
+                print(annotated(shown.getvalue(), _comments(package, config_name)), end="")
+
+        return run
 
     return decorate
+
+
+def annotated(text: str, comments: Mapping[str, str]) -> str:
+    """Put each setting's comment behind it, which hydra leaves out when it shows a config.
+
+    >>> print(annotated("data:\\n  first: 0\\nout: here\\n", {"data.first": "first record", "first": "no", "out": "folder"}), end="")
+    data:
+      first: 0  # first record
+    out: here  # folder
+    """
+    lines, section = [], ""
+    for line in text.splitlines():
+        found = re.match(r"( {0,2})(\w+):", line)
+        if found and not found[1]:
+            section = found[2]
+        comment = comments.get(f"{section}.{found[2]}" if found[1] else found[2]) if found else None
+        lines.append(f"{line}  # {comment}\n" if comment else f"{line}\n")
+    return "".join(lines)
+
+
+def _comments(package: str, config_name: str) -> dict[str, str]:
+    """Setting -> what its file says of it; those of groups by group and name."""
+    folder = importlib.resources.files(package)
+    files = [("", folder / f"{config_name}.yaml")]
+    files += [(f"{group.name}.", file) for group in folder.iterdir() if group.is_dir() for file in group.iterdir()]
+    found: dict[str, str] = {}
+    for prefix, file in files:
+        if file.name.endswith(".yaml"):
+            for name, comment in re.findall(r"^(\w+):.*?\s# (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE):
+                found.setdefault(prefix + name, comment)
+    return found

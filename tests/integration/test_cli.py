@@ -85,6 +85,21 @@ def test_help_teaches(tmp_path, command):
     assert "name=value" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("demo", "batches: 4  # how many sequential batches the facts are cut into"),
+        ("compare", "  every: 2  # batches between two checkpoints"),
+        ("compare", "device: null  # cpu, cuda, cuda:1, ...; null takes a GPU where PyTorch sees one"),
+        ("edit", "  first: 0  # how many to leave out at the beginning"),
+    ],
+)
+def test_help_says_what_each_setting_is(tmp_path, command, line):
+    done = run(command, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert line in done.stdout.splitlines()
+
+
 def test_usage(capsys):
     assert main(["--help"]) == 0
     assert "demo-model" in capsys.readouterr().out
