@@ -100,11 +100,12 @@ def tree_batch(trees: Sequence[Tree], model: PreTrainedModel) -> Batch:
 def takes_trees(model: PreTrainedModel, longest: int) -> bool:
     """Whether a model scores texts of up to `longest` tokens in trees as it does in rows of their own, seen in two passes of a few tokens.
 
-    Models that can't be told positions don't, nor do those that look back by other means than attention. Where a window would cut a
-    text off, the mask would say otherwise, so these don't either.
+    Models that can't be told positions don't, nor do those that look back by other means than attention, or by kernels that know
+    padding only (FlashAttention). Where a window would cut a text off, the mask would say otherwise, so these don't either.
     """
     window = window_of(model)
-    if not takes_positions(model) or (window is not None and longest > window):
+    knows_masks = model.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+    if not knows_masks or not takes_positions(model) or (window is not None and longest > window):
         return False
     texts = [(1, 2, 3, 4, 5), (1, 2, 3, 6), (7, 2, 3)]
     trees, rows = grow(texts, 16), grow(texts, 0)

@@ -77,6 +77,13 @@ def test_recurrence_is_seen(monkeypatch):
     assert not takes_trees(model, 20)
 
 
+def test_kernels_that_know_padding_only_are_not_tried(monkeypatch):
+    model = zoo.make("llama")
+    monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+    monkeypatch.setattr(model, "forward", lambda position_ids=None, **rest: pytest.fail("tried"))
+    assert not takes_trees(model, 20)
+
+
 def test_a_mask_that_is_refused_is_no_error(monkeypatch, caplog):
     model = zoo.make("llama")
     true = model.forward
