@@ -63,7 +63,7 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
     if config.eval.text is not None and not Path(config.eval.text).is_file():
         raise RequestError(f"{config.eval.text} can't be read. Check the path.", field="eval.text")
     device = choose_device(config.device)
-    model, tok = load_model(config.model.path, config.dtype, device)
+    model, tok = load_model(config.model.path, config.dtype)  # off the GPU, whose memory the editors' processes need
     hparams = settings_for(model, config.model.path, config.model.hparams)
     n_templates = hparams.n_templates if config.templates is None else config.templates
     return Plan(
