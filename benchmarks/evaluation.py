@@ -46,6 +46,7 @@ def main() -> None:
 
     records = read_records(args.data, args.first, args.count)
     model, tok = load(args.model, getattr(torch, args.dtype), args.device)
+    tok.pad_token = tok.pad_token or tok.eos_token  # as EasyEdit's own paths have it
     settings = BuiltinEditor("FT", model, tok, RLSEditHyperParams.from_hparams(args.hparams), []).settings
     seconds: dict[str, list[float]] = {"EasyEdit": [], "edit_quality": [], "evaluate": []}
     edit_quality(model, tok, [record.easyedit for record in records[:5]])  # warm

@@ -2,6 +2,7 @@
 
 import re
 
+from easyedit_rls.beginnings import n_shared
 from easyedit_rls.errors import RequestError
 
 _WORD = re.compile(r"\w+(?:[-'’.&/]\w+)*")
@@ -51,7 +52,7 @@ def find_subject(prompt: str, rewording: str) -> str:
     spans: list[tuple[int, int]] = []
     for i in range(first, len(texts)):
         if _NAME.search(texts[i]) and not (spans and i < spans[-1][1]):
-            length = max(_shared(texts[i:], others[j:]) for j in range(len(others) + 1))
+            length = max(n_shared([texts[i:], others[j:]]) for j in range(len(others) + 1))
             named = [k for k in range(i, i + length) if _NAME.search(texts[k])]
             if named:
                 spans.append((i, named[-1] + 1))
@@ -61,11 +62,6 @@ def find_subject(prompt: str, rewording: str) -> str:
         what = f"several names, {', '.join(map(repr, names))}" if names else "no name"
         raise RequestError(f"is missing, and {prompt!r} shares {what} with its rewording {rewording!r}. Add the subject.", field="subject")
     return names[0]
-
-
-def _shared(these: list[str], those: list[str]) -> int:
-    """How many words both lists begin with."""
-    return next((n for n, (a, b) in enumerate(zip(these, those)) if a != b), min(len(these), len(those)))
 
 
 def _plain(word: re.Match[str]) -> str:

@@ -7,3 +7,4 @@ LONG_STREAM_FLOAT32 = 1e-3  # relative; 10,000 batches in float32
 PADDING = 1e-5  # absolute, on states of order 1: other padding means another order of summation
 VALUES = 2e-3  # relative; 20 Adam steps turn rounding of 1e-7 into this, Adam divides by small gradients
 BFLOAT16 = 0.05  # nats and relative; losses of a model in bfloat16, whose numbers have 8 bits
+TWO_DEVICES = 0.04  # relative; values found on two devices part as in VALUES, and the next batch starts from what the first left

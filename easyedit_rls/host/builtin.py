@@ -77,7 +77,8 @@ class BuiltinEditor:
     Args:
         alg_name: one of `BUILTIN`.
         model: the unedited model.
-        tok: its tokenizer; its padding side is set during an edit as EasyEdit's own paths set it, and put back.
+        tok: its tokenizer; its padding side, and a pad token where it has none, are set during an edit as EasyEdit's own paths set
+            them, and put back.
         hparams: RLSEdit's settings: layers, module names, value optimisation, moments.
         templates: texts to put before each prompt, besides the bare prompt.
         settings: what shall differ from the settings made of these.
@@ -102,8 +103,6 @@ class BuiltinEditor:
             raise HostError(f"No way is known to compare with '{alg_name}'; known: RLSEdit, {', '.join(BUILTIN)}.")
         package = easyeditor()
         self.alg_name, self.model, self.tok = alg_name, model, tok
-        if tok.pad_token is None:
-            tok.pad_token = tok.eos_token  # as EasyEdit's own paths have it
         self._folder = tempfile.TemporaryDirectory()
         shared = RLSEditHyperParams.from_dict({**hparams.to_dict(), "stats_dir": self._folder.name})
         known = getattr(package, _CLASSES.get(alg_name, f"{alg_name}HyperParams"))
@@ -173,12 +172,13 @@ class BuiltinEditor:
 
     @contextlib.contextmanager
     def _padding(self) -> Iterator[None]:
-        before = self.tok.padding_side
+        before = self.tok.padding_side, self.tok.pad_token
         self.tok.padding_side = "left" if self.alg_name in ("FT", "ULTRAEDIT") else "right"
+        self.tok.pad_token = self.tok.pad_token or self.tok.eos_token
         try:
             yield
         finally:
-            self.tok.padding_side = before
+            self.tok.padding_side, self.tok.pad_token = before
 
 
 def _settings(alg_name: str, known: type, model: PreTrainedModel, hp: RLSEditHyperParams, changes: Mapping[str, Any]) -> Any:

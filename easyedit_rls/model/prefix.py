@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from easyedit_rls.beginnings import n_shared
 from easyedit_rls.model.capture import tap
 from easyedit_rls.model.forward import Batch, chunks, device_of, pad, price_of_pass, run
 
@@ -130,7 +130,7 @@ def share_beginnings(rows: Sequence[Sequence[int]], device: torch.device) -> Sha
     texts: list[Sequence[int]] = []
     for family in families.values():
         if len(family) > 1:
-            same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(rows[i] for i in family))))
+            same = n_shared(rows[i] for i in family)
             for i in family:
                 lengths[i], numbers[i] = same, len(texts)
             texts.append(rows[family[0]][:same])

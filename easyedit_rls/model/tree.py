@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from easyedit_rls.beginnings import n_shared
 from easyedit_rls.model.forward import Batch, device_of, pad, run, takes_positions, window_of
 
 _log = logging.getLogger(__name__)
@@ -66,11 +67,11 @@ def grow(texts: Collection[_Ids], width: int) -> list[Tree]:
     before: _Ids = ()
     path: list[int] = []
     for text in sorted(set(texts), reverse=True):  # a text comes straight after those that begin with it, and near those that begin alike
-        n_shared = _n_shared(before, text)
-        if not trees or len(trees[-1].ids) + len(text) - n_shared > max(width, len(trees[-1].ids)):
+        shared = n_shared([before, text])
+        if not trees or len(trees[-1].ids) + len(text) - shared > max(width, len(trees[-1].ids)):
             trees.append(Tree())
-            n_shared = 0
-        path = trees[-1].add(text, path[:n_shared])
+            shared = 0
+        path = trees[-1].add(text, path[:shared])
         before = text
     return trees
 
@@ -108,27 +109,16 @@ def takes_trees(model: PreTrainedModel, longest: int) -> bool:
     if not knows_masks or not takes_positions(model) or (window is not None and longest > window):
         return False
     texts = [(1, 2, 3, 4, 5), (1, 2, 3, 6), (7, 2, 3)]
-    trees, rows = grow(texts, 16), grow(texts, 0)
+    (tree,) = grow(texts, 16)
     with torch.no_grad():
         try:
-            packed = run(model, tree_batch(trees, model)).logits[0]
+            packed = run(model, tree_batch([tree], model)).logits[0, [tree.paths[text][-1] for text in texts]].float()
         except (RuntimeError, TypeError, ValueError, IndexError) as refusal:  # what models raise at a mask of a shape they don't know
             _log.info("texts run in rows of their own, the model takes no mask for trees: %s", refusal)
             return False
-        alone = run(model, tree_batch(rows, model)).logits
-    ends = torch.stack([packed[trees[0].paths[text][-1]] for text in texts]).float()
-    true = torch.stack([alone[r, row.paths[text][-1]] for r, row in enumerate(rows) for text in row.paths]).float()
-    order = [text for row in rows for text in row.paths]
-    true = true[[order.index(text) for text in texts]]
-    return torch.allclose(ends, true, rtol=0.0, atol=max(1e-4, 4 * torch.finfo(model.dtype).eps) * float(true.abs().max()))
-
-
-def _n_shared(one: _Ids, other: _Ids) -> int:
-    """Length of the common beginning."""
-    for n, (a, b) in enumerate(zip(one, other)):
-        if a != b:
-            return n
-    return min(len(one), len(other))
+        rows = run(model, pad(texts, "right", device_of(model))).logits
+    alone = rows[range(len(texts)), [len(text) - 1 for text in texts]].float()
+    return torch.allclose(packed, alone, rtol=0.0, atol=max(1e-4, 4 * torch.finfo(model.dtype).eps) * float(alone.abs().max()))
 
 
 def _in_its_form(allowed: Tensor, model: PreTrainedModel) -> Tensor:

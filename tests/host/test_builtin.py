@@ -49,7 +49,7 @@ def test_each_edits_its_layers_and_nothing_else(editor, alg_name):
         one.settings.inner_params if alg_name == "ULTRAEDIT" else [one.settings.rewrite_module_tmp.format(n) for n in one.settings.layers]
     )
     assert changed == {f"{layer}.weight" for layer in layers}
-    assert one.tok.padding_side == side
+    assert (one.tok.padding_side, one.tok.pad_token) == (side, None)
     assert sum(s.nll for s in score(one.model, one.tok, probes)) < sum(s.nll for s in old)
 
 
