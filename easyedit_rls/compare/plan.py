@@ -118,12 +118,10 @@ class Plan:
 
     def _others_of(self, planned: "Plan", folder: Path) -> list[dict[str, Any]]:
         """The contenders of an earlier plan that aren't among these, if it is otherwise the same."""
-        names = {contender.name for contender in self.contenders}
-        old, new = asdict(planned), asdict(self)
-        others = [c for c in old["contenders"] if c["name"] not in names]
-        old["contenders"] = [c for c in old["contenders"] if c["name"] in names]
-        new["contenders"] = [c for c in new["contenders"] if c["name"] in {o["name"] for o in old["contenders"]}]
-        old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+        old, new = (json.loads(json.dumps(asdict(plan))) for plan in (planned, self))
+        was, now = ({contender["name"]: contender for contender in plan["contenders"]} for plan in (old, new))
+        others = [contender for name, contender in was.items() if name not in now]
+        old["contenders"], new["contenders"] = ({name: plan[name] for name in was if name in now} for plan in (was, now))  # in any order
         if differences := [name for name in new if old[name] != new[name]]:
             raise HyperParamsError(
                 f"{folder} holds results of another comparison; different: {', '.join(differences)}. "

@@ -155,6 +155,13 @@ def test_the_page_needs_no_network(tmp_path, monkeypatch):
     assert {"results.json", "table.md", "table.csv", "report.html", "figures"} == {path.name for path in tmp_path.iterdir()}
 
 
+def test_contenders_may_be_named_in_any_order(tmp_path):
+    PLAN.save(tmp_path)
+    replace(PLAN, contenders=PLAN.contenders[1:]).save(tmp_path)  # one alone, which is then the first
+    PLAN.save(tmp_path)
+    assert Plan.load(tmp_path) == PLAN
+
+
 def test_a_contender_left_out_of_a_command_is_still_held_to(tmp_path):
     PLAN.save(tmp_path)
     replace(PLAN, contenders=(Contender("ROME"),)).save(tmp_path)
