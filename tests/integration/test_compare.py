@@ -239,6 +239,16 @@ def test_a_batch_half_written_down(folder, done, monkeypatch, request, broken_of
     assert {**found, "seconds_per_edit": None} == {**wanted, "seconds_per_edit": None}
 
 
+def test_the_plan_says_where_it_runs(folder, monkeypatch):
+    """It is itself made on the CPU."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with initialize_config_module("easyedit_rls.conf.streams", version_base=None):
+        given = [argument for argument in ARGUMENTS if not argument.startswith(("alg_name", "settings."))]
+        assert [make_plan(compose("compare", [*given, *more]), folder).device for more in ([], ["device=cuda:1"])] == ["cuda", "cuda:1"]
+
+
 def test_the_model_is_of_the_type_that_was_asked_for(folder, done, monkeypatch, request, tmp_path):
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     monkeypatch.chdir(folder)
