@@ -53,7 +53,7 @@ def losses_on(model: Any, tok: Any, hparams: RLSEditHyperParams, requests: Seque
     with undisturbed(model):
         layout = find_layout(model, hparams)
         values = optimise_values(model, layout, facts, hparams)
-        return losses_at(model, layout, facts, hparams, values.z - values.h).tolist()
+        return losses_at(model, layout, facts, hparams, values.delta).tolist()
 
 
 def to_peer(losses: dict[str, list[float]], name: str, count: int) -> float:

@@ -172,6 +172,8 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
     else:
         identity = f"{source} seed {hparams.seed} tokens {SAMPLED_TOKENS} {TEXT_TOKENS}"
     identity = f"{identity} {hparams.mom2_dtype} tolerance {hparams.mom2_tolerance} vocabulary {len(tok)}"
+    if any(outlet.norm is not None for outlet in layout.outlets.values()):
+        identity += " behind norms"  # tokens are weighed there
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = cache_folder() / "moments" / fingerprint(model)
     name = re.sub(r"[^\w.-]+", "-", Path(source).name)

@@ -358,7 +358,10 @@ class RLSEditor:
             solution, layers_left = self.state.layers[layer], len(hp.layers) - i
             W = solution.weight
             K = walk.keys(layer).to(W)
-            share = walk.needed(layer, (values.z - walk.value_states(layer)) / layers_left)
+            if values.goals is None:
+                share = walk.needed(layer, (values.z - walk.value_states(layer)) / layers_left)
+            else:
+                share = walk.left(layer, values.goals[i].state, values.goals[i].output)
             V = _targets(K, W, share.to(W), layers_left, hp.targets)
             factors[layer] = solution.update(K, V, walk.importance, joins_last=True)
             weight.write(solution.weight)

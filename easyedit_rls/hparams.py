@@ -3,6 +3,7 @@
 import difflib
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 
 from easyedit_rls.errors import HyperParamsError, LayoutError
 from easyedit_rls.model.capture import tap
-from easyedit_rls.model.structure import read_structure
+from easyedit_rls.model.outlet import find_outlet
+from easyedit_rls.model.structure import Structure, read_structure
 
 _PACKAGED = Path(__file__).parent / "_hparams" / "RLSEdit"  # in an installed wheel
 _CHECKOUT = Path(__file__).parents[1] / "hparams" / "RLSEdit"  # in a source tree
@@ -37,7 +39,9 @@ class RLSEditHyperParams:
     layers: list[int] = _setting("Decoder layers to edit, 0-based, ascending; values are optimised at the last one.")
     clamp_norm_factor: float = _setting("Radius of the ball that keeps the value's change δ, as a multiple of ‖h‖.")
     v_num_grad_steps: int = _setting("Evaluations of the value's loss, at most; there is one Adam step less.")
-    v_lr: float = _setting("Learning rate of Adam on δ.")
+    v_lr: float = _setting(
+        "Learning rate of Adam on δ; with value_at: output in units of the root mean square of each output."
+    )
     v_loss_layer: int = _setting("Layer whose output goes through final norm and head for the loss; normally the last.")
     v_weight_decay: float = _setting("Weight of ‖δ‖/‖h‖² in the value's loss.")
     kl_factor: float = _setting("Weight of the KL divergence at the subject in '{subject} is a'.")
@@ -112,6 +116,11 @@ class RLSEditHyperParams:
         "How values are found: 'adam' (optimised, as in MEMIT), or 'gradient' (one forward and backward pass a fact, as in UltraEdit: "
         "several times faster still, and weaker).",
         "adam",
+    )
+    value_at: str | None = _setting(
+        "Where a value is put: 'hidden', at the last edited layer's hidden state, as in MEMIT; 'output', at what each edited MLP writes, all of "
+        "them together. None takes 'output' where a norm stands behind an edited MLP, and 'hidden' elsewhere.",
+        None,
     )
     v_dtype: str | None = _setting(
         "Type of the model's copy that values are optimised on: bfloat16 takes half of a float32 model's memory more, and less time on "
@@ -244,7 +253,8 @@ class RLSEditHyperParams:
         """Settings for a model that has no file: modules and layers read off it, everything else as tuned for SmolLM2-135M.
 
         Layers lie at the depths of the published settings, on average (0.16 to 0.30 of all); `v_lr` is in the same proportion to the hidden
-        states at the value layer as there, seen in a pass of random tokens (a model on the meta device gets the published 0.5).
+        states at the value layer as there, seen in a pass of random tokens (a model on the meta device gets the published 0.5). Where a
+        norm stands behind an edited MLP, values are put at the MLPs' outputs, and `v_lr` is in that proportion to these.
 
         Args:
             model: the model.
@@ -265,7 +275,7 @@ class RLSEditHyperParams:
             "device": "cpu" if model.device.index is None else model.device.index,
             "layers": list(layers),
             "v_loss_layer": structure.n_layers - 1,
-            "v_lr": 0.5 if model.device.type == "meta" else _learning_rate(model, f"{structure.layers}.{layers[-1]}"),
+            **_value_settings(model, structure, layers),
             "mom2_n_samples": max(400, structure.key_width // 8),  # 16 tokens a direction of the keys
             **structure.module_names(),
         }
@@ -301,14 +311,22 @@ def layers_by_depth(n_layers: int) -> list[int]:
     return list(range(round(_DEPTH[0] * n_layers), round(_DEPTH[1] * n_layers) + 1))
 
 
-def _learning_rate(model: PreTrainedModel, value_layer: str) -> float:
-    """The step that is `_STEP` of a hidden state's norm when every coordinate moves by it."""
+def _value_settings(model: PreTrainedModel, structure: Structure, layers: Sequence[int]) -> dict[str, Any]:
+    """Where values are put, and the step: `_STEP` of a hidden state's length when every coordinate moves by it, or of an output's."""
+    if model.device.type == "meta":
+        return {"v_lr": 0.5}
+    for layer in layers:
+        name = f"{structure.layers}.{layer}"
+        projection = f"{name}.{structure.projection}"
+        if find_outlet(model, model.get_submodule(name), model.get_submodule(projection), projection).norm is not None:
+            return {"v_lr": _STEP, "value_at": "output"}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (8, 16), generator=generator).to(model.device)
-    with torch.no_grad(), tap(outputs={"hidden": model.get_submodule(value_layer)}, stop=True) as seen:
+    value_layer = model.get_submodule(f"{structure.layers}.{layers[-1]}")
+    with torch.no_grad(), tap(outputs={"hidden": value_layer}, stop=True) as seen:
         model(input_ids=ids, use_cache=False)
     hidden = seen["hidden"][:, 1:].float()  # the first token's norm is not like the others'
-    return float(f"{_STEP * float(hidden.norm(dim=-1).median()) / hidden.shape[-1] ** 0.5:.2g}")
+    return {"v_lr": float(f"{_STEP * float(hidden.norm(dim=-1).median()) / hidden.shape[-1] ** 0.5:.2g}")}
 
 
 _DEPTH = (0.16, 0.30)  # means of the six published files: layers[0] / layers, layers[-1] / layers
@@ -367,6 +385,7 @@ _CHOICES = {
     "mom2_dtype": ("float32", "float64"),
     "v_dtype": (None, "float32", "bfloat16", "float16"),
     "targets": ("residual", "published"),
+    "value_at": (None, "hidden", "output"),
     "keys": ("mean", "each"),
     "values": ("adam", "gradient"),
     "early_stopping": ("argmax", "loss", "off"),

@@ -119,6 +119,21 @@ class LayerWalk:
         outlet = self._layout.outlets[layer]
         return outlet.needed(change, None if outlet.norm is None else self._bare.last_states(outlet.norm, True, layer))
 
+    def left(self, layer: int, state: Tensor, output: Tensor) -> Tensor:
+        """The change of the projection's output that brings the layer to a goal, (facts, d), float32.
+
+        Args:
+            layer: see `value_states`.
+            state: what the layer shall pass on, (facts, d).
+            output: what the projection would write for that if all came to the layer as planned, (facts, d).
+        """
+        outlet, layers = self._layout.outlets[layer], self._layout.layers
+        planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
+        if outlet.norm is None:
+            return planned
+        missing = state - self._bare.last_states(layers[layer], False, layer)
+        return outlet.needed(missing, self._bare.last_states(outlet.norm, True, layer), planned)
+
 
 def _shares(n_templates: int) -> Tensor:
     """Each template's share of a fact, (templates,): half for the bare prompt, the other half for the others."""

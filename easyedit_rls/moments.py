@@ -1,4 +1,9 @@
-"""Second moments of keys, summed over text until more text no longer changes them."""
+"""Second moments of keys, summed over text until more text no longer changes them.
+
+The anchor term ``Σ ‖k (W − W_0)‖²`` shall keep what a layer passes on. Where a norm stands behind the MLP, a change of its output x gets through
+divided by the length of x: a start token's, which is near zero in Gemma 3, is blown up a thousandfold. There the keys are taken as
+``k · m/‖x‖``, with m the median of ‖x‖, so that the term is, to first order, the change that comes out behind the norm.
+"""
 
 import logging
 import math
@@ -55,12 +60,13 @@ def sum_moments(
         show_progress: None shows a bar on a terminal only.
     """
     modules = {layer: layout.edited[layer].module for layer in layers}
+    lengths = {layer: _Lengths() for layer in layers if layout.outlets[layer].norm is not None}
     sums: dict[int, Tensor] = {}
     watches: dict[int, _Convergence] = {}
     n_tokens, error = 0, math.inf
     with undisturbed(model), progress_bar(None, "second moments", "tok", show_progress) as bar:
         for block in blocks:
-            for keys_of_groups in _keys(model, modules, block, hparams):
+            for keys_of_groups in _keys(model, modules, lengths, block, hparams):
                 for layer, (keys, half) in keys_of_groups.items():
                     zeros = torch.zeros(keys.shape[1], keys.shape[1]).to(keys)
                     sums[layer] = sums.get(layer, zeros).addmm_(keys.T, keys)
@@ -75,20 +81,46 @@ def sum_moments(
     return {layer: Moment((total / n_tokens).cpu(), n_tokens, watches[layer].error()) for layer, total in sums.items()}
 
 
+class _Lengths:
+    """Weighs tokens by the length of their output, in units of the median of those seen first."""
+
+    def __init__(self) -> None:
+        self._median: Tensor | None = None
+
+    def weigh(self, keys: Tensor, outputs: Tensor) -> Tensor:
+        """Keys, (tokens, d_k), times m/‖x‖ with x their outputs, (tokens, d)."""
+        length = outputs.to(keys).norm(dim=1, keepdim=True)
+        if self._median is None:
+            self._median = length.median()
+        return keys * (self._median / length.clamp(min=torch.finfo(keys.dtype).tiny))
+
+
 def _keys(
-    model: PreTrainedModel, modules: Mapping[int, nn.Module], rows: Sequence[Sequence[int]], hparams: RLSEditHyperParams
+    model: PreTrainedModel,
+    modules: Mapping[int, nn.Module],
+    lengths: Mapping[int, _Lengths],
+    rows: Sequence[Sequence[int]],
+    hparams: RLSEditHyperParams,
 ) -> Iterable[dict[int, tuple[Tensor, Tensor]]]:
     """For groups of texts: layer -> keys of all tokens (tokens, d_k), and which half of the texts each belongs to, (tokens,)."""
     dtype = getattr(torch, hparams.mom2_dtype)
     device = device_of(model)
+    behind = {("output", layer): modules[layer] for layer in lengths}
     for group in chunks([len(row) for row in rows], hparams.batch_tokens, price_of_pass(device)):
         batch = pad([rows[i] for i in group], "right", device)
-        with tap(inputs=modules, stop=True) as seen:
+        with tap(inputs=modules, outputs=behind, stop=True) as seen:
             run(model, batch)
         is_token = batch.mask.bool()
         half = (torch.tensor(group, device=is_token.device) % 2)[:, None].expand_as(is_token)[is_token]
-        shaped = {layer: inputs.reshape(*is_token.shape, -1) for layer, inputs in seen.items()}  # some models flatten rows and tokens
-        yield {layer: (inputs[is_token.to(inputs.device)].to(dtype), half.to(inputs.device)) for layer, inputs in shaped.items()}
+        # some models flatten rows and tokens
+        real = {key: states.reshape(*is_token.shape, -1)[is_token.to(states.device)] for key, states in seen.items()}
+        found = {}
+        for layer in modules:
+            keys = real[layer].to(dtype)
+            if layer in lengths:
+                keys = lengths[layer].weigh(keys, real["output", layer])
+            found[layer] = (keys, half.to(keys.device))
+        yield found
 
 
 class _Convergence:

@@ -1,11 +1,12 @@
 """Tails: the texts of facts from the subject's last token on, which is where a value is put.
 
 Tokens before it never see the value (attention is causal), so they run once and stay in the model's own key-value cache; each step runs
-only the tokens, from the value layer on.
+only the tokens, from the first layer on that sees the value: the one above the value layer, or the first edited one (`at`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +82,14 @@ class _Pass:
         places: which of the chosen rows.
         batch: their tails.
         cache: their heads in the model's cache, or None.
-        states: of their tails at the value layer, (rows, length, d).
+        states: of their tails behind the layers that see no value, (rows, length, d); None where all layers see it.
         wanted: which outputs are wanted, as indices of rows and tokens; on the CPU, since layers may lie on several devices.
     """
 
     places: list[int]
     batch: Batch
     cache: DynamicCache | None
-    states: Tensor
+    states: Tensor | None
     wanted: tuple[Tensor, Tensor]
 
 
@@ -114,7 +115,7 @@ class Plan:
 
 
 class Tails:
-    """The tails of a group of facts: their states at the value layer, and in the model's cache what stands before them, their heads.
+    """The tails of a group of facts: their states below the value, and in the model's cache what stands before them, their heads.
 
     Heads run once through all layers, tails once up to the value layer; each step starts from there.
 
@@ -123,27 +124,36 @@ class Tails:
         layout: its modules.
         rows: the texts.
         batch_tokens: tokens in one pass, at most.
+        at: where the value is put: at the value layer's 'hidden' state, or at every edited layer's MLP 'output'.
 
     Attributes:
-        states: of each tail at the value layer, (length, d).
+        places: of each tail what stands where the value is put, (n, d): its first token's hidden state at the value layer (n = 1), or the
+            output of each edited layer's MLP (n = edited layers).
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Row], batch_tokens: int) -> None:
-        self._model, self._layout, self._rows, self._batch_tokens = model, layout, rows, batch_tokens
+    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Row], batch_tokens: int, at: str = "hidden") -> None:
+        self._model, self._layout, self._rows, self._batch_tokens, self._at = model, layout, rows, batch_tokens, at
+        self._below = layout.lower_layers if at == "hidden" else layout.layers[: min(layout.edited)]
         self._heads = Heads(model, layout.loss_layer, {row.head for row in rows}, batch_tokens)
-        found: dict[int, Tensor] = {}
+        self._forms: list[Any] = []
+        states: dict[int, Tensor] = {}
+        places: dict[int, Tensor] = {}
         for group in chunks([len(row.tail) for row in rows], batch_tokens, price_of_pass(device_of(model))):
-            with record_outputs(layout.lower_layers) as below:
-                self._run(*self._batch(group), layout.value_layer)
+            with record_outputs(self._below) as below:
+                end, outputs = self._run(*self._batch(group), layout.value_layer)
             self._forms = [form_of(output) for output in below]
-            found |= {i: state[: len(rows[i].tail)] for i, state in zip(group, hidden_of(below[-1]))}
-        self.states = [found[i] for i in range(len(rows))]
+            if below:
+                states |= {i: state[: len(rows[i].tail)] for i, state in zip(group, hidden_of(below[-1]))}
+            places |= dict(zip(group, outputs if at == "output" else end[:, :1]))
+        self._states = [states[i] for i in range(len(rows))] if self._below else None
+        self.places = [places[i] for i in range(len(rows))]
 
     def plan(self, chosen: Sequence[int]) -> Plan:
         """Get ready to run rows, as often as one likes."""
         passes = []
         outputs: list[tuple[int, int, float]] = []  # which of the chosen, token, weight
-        price = price_of_pass(self.states[0].device, self.states[0].dtype)
+        device = self.places[0].device
+        price = price_of_pass(device, self.places[0].dtype)
         for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens, price):
             numbers = [chosen[k] for k in group]
             wanted = []
@@ -153,10 +163,8 @@ class Tails:
                     outputs.append((k, _NO_TOKEN, 0.0))
                 wanted += [(j, row.first + n) for n in range(len(row.target))]
                 outputs += [(k, token, row.share / len(row.target)) for token in row.target]
-            states = pad_sequence([self.states[i] for i in numbers], batch_first=True)
             rows, tokens = torch.tensor(wanted).unbind(1)
-            passes.append(_Pass(group, *self._batch(numbers), states, (rows, tokens)))
-        device = self.states[0].device
+            passes.append(_Pass(group, *self._batch(numbers), self._states_of(numbers), (rows, tokens)))
         targets = [place for place, (_, token, _) in enumerate(outputs) if token != _NO_TOKEN]
         essences = [place for place, (_, token, _) in enumerate(outputs) if token == _NO_TOKEN]
         return Plan(
@@ -169,20 +177,82 @@ class Tails:
         )
 
     def forward(self, plan: Plan, delta: Tensor) -> Tensor:
-        """Run rows from the value layer on, with δ, (chosen, d), added at the first token of each; returns the wanted outputs, (n, d)."""
-        found = []
-        for one in plan.passes:
-            first = one.states[:, :1] + delta[one.places][:, None].to(one.states.dtype)
-            with skip_layers(self._layout.lower_layers, self._forms, torch.cat([first, one.states[:, 1:]], dim=1)):
-                found.append(self._run(one.batch, one.cache, self._layout.loss_layer)[one.wanted])
+        """Run rows with δ, (chosen, n, d), added at the places of each; returns the wanted outputs of the loss layer, (wanted, d)."""
+        found = [
+            self._with_value(one.batch, one.cache, one.states, delta[one.places], self._layout.loss_layer)[0][one.wanted]
+            for one in plan.passes
+        ]
         return torch.cat(found)
+
+    def with_value(self, numbers: Sequence[int], delta: Tensor) -> tuple[Tensor, Tensor]:
+        """What δ, (rows, n, d), makes of rows' first tokens.
+
+        Returns:
+            The edited layers' hidden states, and their MLPs' outputs, δ included, each (rows, edited layers, d), float32.
+        """
+        layers = {("state", number): self._layout.layers[number] for number in self._layout.edited}
+        parts: dict[int, tuple[Tensor, Tensor]] = {}
+        for one in self.plan(numbers).passes:
+            with tap(outputs=layers) as seen:
+                _, outputs = self._with_value(one.batch, one.cache, one.states, delta[one.places], self._layout.value_layer)
+            states = torch.stack([seen[key][:, 0].to(outputs.device) for key in layers], dim=1)
+            parts |= {k: (state, output) for k, state, output in zip(one.places, states.float(), outputs.float())}
+        found_states, found_outputs = zip(*(parts[k] for k in range(len(numbers))))
+        return torch.stack(found_states), torch.stack(found_outputs)
+
+    def _with_value(
+        self, batch: Batch, cache: DynamicCache | None, states: Tensor | None, delta: Tensor, until: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """A pass with δ, (rows, n, d), at its places; see `_run`."""
+        edits: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        if self._at == "output":
+            edits = {
+                weight.module: _at_first(delta[:, i]) for i, weight in enumerate(self._layout.edited.values())
+            }
+        elif states is not None:
+            states = _at_first(delta[:, 0])(states)
+        with skip_layers(self._below, self._forms, states):
+            return self._run(batch, cache, until, edits)
 
     def _batch(self, numbers: Sequence[int]) -> tuple[Batch, DynamicCache | None]:
         """Rows' tails, and the cache of their heads."""
         cache, head_mask = self._heads.of([self._rows[i].head for i in numbers])
         return pad([self._rows[i].tail for i in numbers], "right", device_of(self._model), after=head_mask), cache
 
-    def _run(self, batch: Batch, cache: DynamicCache | None, until: nn.Module) -> Tensor:
-        with tap(outputs={"end": until}, stop=True) as seen:
+    def _states_of(self, numbers: Sequence[int]) -> Tensor | None:
+        if self._states is None:
+            return None
+        return pad_sequence([self._states[i] for i in numbers], batch_first=True)
+
+    def _run(
+        self,
+        batch: Batch,
+        cache: DynamicCache | None,
+        until: nn.Module,
+        edits: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run tails.
+
+        Returns:
+            What the module `until` gives, (rows, length, d), and where values are put at outputs, what each edited layer's MLP gives at
+            the first tokens, edits included, (rows, edited layers, d); otherwise an empty tensor.
+        """
+        sites = {}
+        if self._at == "output":
+            sites = {layer: weight.module for layer, weight in self._layout.edited.items()}
+        with tap(outputs={**sites, "end": until}, edit=edits, stop=True) as seen:
             run(self._model, batch, cache=None if cache is None else fork(cache), use_cache=cache is not None)
-        return seen["end"]
+        end = seen["end"]
+        firsts = [seen[layer].reshape(len(end), -1, seen[layer].shape[-1])[:, 0].to(end.device) for layer in sites]
+        return end, torch.stack(firsts, dim=1) if firsts else end.new_zeros(len(end), 0, end.shape[-1])
+
+
+def _at_first(delta: Tensor) -> Callable[[Tensor], Tensor]:
+    """Adds δ, (rows, d), at the first token of each row; some models flatten rows and tokens before the MLP."""
+
+    def change(output: Tensor) -> Tensor:
+        rows = output.reshape(len(delta), -1, output.shape[-1])
+        first = rows[:, :1] + delta[:, None].to(rows)
+        return torch.cat([first, rows[:, 1:]], dim=1).reshape(output.shape)
+
+    return change

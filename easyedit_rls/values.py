@@ -32,18 +32,46 @@ _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What one edited layer shall reach at the subject's last token of the bare prompt.
+
+    Attributes:
+        state: the layer's output, (facts, d), float32.
+        output: what its MLP's projection writes there, (facts, d), float32.
+    """
+
+    state: Tensor
+    output: Tensor
+
+
+@dataclass(frozen=True)
 class Values:
     """Optimised values of a batch; every tensor has a row a fact and is float32.
 
     Attributes:
-        z: target hidden states, (facts, d).
-        h: hidden states before the edit, (facts, d).
+        z: target hidden states at the value layer, (facts, d).
+        h: hidden states there before the edit, (facts, d).
+        delta: δ, (facts, n, d), which makes h into z: n is 1 at the hidden state, or the number of edited layers at their outputs.
+        goals: where δ is put at the outputs of all edited MLPs, what each edited layer shall reach; otherwise None.
         loss: the whole loss at the δ found, (facts,), nats, before it is lengthened; with `values: gradient`, before the step.
         nll: its first term, (facts,), nats.
         steps: Adam steps taken, (facts,), int64.
     """
 
     z: Tensor
+    h: Tensor
+    delta: Tensor
+    goals: list[Goal] | None
+    loss: Tensor
+    nll: Tensor
+    steps: Tensor
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What an optimization gives: δ, (facts, n, d), the h that it started from, (facts, n, d), and `Values`' other figures."""
+
+    delta: Tensor
     h: Tensor
     loss: Tensor
     nll: Tensor
@@ -68,20 +96,37 @@ def optimise_values(
         NumericalError: a loss or a value is not finite; names the request.
     """
     dtype = model.dtype if hparams.v_dtype is None else getattr(torch, hparams.v_dtype)
-    if dtype != model.dtype:
-        low = twin(layout, dtype)
-        found = optimise_values(low.model, low, facts, replace(hparams, v_dtype=None), progress)
-        h = value_states(model, layout, facts, hparams.batch_tokens)
-        return replace(found, z=h + (found.z - found.h), h=h)
+    low = layout if dtype == model.dtype else twin(layout, dtype)
+    found = _find(low.model, low, facts, hparams, progress)
+    if value_place(layout, hparams) == "output":
+        goals = _goals(model, layout, facts, hparams, found.delta)
+        z, h = goals[-1].state, value_states(model, layout, facts, hparams.batch_tokens)
+    else:
+        h = found.h[:, 0] if low is layout else value_states(model, layout, facts, hparams.batch_tokens)
+        z, goals = h + found.delta[:, 0], None
+    return Values(z, h, found.delta, goals, found.loss, found.nll, found.steps)
+
+
+def value_place(layout: Layout, hparams: RLSEditHyperParams) -> str:
+    """Where values are put: as `value_at` says, or else at the MLPs' outputs if a norm stands behind an edited one, which lets no
+    length through, so that not every hidden state can be reached."""
+    if hparams.value_at is not None:
+        return hparams.value_at
+    return "output" if any(outlet.norm is not None for outlet in layout.outlets.values()) else "hidden"
+
+
+def _find(
+    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, progress: "tqdm[Any] | None"
+) -> _Found:
     lengths = [max(len(row.ids) for row in fact.rows) * (len(fact.rows) + len(fact.statements) + 1) for fact in facts]
     parts: dict[int, list[Tensor]] = {}
     for group in _groups(lengths, hparams.batch_tokens):
         optimisation = _Optimisation(model, layout, [facts[i] for i in group], hparams)
-        values = optimisation.run(progress) if hparams.values == "adam" else optimisation.step_once(progress)
+        found = optimisation.run(progress) if hparams.values == "adam" else optimisation.step_once(progress)
         for j, i in enumerate(group):
-            parts[i] = [values.z[j], values.h[j], values.loss[j], values.nll[j], values.steps[j]]
-    merged = Values(*(torch.stack(column) for column in zip(*(parts[i] for i in range(len(facts))))))
-    bad = (~(torch.isfinite(merged.z).all(1) & torch.isfinite(merged.loss))).nonzero().flatten().tolist()
+            parts[i] = [found.delta[j], found.h[j], found.loss[j], found.nll[j], found.steps[j]]
+    merged = _Found(*(torch.stack(column) for column in zip(*(parts[i] for i in range(len(facts))))))
+    bad = (~(torch.isfinite(merged.delta).flatten(1).all(1) & torch.isfinite(merged.loss))).nonzero().flatten().tolist()
     if bad:
         raise NumericalError(
             f"The value of request {bad[0]} ({facts[bad[0]].request.prompt!r}) is not finite. "
@@ -90,12 +135,22 @@ def optimise_values(
     return merged
 
 
+def _goals(
+    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor
+) -> list[Goal]:
+    """What the edited layers do in bare prompts when δ, (facts, edited layers, d), is put in by hand."""
+    bare = [replace(fact, rows=fact.rows[:1], statements=()) for fact in facts]
+    rows = [row for row in rows_of(bare, 0.0, shares_essence=False) if not row.has_essence]
+    states, outputs = Tails(model, layout, rows, hparams.batch_tokens, "output").with_value(range(len(rows)), delta)
+    return [Goal(state, output) for state, output in zip(states.unbind(1), outputs.unbind(1))]
+
+
 def losses_at(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor) -> Tensor:
     """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all heads in memory.
 
     Args:
         model, layout, facts, hparams: see `optimise_values`.
-        delta: z − h, (facts, d), float32.
+        delta: see `Values`.
     """
     optimisation = _Optimisation(model, layout, facts, hparams)
     return optimisation.loss_at(delta)
@@ -121,11 +176,15 @@ class _Optimisation:
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
         self.layout, self.hparams = layout, hparams
         self.rows = rows_of(facts, hparams.statement_share, shares_essence=hparams.settled_nll == 0)  # a settled row skips steps
-        self.tails = Tails(model, layout, self.rows, hparams.batch_tokens)
+        place = value_place(layout, hparams)
+        self.tails = Tails(model, layout, self.rows, hparams.batch_tokens, place)
         firsts = [next(i for i, row in enumerate(self.rows) if row.fact == f) for f in range(len(facts))]
-        self.h = torch.stack([self.tails.states[i][0].float() for i in firsts])
+        self.h = torch.stack([self.tails.places[i].float() for i in firsts])  # where δ is put, (facts, n, d)
+        self.length = self.h.norm(dim=2, keepdim=True)
+        # Adam's unit: hidden states have one length, so v_lr is in their own; outputs of layers don't, so there it is relative
+        self.unit = torch.ones_like(self.length) if place == "hidden" else self.length / self.h.shape[2] ** 0.5
         self.delta = torch.zeros_like(self.h)
-        self.gradient = self.h.new_zeros(len(self.rows), self.h.shape[1])  # of each row's part of the loss, when it last ran
+        self.gradient = self.h.new_zeros(len(self.rows), *self.h.shape[1:])  # of each row's part of the loss, when it last ran
         self.last_plan: tuple[Tensor, Plan] | None = None  # the rows that ran last
         self.essence: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
 
@@ -140,13 +199,14 @@ class _Optimisation:
         self.decay = torch.zeros(len(facts))
         self.is_active = torch.ones(len(facts), dtype=torch.bool)
 
-    def run(self, progress: "tqdm[Any] | None") -> Values:
+    def run(self, progress: "tqdm[Any] | None") -> _Found:
         """Adam, until each fact is done."""
         hp, n_facts = self.hparams, len(self.h)
         final = torch.zeros_like(self.h)
         final_loss, final_nll = torch.zeros(2, n_facts)
         steps = torch.zeros(n_facts, dtype=torch.long)
-        adam = torch.optim.Adam([self.delta], lr=hp.v_lr, betas=(hp.v_momentum, 0.999))
+        in_units = torch.zeros_like(self.delta)
+        adam = torch.optim.Adam([in_units], lr=hp.v_lr, betas=(hp.v_momentum, 0.999))
         for step in range(hp.v_num_grad_steps):
             is_last = step == hp.v_num_grad_steps - 1
             self.age += 1
@@ -161,26 +221,27 @@ class _Optimisation:
             self.is_active &= ~done
             if not bool(self.is_active.any()):
                 break
-            self.delta.grad = self._whole_gradient() * self.is_active.to(self.delta.device)[:, None]
+            in_units.grad = self._whole_gradient() * self.unit * self.is_active.to(self.delta.device)[:, None, None]
             adam.step()
-            self.delta.copy_(self._clamped(self.delta))
+            self.delta = self._clamped(self.unit * in_units)
+            in_units.copy_(self.delta / self.unit)
         final = self._clamped(hp.overshoot * final)
         to = self.h.device
-        return Values(z=self.h + final, h=self.h, loss=final_loss.to(to), nll=final_nll.to(to), steps=steps.to(to))
+        return _Found(final, self.h, loss=final_loss.to(to), nll=final_nll.to(to), steps=steps.to(to))
 
-    def step_once(self, progress: "tqdm[Any] | None") -> Values:
+    def step_once(self, progress: "tqdm[Any] | None") -> _Found:
         """One step of a given length down the gradient at δ = 0, as UltraEdit (arXiv 2505.14679) takes its values from one backward pass.
 
         The losses are those before the step, since nothing is run after it.
         """
         self._refresh(self._due(is_last=True), wants_gradient=True)
-        length = self.hparams.gradient_step * self.h.norm(dim=1, keepdim=True)
+        length = self.hparams.gradient_step * self.length
         if progress is not None:
             progress.update(len(self.h))
         to = self.h.device
-        return Values(
-            z=self.h - length * F.normalize(self._whole_gradient(), dim=1),
-            h=self.h,
+        return _Found(
+            -length * F.normalize(self._whole_gradient(), dim=2),
+            self.h,
             loss=self._loss().to(to),
             nll=self._nll().to(to),
             steps=torch.ones(len(self.h), dtype=torch.long, device=to),
@@ -217,7 +278,7 @@ class _Optimisation:
         part, divergence, falls_short, slope = self._judge(logits.detach(), plan, fact)
         if wants_gradient:
             (self.gradient[where],) = torch.autograd.grad(logits, delta, slope)
-        decay = self.hparams.v_weight_decay * self.delta.norm(dim=1) / self.h.norm(dim=1) ** 2
+        decay = self.hparams.v_weight_decay * (self.delta.norm(dim=2, keepdim=True) / self.length**2).mean((1, 2))
         known = torch.cat([part, divergence, falls_short, decay]).cpu()
         part, divergence, falls_short = known[: 3 * len(fact)].reshape(3, -1)
         self.part[chosen], self.divergence[chosen], self.falls_short[chosen] = part, divergence, falls_short > 0
@@ -264,9 +325,9 @@ class _Optimisation:
         return part, divergences, falls_short, slope
 
     def _whole_gradient(self) -> Tensor:
-        """Of each fact's loss in its δ, (facts, d)."""
+        """Of each fact's loss in its δ, (facts, n, d)."""
         parts: Tensor = torch.zeros_like(self.h).index_add_(0, self.fact.to(self.h.device), self.gradient)
-        decay: Tensor = self.hparams.v_weight_decay * F.normalize(self.delta, dim=1) / self.h.norm(dim=1, keepdim=True) ** 2
+        decay: Tensor = self.hparams.v_weight_decay / self.h.shape[1] * F.normalize(self.delta, dim=2) / self.length**2
         return parts + decay
 
     def _nll(self) -> Tensor:
@@ -287,7 +348,7 @@ class _Optimisation:
         return torch.zeros_like(self.is_active)
 
     def _clamped(self, delta: Tensor) -> Tensor:
-        """Back into the ball of radius clamp_norm_factor · ‖h‖."""
-        radius = self.hparams.clamp_norm_factor * self.h.norm(dim=1, keepdim=True)
-        clamped: Tensor = delta * (radius / delta.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+        """Back into the ball of radius clamp_norm_factor · ‖h‖, at each place."""
+        radius = self.hparams.clamp_norm_factor * self.length
+        clamped: Tensor = delta * (radius / delta.norm(dim=2, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
         return clamped

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from easyedit_rls.keys import Fact
 from easyedit_rls.model.layout import Layout
+from easyedit_rls.values import value_place
 
 
 def hidden_at(model, module, ids, position, is_input=False):
@@ -27,25 +28,46 @@ def plain_key(model, layout: Layout, fact: Fact, layer: int):
 
 
 def plain_value(model, layout: Layout, fact: Fact, hp):
-    """Value of one fact as MEMIT's compute_z states it; returns z, loss, nll, steps."""
+    """Value of one fact as MEMIT's compute_z states it, or with δ at the outputs of all edited MLPs; returns z, loss, nll, steps."""
+    is_at_output = value_place(layout, hp) == "output"
+    modules = [weight.module for weight in layout.edited.values()] if is_at_output else [layout.value_layer]
+
+    def pushed(row, delta):
+        """The model's outputs with δ, (n, d), added, and the hidden state at the value layer."""
+
+        def adds(i):
+            def add(module, args, out):
+                hidden = (out[0] if isinstance(out, tuple) else out).clone()
+                hidden.view(len(row.ids), -1)[row.subject_last] += delta[i]
+                return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+            return add
+
+        seen = []
+        handles = [module.register_forward_hook(adds(i)) for i, module in enumerate(modules)]
+        handles.append(
+            layout.value_layer.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        )
+        result = model(torch.tensor([row.ids])).logits[0].float()
+        for handle in handles:
+            handle.remove()
+        return result, seen[0].reshape(len(row.ids), -1)[row.subject_last].detach().float()
 
     def logits(row, delta):
-        def add(module, args, out):
-            hidden = (out[0] if isinstance(out, tuple) else out).clone()
-            hidden[0, row.subject_last] += delta
-            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-
-        handle = layout.value_layer.register_forward_hook(add)
-        result = model(torch.tensor([row.ids])).logits[0].float()
-        handle.remove()
-        return result
+        return pushed(row, delta)[0]
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     bare = fact.rows[0]
-    h = hidden_at(model, layout.value_layer, bare.ids, bare.subject_last)
+    h = torch.stack([hidden_at(model, module, bare.ids, bare.subject_last) for module in modules])
+    length = h.norm(dim=1, keepdim=True)
     delta = torch.zeros_like(h, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=hp.v_lr, betas=(hp.v_momentum, 0.999))
+    rates = hp.v_lr * (length / h.shape[1] ** 0.5 if is_at_output else torch.ones_like(length))
+    adam = torch.optim.Adam(  # a group a place: a step of Adam's is as long as its rate, whatever the gradient's scale
+        [{"params": [torch.zeros_like(place, requires_grad=True)], "lr": float(rate)} for place, rate in zip(h, rates)],
+        betas=(hp.v_momentum, 0.999),
+    )
+    places = [group["params"][0] for group in adam.param_groups]
     with torch.no_grad():
         essence_0 = F.log_softmax(logits(fact.essence, torch.zeros_like(h))[fact.essence.subject_last], dim=0)
 
@@ -71,7 +93,7 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
 
     def totals():
         nll = sum(weights[r] * seen[r][0] for r in range(prompts + statements))
-        decay = hp.v_weight_decay * float(delta.detach().norm() / h.norm() ** 2)
+        decay = hp.v_weight_decay * float((delta.detach().norm(dim=1, keepdim=True) / length**2).mean())
         loss = nll + hp.kl_factor * seen[len(rows) - 1][0] + decay
         leads = min(seen[r][1] for r in range(prompts))
         return nll, loss, {"off": False, "loss": loss < 0.05, "argmax": leads > hp.early_stopping_margin}[hp.early_stopping]
@@ -88,12 +110,16 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
         nll, loss, is_done = totals()
         if is_done or is_last:
             longer = hp.overshoot * delta.detach()
-            return h + longer * min(1.0, float(hp.clamp_norm_factor * h.norm() / longer.norm().clamp(min=1e-12))), loss, nll, step
-        decay = hp.v_weight_decay * delta.detach() / delta.detach().norm().clamp(min=1e-30) / h.norm() ** 2
-        delta.grad = sum(weight * seen[r][2] for r, weight in enumerate(weights)) + decay
-        adam.step()
-        radius = hp.clamp_norm_factor * h.norm()
+            longer *= (hp.clamp_norm_factor * length / longer.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+            with torch.no_grad():
+                return pushed(bare, longer)[1], loss, nll, step
+        decay = hp.v_weight_decay / len(h) * F.normalize(delta.detach(), dim=1) / length**2
+        whole = sum(weight * seen[r][2] for r, weight in enumerate(weights)) + decay
         with torch.no_grad():
-            if delta.norm() > radius:
-                delta.mul_(radius / delta.norm())
+            for place, gradient in zip(places, whole):
+                place.grad = gradient.clone()
+            adam.step()
+            for place, radius in zip(places, hp.clamp_norm_factor * length):
+                place *= (radius / place.norm().clamp(min=1e-12)).clamp(max=1.0)
+            delta.copy_(torch.stack([place.detach() for place in places]))
     raise AssertionError("unreachable")

@@ -15,6 +15,7 @@ from easyedit_rls.errors import LayoutError
 from easyedit_rls.model.capture import tap
 
 _TOKENS = (1, 2, 3, 4)
+_STEPS = 5  # of `Outlet.needed`
 _ROUNDING = 0.03  # relative; bfloat16 has 8 bits
 
 
@@ -30,34 +31,42 @@ class Outlet:
     scale: float
     norm: nn.Module | None
 
-    def needed(self, change: Tensor, before_norm: Tensor | None) -> Tensor:
+    def needed(self, change: Tensor, before_norm: Tensor | None, planned: Tensor | None = None) -> Tensor:
         """The change of the projection's output that changes the layer's output as wanted, (facts, d) -> (facts, d).
 
-        A norm y = g · (u − m)/s + b fixes the length of what it lets through, so only the direction is met: u moves by s · change / g, with
-        s as it is now. What that leaves missing, the layers above see and take on, as every layer does.
+        A norm y = g · (u − m)/s + b fixes the length of what it lets through, so not every change can be had. A few damped Gauss-Newton
+        steps from the planned one (Levenberg 1944) come near: u moves by s · g · (what is missing)/(g² + ε), with ε the median of g², so
+        that directions that hardly get through are left as planned. What stays missing, the layers above see and take on.
 
         Args:
             change: of the layer's output.
             before_norm: the norm's input now, (facts, d); None without one.
+            planned: change of the projection's output to start from, (facts, d); None starts from none.
         """
         if self.norm is None or before_norm is None:
             return change / self.scale
         weight = next(self.norm.parameters(), None)
-        before_norm = before_norm if weight is None else before_norm.to(weight.dtype)
-        gain, bias = _affine(self.norm, before_norm)
-        standard = torch.where(gain == 0, 0.0, (self.norm(before_norm).float() - bias) / gain)
-        before_norm = before_norm.float()
-        spread = (before_norm * standard).sum(1, keepdim=True) / standard.square().sum(1, keepdim=True)
-        return torch.where(gain == 0, 0.0, spread * change / gain) / self.scale
+        dtype = before_norm.dtype if weight is None else weight.dtype
+        gain = _gain(self.norm, before_norm.to(dtype))
+
+        def passed(u: Tensor) -> Tensor:
+            return self.norm(u.to(dtype)).float()
+
+        now, u = passed(before_norm), before_norm.float()
+        u = u if planned is None else u + self.scale * planned
+        spread = u.std(1, unbiased=False, keepdim=True)
+        step = spread * gain / (gain.square() + gain.square().median())
+        for _ in range(_STEPS):
+            u = u + step * (change - (passed(u) - now))
+        return (u - before_norm.float()) / self.scale
 
 
-def _affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Gain and bias of a norm, (d,), seen on inputs whose mean is 0 and whose spread is 1; a gain too small to divide by is 0."""
+def _gain(norm: nn.Module, like: Tensor) -> Tensor:
+    """Gain of a norm, (d,), seen on inputs whose mean is 0 and whose spread is 1."""
     signs = torch.ones_like(like[0])
     signs[::2] = -1.0
     bias = norm(torch.zeros_like(like[:1]))[0].float()
-    gain = (norm(signs[None])[0].float() - bias) * signs.float()
-    return torch.where(gain.abs() < 1e-2 * gain.abs().max(), 0.0, gain), bias
+    return (norm(signs[None])[0].float() - bias) * signs.float()
 
 
 def find_outlet(model: PreTrainedModel, layer: nn.Module, projection: nn.Module, name: str) -> Outlet:

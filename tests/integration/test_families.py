@@ -136,7 +136,7 @@ def test_losses_on_a_copy_in_bfloat16_are_alike(located):
     with undisturbed(model):
         low = twin(layout, torch.bfloat16)
         values = optimise_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
-        for delta in (torch.zeros_like(values.h), values.z - values.h):
+        for delta in (torch.zeros_like(values.delta), values.delta):
             exact = losses_at(model, layout, facts, hp, delta)
             torch.testing.assert_close(losses_at(low.model, low, facts, hp, delta), exact, rtol=BFLOAT16, atol=BFLOAT16)
 

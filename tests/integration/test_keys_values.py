@@ -119,7 +119,7 @@ def test_a_copy_in_bfloat16_finds_values_as_good(model, located, settings, monke
             patch.setattr(Tails, "forward", noting)
             low = optimise_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
         assert dtypes == {torch.bfloat16}
-        losses = losses_at(model, layout, facts, hp, low.z - low.h)
+        losses = losses_at(model, layout, facts, hp, low.delta)
         assert torch.equal(low.h, value_states(model, layout, facts, hp.batch_tokens))  # not rounded
     assert low.z.dtype == torch.float32
     torch.testing.assert_close(losses, plain.loss, rtol=BFLOAT16, atol=BFLOAT16)
@@ -141,8 +141,8 @@ def test_losses_at_a_value_are_those_it_was_found_with(model, located, settings)
     hp = settings(early_stopping="argmax")
     with undisturbed(model):
         values = optimise_values(model, layout, facts, hp)
-        torch.testing.assert_close(losses_at(model, layout, facts, hp, values.z - values.h), values.loss, rtol=VALUES, atol=VALUES)
-        assert (losses_at(model, layout, facts, hp, torch.zeros_like(values.h)) > values.loss).all()
+        torch.testing.assert_close(losses_at(model, layout, facts, hp, values.delta), values.loss, rtol=VALUES, atol=VALUES)
+        assert (losses_at(model, layout, facts, hp, torch.zeros_like(values.delta)) > values.loss).all()
 
 
 def test_an_editor_takes_its_statements_along(family, tok, requests, settings):
@@ -288,6 +288,7 @@ def test_layers_up_to_the_value_layer_run_once_and_are_left_as_found(model, loca
     layout, facts = located
     hp = settings(early_stopping="off")
     runs = {"below": 0, "above": 0}
+    assert len(layout.outlets) == len(layout.edited)  # looked at in passes of their own, once
 
     def count(name):
         def hook(*_):
