@@ -127,11 +127,11 @@ class LayerWalk:
             state: what the layer shall pass on, (facts, d).
             output: what the projection would write for that if all came to the layer as planned, (facts, d).
         """
-        outlet, layers = self._layout.outlets[layer], self._layout.layers
-        planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
+        outlet = self._layout.outlets[layer]
+        missing = state - self._bare.last_states(self._layout.layers[layer], False, layer)
         if outlet.norm is None:
-            return planned
-        missing = state - self._bare.last_states(layers[layer], False, layer)
+            return outlet.needed(missing, None)
+        planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
         return outlet.needed(missing, self._bare.last_states(outlet.norm, True, layer), planned)
 
 

@@ -1,8 +1,8 @@
 """Second moments of keys, summed over text until more text no longer changes them.
 
-The anchor term ``Σ ‖k (W − W_0)‖²`` shall keep what a layer passes on. Where a norm stands behind the MLP, a change of its output x gets through
-divided by the length of x: a start token's, which is near zero in Gemma 3, is blown up a thousandfold. There the keys are taken as
-``k · m/‖x‖``, with m the median of ‖x‖, so that the term is, to first order, the change that comes out behind the norm.
+The anchor term ``Σ ‖k (W − W_0)‖²`` shall keep what a layer passes on. Where a norm stands behind the MLP, a change gets through divided by
+the length of what comes to the norm, x: a start token's is near zero in Gemma 3, and a change there is blown up a hundredfold. So keys are
+taken as ``k · m/‖x‖`` there, with m the geometric mean of ‖x‖: then the term is, to first order, the change that comes out behind the norm.
 """
 
 import logging
@@ -23,6 +23,7 @@ from easyedit_rls.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 _N_PROBES = 16
+_LEAST_LENGTH = 1e-12  # of what comes to a norm: padding tokens of some models give zeros
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,17 @@ def sum_moments(
         show_progress: None shows a bar on a terminal only.
     """
     modules = {layer: layout.edited[layer].module for layer in layers}
-    lengths = {layer: _Lengths() for layer in layers if layout.outlets[layer].norm is not None}
+    norms = {layer: norm for layer in layers if (norm := layout.outlets[layer].norm) is not None}
+    logs = dict.fromkeys(norms, 0.0)  # of the lengths of what comes to the norms, summed
     sums: dict[int, Tensor] = {}
     watches: dict[int, _Convergence] = {}
     n_tokens, error = 0, math.inf
     with undisturbed(model), progress_bar(None, "second moments", "tok", show_progress) as bar:
         for block in blocks:
-            for keys_of_groups in _keys(model, modules, lengths, block, hparams):
-                for layer, (keys, half) in keys_of_groups.items():
+            for keys_of_groups in _keys(model, modules, norms, block, hparams):
+                for layer, (keys, length, half) in keys_of_groups.items():
+                    if length is not None:
+                        keys, logs[layer] = keys / length, logs[layer] + float(length.log().sum())
                     zeros = torch.zeros(keys.shape[1], keys.shape[1]).to(keys)
                     sums[layer] = sums.get(layer, zeros).addmm_(keys.T, keys)
                     watches.setdefault(layer, _Convergence(keys)).add(keys, half)
@@ -78,49 +82,35 @@ def sum_moments(
             if error < hparams.mom2_tolerance:
                 break
     logger.info("Second moments of %d tokens, relative error about %.3f (mom2_tolerance %g)", n_tokens, error, hparams.mom2_tolerance)
-    return {layer: Moment((total / n_tokens).cpu(), n_tokens, watches[layer].error()) for layer, total in sums.items()}
-
-
-class _Lengths:
-    """Weighs tokens by the length of their output, in units of the median of those seen first."""
-
-    def __init__(self) -> None:
-        self._median: Tensor | None = None
-
-    def weigh(self, keys: Tensor, outputs: Tensor) -> Tensor:
-        """Keys, (tokens, d_k), times m/‖x‖ with x their outputs, (tokens, d)."""
-        length = outputs.to(keys).norm(dim=1, keepdim=True)
-        if self._median is None:
-            self._median = length.median()
-        return keys * (self._median / length.clamp(min=torch.finfo(keys.dtype).tiny))
+    means = {layer: math.exp(total / n_tokens) for layer, total in logs.items()}
+    return {
+        layer: Moment((total * (means.get(layer, 1.0) ** 2 / n_tokens)).cpu(), n_tokens, watches[layer].error())
+        for layer, total in sums.items()
+    }
 
 
 def _keys(
     model: PreTrainedModel,
     modules: Mapping[int, nn.Module],
-    lengths: Mapping[int, _Lengths],
+    norms: Mapping[int, nn.Module],
     rows: Sequence[Sequence[int]],
     hparams: RLSEditHyperParams,
-) -> Iterable[dict[int, tuple[Tensor, Tensor]]]:
-    """For groups of texts: layer -> keys of all tokens (tokens, d_k), and which half of the texts each belongs to, (tokens,)."""
+) -> Iterable[dict[int, tuple[Tensor, Tensor | None, Tensor]]]:
+    """For groups of texts: layer -> keys of all tokens (tokens, d_k), the lengths of what comes to the norm behind the MLP where there is
+    one, (tokens, 1), and which half of the texts each token belongs to, (tokens,)."""
     dtype = getattr(torch, hparams.mom2_dtype)
     device = device_of(model)
-    behind = {("output", layer): modules[layer] for layer in lengths}
+    taps = {**modules, **{("norm", layer): norm for layer, norm in norms.items()}}
     for group in chunks([len(row) for row in rows], hparams.batch_tokens, price_of_pass(device)):
         batch = pad([rows[i] for i in group], "right", device)
-        with tap(inputs=modules, outputs=behind, stop=True) as seen:
+        with tap(inputs=taps, stop=True) as seen:
             run(model, batch)
         is_token = batch.mask.bool()
         half = (torch.tensor(group, device=is_token.device) % 2)[:, None].expand_as(is_token)[is_token]
         # some models flatten rows and tokens
-        real = {key: states.reshape(*is_token.shape, -1)[is_token.to(states.device)] for key, states in seen.items()}
-        found = {}
-        for layer in modules:
-            keys = real[layer].to(dtype)
-            if layer in lengths:
-                keys = lengths[layer].weigh(keys, real["output", layer])
-            found[layer] = (keys, half.to(keys.device))
-        yield found
+        real = {key: states.reshape(*is_token.shape, -1)[is_token.to(states.device)].to(dtype) for key, states in seen.items()}
+        lengths = {layer: real["norm", layer].norm(dim=1, keepdim=True).clamp(min=_LEAST_LENGTH) for layer in norms}
+        yield {layer: (real[layer], lengths.get(layer), half.to(real[layer].device)) for layer in modules}
 
 
 class _Convergence:

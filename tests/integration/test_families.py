@@ -11,6 +11,7 @@ from easyedit_rls.keys import LayerWalk, locate_facts
 from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.layout import find_layout, twin
 from easyedit_rls.model.prefix import Heads, share_beginnings
+from easyedit_rls.moments import sum_moments
 from easyedit_rls.requests import Probe, parse_requests
 from easyedit_rls.scoring import score
 from easyedit_rls.values import losses_at, optimise_values
@@ -100,6 +101,57 @@ def test_a_small_change_of_a_layers_output_is_met(name):
     closeness = torch.nn.functional.cosine_similarity(change, wanted, dim=1).min()
     assert closeness > 0.98  # a norm lets no change of length through
     assert float(change.norm() / wanted.norm()) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.filterwarnings("default::easyedit_rls.errors.RLSEditWarning")  # λ is the same for keys of any length, some drift
+@pytest.mark.parametrize("length", [300.0, 3000.0])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "glm4", "olmo2"])
+def test_what_a_norm_lets_through_is_reached_however_long_hidden_states_are(name, length, tok, requests):
+    """Hidden states of Gemma have lengths in the thousands; what one layer adds to them is bounded by its norm."""
+    facts = [requests[i] for i in (0, 2, 3)]  # subjects that end in unlike tokens: hardly anything else is left in such states
+    plain = {"mom2_adjustment": False, "lambda_reg": 0.03, "context_templates": []}
+
+    def misses(**changes):
+        model = zoo.make(name)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(length)
+        hp = RLSEditHyperParams.for_model(model, **{**plain, **changes})
+        return [fact.miss for fact in RLSEditor(model, tok, hp, show_progress=False).edit(facts).facts]
+
+    assert max(misses()) < 0.1
+    assert min(misses(value_at="hidden", v_lr=0.1 * length)) > 0.5  # asks for what can't be had
+
+
+@pytest.mark.filterwarnings("default::easyedit_rls.errors.RLSEditWarning")  # λ is the same for keys of any length, some drift
+def test_values_at_the_outputs_are_reached_in_any_model(name, tok, requests):
+    """Also where no norm stands behind, and through what the layers below have changed for the tokens before the subject's last."""
+    model = zoo.make(name)
+    facts = [requests[i] for i in (0, 2, 3)]
+    hp = RLSEditHyperParams.for_model(model, **{**SETTINGS, "value_at": "output", "v_lr": 0.1, "lambda_reg": 0.01, "context_templates": []})
+    report = RLSEditor(model, tok, hp, show_progress=False).edit(facts)
+    assert max(fact.miss for fact in report.facts) < 0.1
+    assert min(fact.value_change for fact in report.facts) > 0.05
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "opt_post", "llama"])
+def test_moments_are_weighed_by_what_comes_out_behind_a_norm(name):
+    """One token at a time: k times the geometric mean of the norm's inputs' lengths over its own; k itself where no norm stands."""
+    model = zoo.make(name)
+    hp = RLSEditHyperParams.for_model(model, layers=[1, 2], mom2_tolerance=0)
+    layout = find_layout(model, hp)
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(0, 600, (n,), generator=generator).tolist() for n in (7, 5, 7, 9)]
+    found = sum_moments(model, layout, hp.layers, [texts[:2], texts[2:]], hp, show_progress=False)
+    for layer, weight in layout.edited.items():
+        keys, lengths = [], []
+        for text in texts:
+            with torch.no_grad(), tap(inputs={"k": weight.module, "x": layout.outlets[layer].norm or weight.module}) as seen:
+                model(torch.tensor([text]))
+            keys.append(seen["k"].reshape(len(text), -1))
+            lengths.append(seen["x"].reshape(len(text), -1).norm(dim=1, keepdim=True))
+        length = torch.cat(lengths)
+        K = torch.cat(keys) * (length.log().mean().exp() / length if name != "llama" else 1.0)
+        torch.testing.assert_close(found[layer].mean, K.T @ K / len(K), rtol=1e-4, atol=1e-4)
 
 
 def test_a_text_longer_than_the_sliding_window_is_refused(tok, requests):
