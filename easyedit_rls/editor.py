@@ -269,9 +269,9 @@ class RLSEditor:
         """Earlier edits that the requests contradict, to be taken out first; one of them may be known already."""
         if self.hparams.on_conflict == "keep":
             return []
-        targets: dict[tuple[str, str, str], EditRequest] = {}
+        targets: dict[tuple[str, ...], EditRequest] = {}
         for index, request in enumerate(requests):
-            if targets.setdefault(request.question, request).target != request.target:
+            if targets.setdefault(request.question, request).continuation != request.continuation:
                 other = targets[request.question].target
                 raise RequestError(
                     f"gives {request.prompt!r} the target {request.target!r}, but another request of this batch {other!r}. "
