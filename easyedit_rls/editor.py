@@ -112,7 +112,7 @@ class RLSEditor:
             AnchorError: the second moments can't be had.
             LedgerError: the batch can't be written to disk.
         """
-        parsed = parse_requests(requests)
+        parsed = parse_requests(requests, chat_template=self.hparams.chat_template)
         self.state.follow(self.layout.edited)
         superseded = self._superseded(parsed)
         return self._edit(parsed, superseded, due_edits(self.state.history, self.hparams.rehearsal, superseded))
@@ -160,7 +160,7 @@ class RLSEditor:
         Raises:
             RLSEditError: see `edit` and `retract`.
         """
-        parsed = parse_requests(request)
+        parsed = parse_requests(request, chat_template=self.hparams.chat_template)
         self.state.follow(self.layout.edited)
         self.state.history.check([edit_id])
         return self._edit(parsed, sorted({edit_id, *self._superseded(parsed, besides=edit_id)}))

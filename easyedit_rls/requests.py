@@ -145,11 +145,14 @@ def as_chat(requests: Sequence[EditRequest]) -> list[EditRequest]:
     return [wrapped(request) for request in requests]
 
 
-def parse_requests(requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest) -> list[EditRequest]:
+def parse_requests(
+    requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest, *, chat_template: bool = False
+) -> list[EditRequest]:
     """Turn what users hand over into checked requests.
 
     Args:
         requests: one request or a list of them, each EasyEdit's dict, a CounterFact record, or an `EditRequest`.
+        chat_template: make every prompt a user's turn, see `as_chat`.
 
     Raises:
         RequestError: names the request by its position, the field, and the cure.
@@ -158,7 +161,8 @@ def parse_requests(requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping
         requests = [requests]
     if not requests:
         raise RequestError("the list is empty. Give at least one request.")
-    return [request if isinstance(request, EditRequest) else _parse(request, i) for i, request in enumerate(requests)]
+    parsed = [request if isinstance(request, EditRequest) else _parse(request, i) for i, request in enumerate(requests)]
+    return as_chat(parsed) if chat_template else parsed
 
 
 def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:

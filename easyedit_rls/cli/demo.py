@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = Console()
     hparams = RLSEditHyperParams.from_hparams(config.hparams)
-    records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")))
+    records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")), chat_template=hparams.chat_template)
     text = _read(config.text, "demo_text.txt")
     batches = _cut(records, config.batches)
     if not (Path(config.model) / "config.json").is_file():

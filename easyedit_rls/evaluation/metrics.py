@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.requests import EditRequest, Probe, as_chat, parse_requests
+from easyedit_rls.requests import EditRequest, Probe, parse_requests
 from easyedit_rls.scoring import Score, score
 
 
@@ -80,7 +80,7 @@ def evaluate(
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
     """
-    requests = as_chat(parse_requests(records)) if chat_template else parse_requests(records)
+    requests = parse_requests(records, chat_template=chat_template)
     probes = list(dict.fromkeys(probe for request in requests for probe in _probes(request)))
     scores = dict(zip(probes, score(model, tok, probes, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)))
     return summarise([_record_scores(request, scores) for request in requests])

@@ -10,7 +10,7 @@ from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.joints import joint as joint_of
 from easyedit_rls.requests import Chat
 
-_MARK = "⟦⟧7f3c⟦⟧"  # stands for a turn's text while the template's own parts are looked for
+_MARK = "⟦⟧7130⟦⟧"  # stands for a turn's text while the template's own parts are looked for
 
 
 @dataclass(frozen=True)
