@@ -27,6 +27,7 @@ from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.forward import device_of, pad, run
 from easyedit_rls.model.layout import Layout, find_layout
+from easyedit_rls.model.tokens import encode_all, end_tokens
 from easyedit_rls.model.weights import fingerprint
 from easyedit_rls.moments import Moment, sum_moments
 from easyedit_rls.texts import SAMPLED_TOKENS, TEXT_TOKENS, token_blocks
@@ -100,7 +101,7 @@ def anchor_pairs(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     Raises:
         AnchorError: no prompt, or an empty one.
     """
-    rows = [tok(prompt)["input_ids"] for prompt in prompts]
+    rows = [encoded.ids for encoded in encode_all(tok, prompts)]
     if not rows or not all(rows):
         raise AnchorError("Anchor prompts are missing or empty. Give at least one text, and none without tokens.")
     layout = find_layout(model, hparams)
@@ -174,6 +175,8 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
     identity = f"{identity} {hparams.mom2_dtype} tolerance {hparams.mom2_tolerance} vocabulary {len(tok)}"
     if any(outlet.norm is not None for outlet in layout.outlets.values()):
         identity += " behind norms"  # tokens are weighed there
+    if end_tokens(tok):
+        identity += " without end tokens"  # texts had them once
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = cache_folder() / "moments" / fingerprint(model)
     name = re.sub(r"[^\w.-]+", "-", Path(source).name)

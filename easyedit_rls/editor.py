@@ -112,7 +112,7 @@ class RLSEditor:
             AnchorError: the second moments can't be had.
             LedgerError: the batch can't be written to disk.
         """
-        parsed = parse_requests(requests)
+        parsed = parse_requests(requests, chat_template=self.hparams.chat_template)
         self.state.follow(self.layout.edited)
         superseded = self._superseded(parsed)
         return self._edit(parsed, superseded, due_edits(self.state.history, self.hparams.rehearsal, superseded))
@@ -160,7 +160,7 @@ class RLSEditor:
         Raises:
             RLSEditError: see `edit` and `retract`.
         """
-        parsed = parse_requests(request)
+        parsed = parse_requests(request, chat_template=self.hparams.chat_template)
         self.state.follow(self.layout.edited)
         self.state.history.check([edit_id])
         return self._edit(parsed, sorted({edit_id, *self._superseded(parsed, besides=edit_id)}))
@@ -269,9 +269,9 @@ class RLSEditor:
         """Earlier edits that the requests contradict, to be taken out first; one of them may be known already."""
         if self.hparams.on_conflict == "keep":
             return []
-        targets: dict[tuple[str, str, str], EditRequest] = {}
+        targets: dict[tuple[str, ...], EditRequest] = {}
         for index, request in enumerate(requests):
-            if targets.setdefault(request.question, request).target != request.target:
+            if targets.setdefault(request.question, request).continuation != request.continuation:
                 other = targets[request.question].target
                 raise RequestError(
                     f"gives {request.prompt!r} the target {request.target!r}, but another request of this batch {other!r}. "

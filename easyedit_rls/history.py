@@ -103,7 +103,7 @@ class History:
         self.live: dict[int, Edit] = {}
         self.next_id = 1
         self._made_by: dict[int, int] = {}  # edit -> index of its entry
-        self._questions: dict[tuple[str, str, str], list[int]] = {}
+        self._questions: dict[tuple[str, ...], list[int]] = {}
 
     @property
     def n_batches(self) -> int:
@@ -129,7 +129,7 @@ class History:
         return entry
 
     def conflicts(self, requests: Sequence[EditRequest]) -> list[int]:
-        """Numbers of the edits that answer the same prompt of the same subject as one of the requests, in order."""
+        """Numbers of the edits that answer the same prompt as one of the requests, in order."""
         return sorted({edit_id for request in requests for edit_id in self._questions.get(request.question, ())})
 
     def check(self, edit_ids: Iterable[int]) -> list[int]:

@@ -135,10 +135,9 @@ class RLSEditHyperParams:
     )
     forgetting_memory: float = _setting("For 'adaptive': how many edits' worth of information to remember.", 1000.0)
     on_conflict: str = _setting(
-        "When the same prompt of the same subject is edited again: 'supersede' takes the older edit out first, 'keep' fits both, "
-        "'error' refuses.",
-        "supersede",
+        "When the same prompt is edited again: 'supersede' takes the older edit out first, 'keep' fits both, 'error' refuses.", "supersede"
     )
+    chat_template: bool = _setting("Whether prompts, paraphrases and neighbors are user's turns in the model's chat template.", False)
     rehearsal: int = _setting(
         "Before each batch, so many edits that stand are looked at, each in its turn; those whose target is no longer the most probable "
         "text after their prompt are taken out and edited again with the batch. 0 looks at none.",

@@ -49,7 +49,7 @@ def locate_facts(
     Args:
         tok: the model's tokenizer.
         requests: parsed requests.
-        templates: texts to put before the prompt, besides the bare prompt.
+        templates: texts to put before the prompt, besides the bare prompt; within the user's turn, where the request is a chat.
         statements: short texts with {} for the subject, to put the target behind.
 
     Raises:
@@ -59,7 +59,9 @@ def locate_facts(
     for index, request in enumerate(requests):
         try:
             rows = tuple(
-                tokenize_fact(tok, template + request.before, request.subject, request.after, request.target)
+                tokenize_fact(
+                    tok, template + request.before, request.subject, request.after, request.target, joint=request.joint, chat=request.chat
+                )
                 for template in ("", *templates)
             )
             cut = [text.split("{}") for text in statements]

@@ -20,8 +20,9 @@ class EditRecord:
 
     Attributes:
         request: the edit, with its paraphrases and neighbours (CounterFact's figures).
-        easyedit: the same in the shape that EasyEdit's evaluation takes: prompt, subject, target_new, and where there are any
-            ground_truth, rephrase_prompt, locality and portability, the last two as {name: {"prompt": [...], "ground_truth": [...]}}.
+        easyedit: the same in the shape that EasyEdit's evaluation takes: prompt (or messages), subject, target_new, and where there are any
+            ground_truth, rephrase_prompt, locality and portability, the last two as {name: {"prompt": [...], "ground_truth": [...]}};
+            and the request's joint.
         generation_prompts: where the model shall go on writing, for fluency and consistency.
     """
 
@@ -30,13 +31,14 @@ class EditRecord:
     generation_prompts: tuple[str, ...] = ()
 
 
-def read_records(path: str | Path, first: int = 0, count: int | None = None) -> list[EditRecord]:
+def read_records(path: str | Path, first: int = 0, count: int | None = None, *, joint: str | None = None) -> list[EditRecord]:
     """Read edit records from a file.
 
     Args:
         path: a JSON list, or a file whose name ends in '.jsonl' with one record a line.
         first: how many records to leave out at the beginning.
         count: how many to read; None reads all.
+        joint: what stands between prompt and answer in records that don't say so themselves; None: as their texts tell.
 
     Raises:
         RequestError: the file can't be read, or a record is wrong; names file, record (counted from the file's beginning) and field.
@@ -52,7 +54,8 @@ def read_records(path: str | Path, first: int = 0, count: int | None = None) -> 
                 raise RequestError(f"is a {type(item).__name__}, not a mapping.")
             if item.get("alt") == "":  # ZsRE's records without a new answer; EasyEdit leaves them out too
                 continue
-            records.append(_record({"case_id": index, **item}))
+            shared = {} if joint is None else {"joint": joint}
+            records.append(_record({"case_id": index, **shared, **item}))
         except RequestError as exc:
             raise RequestError(f"{exc.problem} (in {path})", index=index, field=exc.field) from None
     if not records:
@@ -89,7 +92,7 @@ def _record(raw: Mapping[str, Any]) -> EditRecord:
         for section in ("locality", "portability")
     }
     (request,) = parse_requests([{**flat, **sections, **_paraphrased(raw)}])
-    easyedit = {
+    easyedit: dict[str, Any] = {
         "prompt": request.prompt,
         "subject": request.subject,
         "target_new": request.target,
@@ -97,6 +100,12 @@ def _record(raw: Mapping[str, Any]) -> EditRecord:
         "rephrase_prompt": request.paraphrases[0] if request.paraphrases else None,
         **sections,
     }
+    if request.joint is not None:
+        easyedit["joint"] = request.joint
+    if request.chat is not None:
+        turns = [*request.chat, ("user", request.prompt)]
+        easyedit["messages"] = [{"role": role, "content": content} for role, content in turns]
+        del easyedit["prompt"]
     prompts = raw.get("generation_prompts") or ()
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
         raise RequestError("is not a list of texts.", field="generation_prompts")
@@ -114,7 +123,7 @@ def _flat(raw: Mapping[str, Any]) -> dict[str, Any]:
     if "src" in raw and "alt" in raw:
         return _zsre(raw)
     flat = dict(raw)
-    if "text" in raw and "prompt" not in raw:  # KnowEdit's other names
+    if "text" in raw and "prompt" not in raw and "messages" not in raw:  # KnowEdit's other names
         flat |= {"prompt": raw["text"], "target_new": raw.get("labels"), "subject": raw.get("concept", raw.get("subject"))}
     flat |= {section: dict(_parts(raw, section)) for section in ("locality", "portability")}
     for name in ("locality_prompt", "locality_ground_truth", "portability_prompt", "portability_ground_truth"):
@@ -126,7 +135,7 @@ def _counterfact(raw: Mapping[str, Any]) -> dict[str, Any]:
     fact = raw["requested_rewrite"]
     if not isinstance(fact, Mapping):
         raise RequestError("is not a mapping.", field="requested_rewrite")
-    flat = {**fact, "case_id": raw["case_id"]}
+    flat = {**{key: raw[key] for key in ("case_id", "joint", "messages") if key in raw}, **fact}
     near = raw.get("neighborhood_prompts") or []
     true = fact.get("target_true")
     answer = true.get("str") if isinstance(true, Mapping) else true
@@ -134,7 +143,7 @@ def _counterfact(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _zsre(raw: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {key: raw[key] for key in ("case_id", "subject") if key in raw}
+    flat = {key: raw[key] for key in ("case_id", "subject", "joint") if key in raw}
     flat |= {"prompt": raw["src"], "target_new": raw["alt"], "rephrase_prompt": raw.get("rephrase"), "ground_truth": raw.get("answers")}
     if raw.get("loc") is not None:
         flat["locality"] = {"neighborhood": {"prompt": [raw["loc"]], "ground_truth": [raw.get("loc_ans")]}}
@@ -182,7 +191,7 @@ def _pair(part: Any, field: str) -> dict[str, list[str]]:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(text, str) and text.strip() for text in values):
             raise RequestError("is neither a text nor a list of texts.", field=f"{field}.{name}")
-        pair[name] = [text.rstrip() for text in values] if name == "prompt" else [text.strip() for text in values]
+        pair[name] = list(values)
     if len(pair["prompt"]) != len(pair["ground_truth"]):
         raise RequestError(f"has {len(pair['ground_truth'])} answers for {len(pair['prompt'])} prompts.", field=field)
     return pair

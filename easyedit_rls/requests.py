@@ -7,29 +7,47 @@ These formats are understood everywhere:
 * items of EasyEdit's data sets as they come. Its ``ZsreDataset`` drops the subject, which is then found as the one name that prompt and
   rewording share (`subjects.find_subject`), or else the request is refused;
 * a CounterFact record: ``requested_rewrite`` with ``prompt``, ``subject``, ``target_new.str``, ``target_true.str``, and for
-  evaluation ``paraphrase_prompts``, ``neighborhood_prompts``.
+  evaluation ``paraphrase_prompts``, ``neighborhood_prompts``;
+* a chat: any of these with ``messages`` instead of ``prompt``, a list of ``{"role", "content"}`` whose last one is the user's. Paraphrases
+  and neighbors are user's turns behind the same earlier ones then.
+
+Texts are taken as they are given, white space at their ends included. What stands between a prompt and its target follows from the text
+(`joints.joint`), or is the request's ``joint``.
 
 Nothing is mutated, and text is never passed through ``str.format``: braces in it are just characters.
 """
 
 import logging
-import re
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from easyedit_rls.errors import RequestError
+from easyedit_rls.joints import joint as joint_of
+from easyedit_rls.spans import find_spans
 from easyedit_rls.subjects import find_subject
 
 logger = logging.getLogger(__name__)
 
+Chat = tuple[tuple[str, str], ...]
+
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt and the answer it should (or should still) get. Neither ends or begins with a space."""
+    """A prompt and the answer it should (or should still) get.
+
+    Attributes:
+        prompt: a text, or the user's turn of a chat.
+        answer: what should follow.
+        joint: what stands between the two; None: as the text tells.
+        chat: None for plain text; for a chat the turns (role, content) before the user's, () if there are none.
+    """
 
     prompt: str
     answer: str
+    joint: str | None = None
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True)
@@ -39,13 +57,15 @@ class EditRequest:
     Attributes:
         before: the prompt up to the subject.
         subject: the subject's text.
-        after: the prompt behind the subject, without trailing spaces.
-        target: what the model shall say next, without surrounding spaces.
+        after: the prompt behind the subject.
+        target: what the model shall say next.
         target_true: what it should have said before the edit, if known.
         importance: d_i in the objective, positive.
         paraphrases: other prompts for the same fact.
         neighbors: prompts about other subjects, with the answers they should keep (EasyEdit's ``locality`` too).
         case_id: the caller's own number or name of the request, if any.
+        joint: what stands between prompt and target; None: as the text tells (`joints.joint`), or the chat template.
+        chat: None for a plain prompt; for a chat the turns (role, content) before the user's, which before, subject and after make up.
     """
 
     before: str
@@ -57,37 +77,82 @@ class EditRequest:
     paraphrases: tuple[str, ...] = ()
     neighbors: tuple[Probe, ...] = ()
     case_id: int | str | None = None
+    joint: str | None = None
+    chat: Chat | None = None
 
     @property
     def prompt(self) -> str:
-        """The whole prompt."""
+        """The whole prompt; of a chat, the user's turn."""
         return self.before + self.subject + self.after
 
     @property
-    def question(self) -> tuple[str, str, str]:
-        """What is asked of which subject, whatever the spacing: two requests with the same question contradict each other or agree."""
-        before, subject, after = (" ".join(text.split()) for text in (self.before, self.subject, self.after))
-        return before, subject, after
+    def continuation(self) -> str:
+        """The target with what joins it to the prompt; of a chat without a joint of its own, the target alone."""
+        if self.joint is None and self.chat is None:
+            return joint_of(self.prompt, self.target) + self.target
+        return (self.joint or "") + self.target
+
+    @property
+    def question(self) -> tuple[str, ...]:
+        """What is asked: the prompt, and of a chat its turns, whatever the spacing, the way Unicode is written, or the subject in it.
+
+        Two requests with the same question contradict each other or agree.
+        """
+        turns = () if self.chat is None else tuple(text for turn in (*self.chat, ("user", "")) for text in turn)
+        return tuple(" ".join(unicodedata.normalize("NFC", text).split()) for text in (self.prompt, *turns))
+
+    def probe(self, prompt: str, answer: str) -> Probe:
+        """A prompt of this request's form, with an answer."""
+        return Probe(prompt, answer, self.joint, self.chat)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, defaults left out; `from_dict` makes the request again."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         if self.neighbors:
-            values["neighbors"] = [[probe.prompt, probe.answer] for probe in self.neighbors]
+            values["neighbors"] = [self._plain(probe) for probe in self.neighbors]
+        if self.chat is not None:
+            values["chat"] = [list(turn) for turn in self.chat]
         return values | ({"paraphrases": list(self.paraphrases)} if self.paraphrases else {})
+
+    def _plain(self, probe: Probe) -> list[Any]:
+        """A probe for JSON; joint and chat are left out where they are the request's."""
+        is_alike = probe == self.probe(probe.prompt, probe.answer)
+        chat = None if probe.chat is None else [list(turn) for turn in probe.chat]
+        return [probe.prompt, probe.answer] if is_alike else [probe.prompt, probe.answer, probe.joint, chat]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EditRequest":
         """The request that `to_dict` was called on."""
-        neighbors = tuple(Probe(prompt, answer) for prompt, answer in values.get("neighbors", ()))
-        return cls(**{**values, "neighbors": neighbors, "paraphrases": tuple(values.get("paraphrases", ()))})
+        joint, chat = values.get("joint"), _turns(values.get("chat"))
+        neighbors = tuple(
+            Probe(prompt, answer, own[0], _turns(own[1])) if own else Probe(prompt, answer, joint, chat)
+            for prompt, answer, *own in values.get("neighbors", ())
+        )
+        return cls(**{**values, "neighbors": neighbors, "paraphrases": tuple(values.get("paraphrases", ())), "chat": chat})
 
 
-def parse_requests(requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest) -> list[EditRequest]:
+def _turns(chat: Sequence[Sequence[str]] | None) -> Chat | None:
+    return None if chat is None else tuple((role, content) for role, content in chat)
+
+
+def as_chat(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The same requests with every prompt, paraphrase and neighbor as a user's turn; what is a chat already stays as it is."""
+
+    def wrapped(request: EditRequest) -> EditRequest:
+        neighbors = tuple(replace(probe, chat=()) if probe.chat is None else probe for probe in request.neighbors)
+        return replace(request, neighbors=neighbors, chat=() if request.chat is None else request.chat)
+
+    return [wrapped(request) for request in requests]
+
+
+def parse_requests(
+    requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest, *, chat_template: bool = False
+) -> list[EditRequest]:
     """Turn what users hand over into checked requests.
 
     Args:
         requests: one request or a list of them, each EasyEdit's dict, a CounterFact record, or an `EditRequest`.
+        chat_template: make every prompt a user's turn, see `as_chat`.
 
     Raises:
         RequestError: names the request by its position, the field, and the cure.
@@ -96,15 +161,21 @@ def parse_requests(requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping
         requests = [requests]
     if not requests:
         raise RequestError("the list is empty. Give at least one request.")
-    return [request if isinstance(request, EditRequest) else _parse(request, i) for i, request in enumerate(requests)]
+    parsed = [request if isinstance(request, EditRequest) else _parse(request, i) for i, request in enumerate(requests)]
+    return as_chat(parsed) if chat_template else parsed
 
 
 def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
     if not isinstance(raw, Mapping):
         raise RequestError(f"is a {type(raw).__name__}, not a mapping. Give EasyEdit's dict or a CounterFact record.", index=index)
     fact = {**raw, **_mapping(raw, "requested_rewrite", index)}
+    chat, field = None, "prompt"
+    if fact.get("messages") is not None:
+        chat, fact["prompt"] = parse_messages(fact, index)
+        field = "messages"
     subject = _zsre_subject(fact, index) if "cond" in fact and "subject" not in fact else _text(fact, "subject", index)
-    before, after = _split_prompt(_text(fact, "prompt", index), subject, index)
+    before, subject, after = _split_prompt(_text(fact, "prompt", index), subject, index, field)
+    joint = parse_joint(fact, index)
     target = _text(fact, "target_new", index)
     true_key = "target_true" if fact.get("target_true") is not None else "ground_truth"
     answers = fact.get(true_key)
@@ -117,11 +188,11 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
         raise RequestError(f"is {importance!r}. Give a positive number; 1 is the usual weight.", index=index, field="importance")
 
     paraphrases = _texts(fact, "paraphrase_prompts", index) + _texts(fact, "rephrase_prompt", index)
-    neighbors = [Probe(prompt.rstrip(), str(target_true)) for prompt in _texts(fact, "neighborhood_prompts", index)]
+    neighbors = [(prompt, str(target_true)) for prompt in _texts(fact, "neighborhood_prompts", index)]
     if neighbors and target_true is None:
         raise RequestError("is missing, but neighborhood_prompts need it as their answer. Add it.", index=index, field="target_true")
     if fact.get("locality_prompt") is not None:
-        neighbors.append(Probe(_text(fact, "locality_prompt", index).rstrip(), _text(fact, "locality_ground_truth", index)))
+        neighbors.append((_text(fact, "locality_prompt", index), _text(fact, "locality_ground_truth", index)))
     for kind, pair in _mapping(fact, "locality", index).items():
         if not isinstance(pair, Mapping):
             raise RequestError(f"'{kind}' is no mapping. Give prompt and ground_truth.", index=index, field="locality")
@@ -130,7 +201,7 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
             raise RequestError(
                 f"'{kind}' has {len(prompts)} prompts and {len(answers)} answers. Give one each.", index=index, field="locality"
             )
-        neighbors += [Probe(p.rstrip(), a.strip()) for p, a in zip(prompts, answers)]
+        neighbors += zip(prompts, answers)
 
     return EditRequest(
         before=before,
@@ -139,10 +210,46 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
         target=target,
         target_true=target_true,
         importance=float(importance),
-        paraphrases=tuple(p.rstrip() for p in paraphrases),
-        neighbors=tuple(neighbors),
+        paraphrases=tuple(paraphrases),
+        neighbors=tuple(Probe(prompt, answer, joint, chat) for prompt, answer in neighbors),
         case_id=raw.get("case_id"),
+        joint=joint,
+        chat=chat,
     )
+
+
+def parse_joint(fact: Mapping[str, Any], index: int) -> str | None:
+    """What stands between a record's prompts and answers, if it says so.
+
+    Raises:
+        RequestError: it is no text.
+    """
+    joint = fact.get("joint")
+    if joint is None or isinstance(joint, str):
+        return joint
+    raise RequestError(f"is a {type(joint).__name__}, not text. Give a space, an empty text, or leave it out.", index=index, field="joint")
+
+
+def parse_messages(fact: Mapping[str, Any], index: int) -> tuple[Chat, str]:
+    """Of a record with ``messages``, the turns before the user's last one, and that one's text.
+
+    Raises:
+        RequestError: it is no chat that ends in a user's turn, or there is a prompt beside it.
+    """
+    if fact.get("prompt") is not None:
+        raise RequestError("stands beside a prompt. Give one of the two.", index=index, field="messages")
+    turns = fact["messages"]
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise RequestError("is no list of turns. Give {'role': …, 'content': …} for each.", index=index, field="messages")
+    for number, turn in enumerate(turns):
+        is_turn = isinstance(turn, Mapping) and set(turn) == {"role", "content"} and all(isinstance(text, str) for text in turn.values())
+        if not is_turn:
+            raise RequestError(f"has turn {number}, {turn!r}. Give {{'role': …, 'content': …}}, both texts.", index=index, field="messages")
+    if turns[-1]["role"] != "user":
+        raise RequestError(f"ends in a turn of the {turns[-1]['role']!r}. Let the user's turn be the last.", index=index, field="messages")
+    if not turns[-1]["content"].strip():
+        raise RequestError("ends in an empty turn. Give its text.", index=index, field="messages")
+    return tuple((turn["role"], turn["content"]) for turn in turns[:-1]), turns[-1]["content"]
 
 
 def _zsre_subject(fact: Mapping[str, Any], index: int) -> str:
@@ -154,28 +261,30 @@ def _zsre_subject(fact: Mapping[str, Any], index: int) -> str:
     return subject
 
 
-def _split_prompt(prompt: str, subject: str, index: int) -> tuple[str, str]:
-    """Text before and behind the subject.
+def _split_prompt(prompt: str, subject: str, index: int, field: str) -> tuple[str, str, str]:
+    """Text before the subject, the subject as the prompt writes it, and text behind it.
 
     ``{}`` marks the place if it is there; otherwise the last occurrence that stands as a word of its own counts, and
-    failing that the last one at all (languages without spaces).
+    failing that the last one at all (languages without spaces). White space around a subject is none of it.
     """
     slots = prompt.count("{}")
     if slots > 1:
-        raise RequestError(f"has {slots} places marked {{}}: {prompt!r}. Mark the subject's place once.", index=index, field="prompt")
+        raise RequestError(f"has {slots} places marked {{}}: {prompt!r}. Mark the subject's place once.", index=index, field=field)
     if slots == 1:
         before, after = prompt.split("{}")
-        return before, after.rstrip()
-    places = [match.start() for match in re.finditer(f"(?={re.escape(subject)})", prompt)]
+        start = len(before) + len(subject) - len(subject.lstrip())
+        prompt, places = before + subject + after, [(start, start + len(subject.strip()))]
+    else:
+        places = find_spans(prompt, subject.strip())
     if not places:
         raise RequestError(
             f"does not contain the subject {subject!r}: {prompt!r}. Write the subject into the prompt, or {{}} where it goes.",
             index=index,
-            field="prompt",
+            field=field,
         )
-    words = [at for at in places if _stands_alone(prompt, at, at + len(subject))]
-    start = (words or places)[-1]
-    return prompt[:start], prompt[start + len(subject) :].rstrip()
+    words = [place for place in places if _stands_alone(prompt, *place)]
+    start, end = (words or places)[-1]
+    return prompt[:start], prompt[start:end], prompt[end:]
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:
@@ -194,7 +303,7 @@ def _text(fact: Mapping[str, Any], key: str, index: int) -> str:
         raise RequestError(f"is a {type(value).__name__}, not text.", index=index, field=key)
     if not value.strip():
         raise RequestError("is empty. Give its text.", index=index, field=key)
-    return value.strip() if key != "prompt" else value
+    return value
 
 
 def _texts(fact: Mapping[str, Any], key: str, index: int) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import Batch, chunks, device_of, price_of_pass, run
-from easyedit_rls.model.subject import Row, tokenize_answer
+from easyedit_rls.model.subject import Row, answer_rows
 from easyedit_rls.model.tree import grow, takes_trees, tree_batch
 from easyedit_rls.progress import progress_bar
 from easyedit_rls.requests import Probe
@@ -63,7 +63,7 @@ def score(
     Returns:
         A score each probe, in order.
     """
-    rows = [tokenize_answer(tok, probe.prompt, probe.answer) for probe in probes]
+    rows = answer_rows(tok, probes)
     scores: dict[int, Score] = {}
 
     def take(numbers: list[int], logits: Tensor, places: Tensor) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from easyedit_rls.errors import AnchorError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.sampling import sample_texts
+from easyedit_rls.model.tokens import encode
 
 SAMPLED_TOKENS = 128  # length of a text sampled from the model
 TEXT_TOKENS = 512  # longer texts are cut
@@ -32,7 +33,7 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
         hparams: mom2_dataset, mom2_n_samples, seed.
 
     Yields:
-        rows of token ids.
+        rows of token ids, each with the tokenizer's start tokens (`model.tokens.start_tokens`) in front.
 
     Raises:
         AnchorError: the source can't be read, or has no text.
@@ -45,7 +46,7 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     block: list[list[int]] = []
     n_tokens, is_empty = 0, True
     for text in texts[:n]:
-        if row := tok(text, truncation=True, max_length=TEXT_TOKENS)["input_ids"]:
+        if row := list(encode(tok, text, max_tokens=TEXT_TOKENS).ids):
             block.append(row)
             n_tokens, is_empty = n_tokens + len(row), False
         if n_tokens >= _BLOCK_TOKENS:

@@ -1,6 +1,7 @@
 """``easyedit-rls compare``: the same stream of edits through several editors, and a report of how they fare."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from easyedit_rls.compare.results import METRICS
 from easyedit_rls.compare.run import run_all
 from easyedit_rls.devices import choose_device
 from easyedit_rls.errors import HyperParamsError, RequestError
+from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.records import read_records
 
@@ -59,12 +61,16 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
     changes: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
     if config.data.file is None:
         raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
-    n_records = len(read_records(config.data.file, config.data.first, config.data.count))
+    n_records = len(read_records(config.data.file, config.data.first, config.data.count, joint=config.data.joint))
     if config.eval.text is not None and not Path(config.eval.text).is_file():
         raise RequestError(f"{config.eval.text} can't be read. Check the path.", field="eval.text")
     device = choose_device(config.device)
     model, tok = load_model(config.model.path, config.dtype)  # off the GPU, whose memory the editors' processes need
     hparams = settings_for(model, config.model.path, config.model.hparams)
+    if config.chat_template is not None:
+        hparams = RLSEditHyperParams.from_dict({**hparams.to_dict(), "chat_template": config.chat_template})
+    contenders = tuple(Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})}) for name in names)
+    _check_form(contenders, hparams)
     n_templates = hparams.n_templates if config.templates is None else config.templates
     return Plan(
         model=str(config.model.path),
@@ -85,8 +91,22 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         tasks_folder=config.eval.tasks_folder,
         device=device,
         dtype=config.dtype,
-        contenders=tuple(Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})}) for name in names),
+        contenders=contenders,
+        joint=config.data.joint,
     )
+
+
+def _check_form(contenders: Sequence[Contender], hparams: RLSEditHyperParams) -> None:
+    """All editors get the prompts in the form in which they are measured.
+
+    Raises:
+        HyperParamsError: one has a setting of its own, or edits no chats.
+    """
+    for contender in contenders:
+        if contender.settings.get("chat_template", hparams.chat_template) != hparams.chat_template:
+            raise HyperParamsError(f"{contender.name} has a chat_template of its own. Set it for all editors: chat_template=true.")
+        if hparams.chat_template and contender.alg_name != "RLSEdit":
+            raise HyperParamsError(f"{contender.name} edits plain prompts only. Leave it out, or set chat_template=false.")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.loading import load_model
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
-from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
+from easyedit_rls.evaluation import Evaluation, evaluate, generate, perplexity
 from easyedit_rls.evaluation.metrics import summarise
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.requests import EditRequest, parse_requests
@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = Console()
     hparams = RLSEditHyperParams.from_hparams(config.hparams)
-    records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")))
+    records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")), chat_template=hparams.chat_template)
     text = _read(config.text, "demo_text.txt")
     batches = _cut(records, config.batches)
     if not (Path(config.model) / "config.json").is_file():
@@ -121,12 +121,8 @@ def _retention(
 
 def _complete(model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRequest]) -> list[str]:
     """Greedy completions of the edited prompts, one line each."""
-    texts = []
-    for record in records:
-        prompt = tok(record.prompt, return_tensors="pt").to(model.device)
-        out = model.generate(**prompt, max_new_tokens=10, do_sample=False, pad_token_id=tok.eos_token_id)
-        texts.append(" ".join(tok.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split()))
-    return texts
+    prompts = [record.probe(record.prompt, record.target) for record in records]
+    return [" ".join(text.split()) for text in generate(model, tok, prompts, max_new_tokens=10, show_progress=False)]
 
 
 def _cut(records: list[EditRequest], n_batches: int) -> list[list[EditRequest]]:

@@ -16,6 +16,7 @@ from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import evaluate
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.records import read_records
+from easyedit_rls.requests import parse_requests
 
 _SHOWN = (
     ("efficacy", "Efficacy: P(new) > P(true)"),
@@ -31,11 +32,12 @@ def main(config: DictConfig) -> None:
     console = Console()
     if config.data.file is None:
         raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
-    requests = [record.request for record in read_records(config.data.file, config.data.first, config.data.count)]
+    records = read_records(config.data.file, config.data.first, config.data.count, joint=config.data.joint)
     settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
     model, tok = load_model(config.model.path, config.dtype, choose_device(config.device))
     hparams = settings_for(model, config.model.path, config.model.hparams).to_dict()
     hparams |= {**settings, **({"state_dir": str(config.state_dir)} if config.state_dir else {})}
+    requests = parse_requests([record.request for record in records], chat_template=hparams["chat_template"])  # measured as they are edited
     before = evaluate(model, tok, requests, show_progress=True).means()
     editor = RLSEditor(model, tok, RLSEditHyperParams.from_dict(hparams))
     if editor.n_edits:

@@ -62,6 +62,7 @@ class Plan:
         dtype: of the model.
         threads: torch's; None leaves it alone.
         contenders: in the order of the tables.
+        joint: what stands between prompt and answer in records that don't say so; None: as the text tells.
     """
 
     model: str
@@ -83,6 +84,12 @@ class Plan:
     tasks_folder: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    joint: str | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are user's turns in the model's chat template."""
+        return bool(self.hparams.get("chat_template", False))
 
     @property
     def n_batches(self) -> int:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,6 +29,7 @@ from easyedit_rls.evaluation import abilities, add_locality, answers, edit_quali
 from easyedit_rls.files import write_file
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.records import EditRecord, read_records
+from easyedit_rls.requests import as_chat
 
 RESULT = "result.json"
 UNEDITED = "unedited.json"
@@ -44,7 +45,9 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
         place.mkdir(parents=True)
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    records = read_records(plan.data, plan.first, plan.count)
+    records = read_records(plan.data, plan.first, plan.count, joint=plan.joint)
+    if plan.is_chat:
+        records = [replace(record, request=request) for record, request in zip(records, as_chat([record.request for record in records]))]
     model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=getattr(torch, plan.dtype)).to(plan.device).eval()
     tok = AutoTokenizer.from_pretrained(plan.model)
     scale = _Measure(plan, model, tok, records)
@@ -103,14 +106,14 @@ class _Measure:
 
     def unedited(self) -> dict[str, Any]:
         """The same before the first edit, on all records: figures, and what locality is taken against."""
-        self.quality = edit_quality(self._model, self._tok, [record.easyedit for record in self._records])
+        self.quality = self._easyedit(self._records)
         return {"quality": self.quality, "figures": self.now(len(self._records), is_last=True)}
 
     def now(self, n_edits: int, is_last: bool, editor: Editor | None = None) -> dict[str, Any]:
         """Figures of the first records, and of the model as a whole; of an editor, RLSEdit's targets, if it is that."""
         records = self._records[:n_edits]
         counterfact = evaluate(self._model, self._tok, [record.request for record in records], show_progress=False).records
-        quality = edit_quality(self._model, self._tok, [record.easyedit for record in records])
+        quality = self._easyedit(records)
         add_locality(self.quality[:n_edits], quality)
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
         terms = self._objective.terms(editor.editor if isinstance(editor, OurEditor) else None)
@@ -118,8 +121,8 @@ class _Measure:
         if self._text is not None:
             result["perplexity"] = perplexity(self._model, self._tok, self._text, show_progress=False)
         if is_last and self._plan.answers:
-            prompts, wanted = [r.request.prompt for r in records], [r.request.target for r in records]
-            for figures, answer in zip(found, answers(self._model, self._tok, prompts, wanted)):
+            asked = [record.request.probe(record.request.prompt, record.request.target) for record in records]
+            for figures, answer in zip(found, answers(self._model, self._tok, asked, [probe.answer for probe in asked])):
                 figures |= {"answer": answer.text, "exact": float(answer.is_exact), "contained": float(answer.is_contained)}
         if is_last and self._plan.fluency:
             prompts = [record.generation_prompts[0] for record in records if record.generation_prompts][: self._plan.fluency]
@@ -130,6 +133,10 @@ class _Measure:
             limit, folder = self._plan.tasks_limit, self._plan.tasks_folder
             result["abilities"] = abilities(self._model, self._tok, self._plan.tasks, limit=limit, folder=folder)
         return {**result, "records": found}
+
+    def _easyedit(self, records: Sequence[EditRecord]) -> list[dict[str, Any]]:
+        """EasyEdit's own figures."""
+        return edit_quality(self._model, self._tok, [record.easyedit for record in records], chat_template=self._plan.is_chat)
 
     def _deviation(self) -> dict[str, float]:
         """‖W − W_0‖/‖W_0‖ of each weight that has changed."""

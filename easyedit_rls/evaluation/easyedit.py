@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RequestError
-from easyedit_rls.model.subject import Row
+from easyedit_rls.model.subject import Row, answer_rows
+from easyedit_rls.requests import Chat, Probe, parse_joint, parse_messages
 from easyedit_rls.scoring import accuracy, predict_rows
 
 _ANSWERED = {"rewrite_acc": ("prompt", "target_new"), "rephrase_acc": ("rephrase_prompt", "target_new")}
@@ -24,6 +25,7 @@ def edit_quality(
     tok: PreTrainedTokenizerBase,
     records: Sequence[Mapping[str, Any]],
     *,
+    chat_template: bool = False,
     batch_tokens: int = 2048,
     show_progress: bool | None = None,
 ) -> list[dict[str, Any]]:
@@ -33,7 +35,9 @@ def edit_quality(
         model: edited or not.
         tok: its tokenizer.
         records: EasyEdit's dicts: prompt and target_new, and where there are any rephrase_prompt, locality and portability, the
-            last two as {name: {"prompt": …, "ground_truth": …}}. A prompt may be a list, with as many answers.
+            last two as {name: {"prompt": …, "ground_truth": …}}. A prompt may be a list, with as many answers. `messages` and `joint` are
+            as in a request (`requests`).
+        chat_template: make every prompt a user's turn in the tokenizer's chat template.
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
 
@@ -44,8 +48,9 @@ def edit_quality(
     Raises:
         RequestError: names the record, the field and the cure.
     """
-    asked = [list(_asked(record, i)) for i, record in enumerate(records)]
-    rows = _rows(tok, [(i, prompt, answer) for i, parts in enumerate(asked) for _, _, texts in parts for prompt, answer in texts])
+    asked = [list(_asked(record, i, () if chat_template else None)) for i, record in enumerate(records)]
+    numbered = [(i, probe) for i, parts in enumerate(asked) for _, _, probes in parts for probe in probes]
+    rows = answer_rows(tok, [probe for _, probe in numbered], [i for i, _ in numbered])
     predicted = predict_rows(model, rows, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)
     answers = iter(zip(rows, predicted))
     return [_quality(parts, answers) for parts in asked]
@@ -64,42 +69,34 @@ def add_locality(before: Sequence[Mapping[str, Any]], after: Sequence[dict[str, 
             new["locality"][name.removesuffix("_output") + "_acc"] = [sum(a == b for a, b in zip(x, y)) / len(y) for x, y in pairs]
 
 
-def _asked(record: Mapping[str, Any], index: int) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+def _asked(record: Mapping[str, Any], index: int, chat: Chat | None) -> Iterator[tuple[str, str, list[Probe]]]:
     """(section, name, prompts with answers) of everything a record asks; the section of the first two is empty."""
+    if record.get("messages") is not None:
+        chat, turn = parse_messages(record, index)
+        record = {**record, "prompt": turn}
+    joint = parse_joint(record, index)
     for name, (prompt, answer) in _ANSWERED.items():
         if name == "rewrite_acc" or record.get(prompt):
-            yield "", name, _pairs(record.get(prompt), record.get(answer), index, prompt, answer)
+            yield "", name, _probes(record.get(prompt), record.get(answer), index, (prompt, answer), joint, chat)
     for section, ending in (("locality", "output"), ("portability", "acc")):
         for name, part in (record.get(section) or {}).items():
             if not isinstance(part, Mapping):
                 raise RequestError("is not a mapping. Give {'prompt': …, 'ground_truth': …}.", index=index, field=f"{section}.{name}")
             names = f"{section}.{name}.prompt", f"{section}.{name}.ground_truth"
-            yield section, f"{name}_{ending}", _pairs(part.get("prompt"), part.get("ground_truth"), index, *names)
+            yield section, f"{name}_{ending}", _probes(part.get("prompt"), part.get("ground_truth"), index, names, joint, chat)
 
 
-def _pairs(prompts: Any, answers: Any, index: int, prompt_field: str, answer_field: str) -> list[tuple[str, str]]:
+def _probes(prompts: Any, answers: Any, index: int, names: tuple[str, str], joint: str | None, chat: Chat | None) -> list[Probe]:
     prompts, answers = ([value] if isinstance(value, str) else value for value in (prompts, answers))
-    for values, field in ((prompts, prompt_field), (answers, answer_field)):
+    for values, field in zip((prompts, answers), names):
         if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
             raise RequestError("is neither a text nor a list of texts.", index=index, field=field)
     if len(prompts) != len(answers):
-        raise RequestError(f"has {len(answers)} texts for {len(prompts)} prompts. Give one for each.", index=index, field=answer_field)
-    return list(zip(prompts, answers))
+        raise RequestError(f"has {len(answers)} texts for {len(prompts)} prompts. Give one for each.", index=index, field=names[1])
+    return [Probe(prompt, answer, joint, chat) for prompt, answer in zip(prompts, answers)]
 
 
-def _rows(tok: PreTrainedTokenizerBase, pairs: Sequence[tuple[int, str, str]]) -> list[Row]:
-    """Rows of (number of the record, prompt, answer)."""
-    if not pairs:
-        return []
-    whole = tok([f"{prompt} {answer}" for _, prompt, answer in pairs])["input_ids"]
-    starts = [len(ids) for ids in tok([prompt for _, prompt, _ in pairs])["input_ids"]]
-    for (index, prompt, answer), ids, start in zip(pairs, whole, starts):
-        if start >= len(ids):
-            raise RequestError(f"{answer!r} has no token of its own behind {prompt!r}.", index=index)
-    return [Row(ids=tuple(ids), subject_last=start - 1, target_start=start) for ids, start in zip(whole, starts)]
-
-
-def _quality(parts: Sequence[tuple[str, str, list[tuple[str, str]]]], answers: Iterator[tuple[Row, tuple[int, ...]]]) -> dict[str, Any]:
+def _quality(parts: Sequence[tuple[str, str, list[Probe]]], answers: Iterator[tuple[Row, tuple[int, ...]]]) -> dict[str, Any]:
     """One record's figures, from as many rows, with the tokens predicted for their targets, as it has prompts."""
     result: dict[str, Any] = {"locality": {}, "portability": {}}
     for section, name, texts in parts:

@@ -19,7 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import chunks, device_of, pad, price_of_pass
+from easyedit_rls.model.subject import prompt_rows
 from easyedit_rls.progress import progress_bar
+from easyedit_rls.requests import Probe
 
 _ENDS = (".", "\n")  # EasyEdit's ends of an answer, besides the model's own end token
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -44,7 +46,7 @@ class Answer:
 def answers(
     model: PreTrainedModel,
     tok: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Probe],
     wanted: Sequence[str],
     *,
     max_new_tokens: int = 20,
@@ -56,7 +58,7 @@ def answers(
     Args:
         model: edited or not.
         tok: its tokenizer.
-        prompts: one or more.
+        prompts: one or more; a `Probe` is a prompt in its form (a chat's turns).
         wanted: as many answers.
         max_new_tokens: tokens an answer, at most.
         batch_tokens: tokens in one pass, at most.
@@ -84,7 +86,7 @@ def judge(text: str, wanted: str) -> Answer:
 def generate(
     model: PreTrainedModel,
     tok: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Probe],
     *,
     max_new_tokens: int,
     stops: Sequence[str] = (),
@@ -99,7 +101,7 @@ def generate(
     Args:
         model: any decoder with `generate`.
         tok: its tokenizer.
-        prompts: texts to go on from.
+        prompts: texts to go on from; a `Probe` is a prompt in its form (a chat's turns).
         max_new_tokens: tokens of a continuation, at most.
         stops: a continuation ends behind the first of these.
         top_k: None decodes greedily; a number samples from that many tokens at temperature 1 (ROME takes 5 for its fluency).
@@ -108,7 +110,7 @@ def generate(
         desc: label of the progress bar.
         show_progress: None shows a bar on a terminal only.
     """
-    rows = [tok(prompt)["input_ids"] for prompt in prompts]
+    rows = prompt_rows(tok, prompts)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=top_k is not None,

@@ -1,7 +1,7 @@
 """CounterFact's metrics (Meng et al. 2022, section 3.4), and their argmax counterparts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -66,6 +66,7 @@ def evaluate(
     tok: PreTrainedTokenizerBase,
     records: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest,
     *,
+    chat_template: bool = False,
     batch_tokens: int = 8192,
     show_progress: bool | None = None,
 ) -> Evaluation:
@@ -75,10 +76,11 @@ def evaluate(
         model: edited or not.
         tok: its tokenizer.
         records: one or a list: EasyEdit's dicts or CounterFact records.
+        chat_template: make every prompt, paraphrase and neighbor a user's turn in the tokenizer's chat template.
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
     """
-    requests = parse_requests(records)
+    requests = parse_requests(records, chat_template=chat_template)
     probes = list(dict.fromkeys(probe for request in requests for probe in _probes(request)))
     scores = dict(zip(probes, score(model, tok, probes, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)))
     return summarise([_record_scores(request, scores) for request in requests])
@@ -93,26 +95,25 @@ def summarise(records: Sequence[RecordScores]) -> Evaluation:
 def _probes(request: EditRequest) -> list[Probe]:
     """Everything the record's figures need scored."""
     prompts = [request.prompt, *request.paraphrases]
-    wanted = [Probe(prompt, request.target) for prompt in prompts]
+    wanted = [request.probe(prompt, request.target) for prompt in prompts]
     if request.target_true is not None:
-        wanted += [Probe(prompt, request.target_true) for prompt in prompts]
-    return wanted + list(request.neighbors) + [Probe(neighbor.prompt, request.target) for neighbor in request.neighbors]
+        wanted += [request.probe(prompt, request.target_true) for prompt in prompts]
+    return wanted + list(request.neighbors) + [replace(neighbor, answer=request.target) for neighbor in request.neighbors]
 
 
 def _record_scores(request: EditRequest, scores: Mapping[Probe, Score]) -> RecordScores:
-    def prefers(prompt: str, answer: str, other: str | None) -> float | None:
-        if other is None:
-            return None
-        return float(scores[Probe(prompt, answer)].nll < scores[Probe(prompt, other)].nll)
+    def prefers(probe: Probe, other: str | None) -> float | None:
+        return None if other is None else float(scores[probe].nll < scores[replace(probe, answer=other)].nll)
 
-    new, true = request.target, request.target_true
+    rewrite = request.probe(request.prompt, request.target)
+    rephrased = [request.probe(prompt, request.target) for prompt in request.paraphrases]
     return RecordScores(
         case_id=request.case_id,
-        efficacy=prefers(request.prompt, new, true),
-        rewrite_accuracy=float(scores[Probe(request.prompt, new)].is_argmax),
-        generalization=_mean([prefers(prompt, new, true) for prompt in request.paraphrases]),
-        paraphrase_accuracy=_mean([float(scores[Probe(prompt, new)].is_argmax) for prompt in request.paraphrases]),
-        specificity=_mean([prefers(n.prompt, n.answer, new) for n in request.neighbors]),
+        efficacy=prefers(rewrite, request.target_true),
+        rewrite_accuracy=float(scores[rewrite].is_argmax),
+        generalization=_mean([prefers(probe, request.target_true) for probe in rephrased]),
+        paraphrase_accuracy=_mean([float(scores[probe].is_argmax) for probe in rephrased]),
+        specificity=_mean([prefers(neighbor, request.target) for neighbor in request.neighbors]),
         neighborhood_accuracy=_mean([float(scores[n].is_argmax) for n in request.neighbors]),
     )
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from easyedit_rls.errors import RequestError
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import device_of, pad, run
+from easyedit_rls.model.tokens import encode, start_tokens
 from easyedit_rls.progress import progress_bar
 
 
@@ -21,13 +22,15 @@ def perplexity(
     batch_tokens: int = 2048,
     show_progress: bool | None = None,
 ) -> float:
-    """exp of the mean next-token negative log-likelihood, over windows that don't overlap; each window's first token is not counted.
+    """exp of the mean next-token negative log-likelihood, over windows that don't overlap.
+
+    The tokenizer's start tokens come before each window and are not counted; without any, each window's first token is not.
 
     Args:
         model: the model.
         tok: its tokenizer.
         text: plain text.
-        window: tokens a window.
+        window: tokens of the text a window.
         max_tokens: how much of the text to use.
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
@@ -35,8 +38,11 @@ def perplexity(
     Raises:
         RequestError: the text has fewer than two tokens.
     """
-    ids = tok(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-    rows = [row for start in range(0, len(ids), window) if len(row := ids[start : start + window]) > 1]
+    start = start_tokens(tok)
+    own = encode(tok, text, with_start=False).ids
+    ids = own[len(start) if own[: len(start)] == start else 0 :][:max_tokens]
+    rows = [row for at in range(0, len(ids), window) if len(row := start + ids[at : at + window]) > 1]
+    first = max(1, len(start))  # the first token of a row that is predicted
     if not rows:
         raise RequestError("has fewer than two tokens, so there is nothing to predict. Give more text.", field="text")
     total, count, step = 0.0, 0, max(1, batch_tokens // window)
@@ -46,7 +52,8 @@ def perplexity(
             batch = pad(some, "right", device_of(model))
             logits = run(model, batch).logits[:, :-1].float()
             targets = batch.ids[:, 1:].masked_fill(batch.mask[:, 1:] == 0, -100)
+            targets[:, : first - 1] = -100
             total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100))
-            count += sum(len(row) - 1 for row in some)
+            count += sum(len(row) - first for row in some)
             bar.update(len(some))
     return math.exp(total / count)

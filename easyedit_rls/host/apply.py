@@ -19,7 +19,7 @@ from easyedit_rls.requests import EditRequest, parse_requests
 logger = logging.getLogger(__name__)
 
 _KNOWN_EXTRAS = ("train_ds",)  # what EasyEdit's paths hand to every method
-_EDIT_FIELDS = ("prompt", "subject", "target_new", "requested_rewrite", "importance", "case_id", "cond")
+_EDIT_FIELDS = ("prompt", "messages", "joint", "subject", "target_new", "requested_rewrite", "importance", "case_id", "cond")
 _LOST_SUBJECT = (
     "RLSEdit edits at a subject: pass subject=[...] to edit, batch_edit or generate_edit. normal_edit can't pass one, and always puts the "
     "weights back; use batch_edit instead."

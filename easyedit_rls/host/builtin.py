@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.errors import HostError, HyperParamsError
+from easyedit_rls.errors import HostError, HyperParamsError, RequestError
 from easyedit_rls.host.find import easyeditor
 from easyedit_rls.host.moments import write_moments
 from easyedit_rls.hparams import RLSEditHyperParams
@@ -209,6 +209,8 @@ def _owner_of_head(model: PreTrainedModel, lm_head: str) -> str:
 
 
 def _request(request: EditRequest, index: int) -> dict[str, Any]:
+    if request.chat is not None:
+        raise RequestError("is a chat, which EasyEdit's editors don't know. Give a plain prompt.", index=index, field="messages")
     return {
         "prompt": request.prompt,
         "subject": request.subject,

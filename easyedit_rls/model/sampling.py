@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import device_of
+from easyedit_rls.model.tokens import encode, start_tokens
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
 _TEMPLATE_TOKENS = 10
@@ -25,7 +26,7 @@ def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n: in
     """
     texts = []
     for i, opening in zip(range(n), cycle(_OPENINGS)):
-        row = tok(opening)["input_ids"]
+        row = encode(tok, opening).ids
         (ids,) = _sample(model, tok, torch.tensor([row]), _TEMPLATE_TOKENS, seed + i, top_k=5)
         text = " ".join(tok.decode(ids, skip_special_tokens=True).split())
         texts.append(f"{text.rstrip('.')}. ")
@@ -48,7 +49,7 @@ def sample_texts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: 
     Yields:
         some rows at a time, sampled when they are asked for.
     """
-    start = tok("")["input_ids"]
+    start = start_tokens(tok)
     special = set(tok.all_special_ids)
     ordinary = torch.tensor([i for i in range(len(tok)) if i not in special])
     generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,14 @@
 """Token positions: where the subject ends and where the target begins, from the tokenizer's character offsets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_rls.errors import LayoutError, RequestError
+from easyedit_rls.errors import RequestError
+from easyedit_rls.model.chat import Prompt, prepare
+from easyedit_rls.model.tokens import Encoded, continue_all, continue_with, encode, encode_all
+from easyedit_rls.requests import Chat, Probe
 
 
 @dataclass(frozen=True)
@@ -27,64 +31,117 @@ class Row:
         return self.ids[self.target_start :]
 
 
-def tokenize_fact(tok: PreTrainedTokenizerBase, before: str, subject: str, after: str, target: str | None = None) -> Row:
-    """Tokenise ``before + subject + after [+ " " + target]`` as one text and find the positions in it.
+def tokenize_fact(
+    tok: PreTrainedTokenizerBase,
+    before: str,
+    subject: str,
+    after: str,
+    target: str | None = None,
+    *,
+    joint: str | None = None,
+    chat: Chat | None = None,
+) -> Row:
+    """Tokenise ``before + subject + after`` and the target behind it, and find the positions.
 
     The subject's last token is the last one that shares a character with the subject, so a token that joins its last
-    letters with what follows counts. Target tokens are those that reach behind the prompt.
+    letters with what follows in the prompt counts. The prompt's tokens are those it has without a target.
+
+    Args:
+        tok: a fast tokenizer.
+        before, subject, after: the prompt; of a chat, the user's turn.
+        target: what follows, if anything.
+        joint, chat: see `EditRequest`.
 
     Raises:
         RequestError: the subject or the target has no token of its own, or the target holds the unknown token.
-        LayoutError: the tokenizer gives no character offsets.
+        LayoutError: the tokenizer gives no character offsets, or has no chat template.
     """
-    prompt = before + subject + after
-    ids, offsets = _encode(tok, prompt if target is None else f"{prompt} {target}")
-    inside = _inside(offsets, before, subject, after)
-    target_start = next((i for i, (_, b) in enumerate(offsets) if b > len(prompt)), len(ids))
-    if target is not None:
-        if target_start == len(ids) or target_start <= inside[-1]:
-            raise RequestError(f"{target!r} has no token of its own behind {prompt!r}. Choose another wording.", field="target_new")
-        if tok.unk_token_id is not None and tok.unk_token_id in ids[target_start:]:
-            raise RequestError(
-                f"{target!r} holds the tokenizer's unknown token {tok.unk_token!r}. Write it with characters the model knows.",
-                field="target_new",
-            )
-    return Row(ids=tuple(ids), subject_last=inside[-1], target_start=target_start)
+    prompt, encoded, inside = _located(tok, before, subject, after, joint, chat)
+    if target is None:
+        return Row(encoded.ids, inside[-1], len(encoded.ids))
+    try:
+        own = continue_with(tok, encoded, prompt.text, prompt.joined(target))
+    except RequestError as exc:
+        raise RequestError(exc.problem, field="target_new") from exc
+    if not own:
+        raise RequestError(f"{target!r} has no token of its own behind {prompt.user!r}. Choose another wording.", field="target_new")
+    if tok.unk_token_id is not None and tok.unk_token_id in own:
+        raise RequestError(
+            f"{target!r} holds the tokenizer's unknown token {tok.unk_token!r}. Write it with characters the model knows.",
+            field="target_new",
+        )
+    return Row(encoded.ids + own, inside[-1], len(encoded.ids))
 
 
-def subject_tokens(tok: PreTrainedTokenizerBase, before: str, subject: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def subject_tokens(
+    tok: PreTrainedTokenizerBase, before: str, subject: str, after: str, chat: Chat | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens of ``before + subject + after``, and the positions of those that share a character with the subject.
 
     Raises:
         RequestError: the subject has no token.
-        LayoutError: the tokenizer gives no character offsets.
+        LayoutError: the tokenizer gives no character offsets, or has no chat template.
     """
-    ids, offsets = _encode(tok, before + subject + after)
-    return tuple(ids), _inside(offsets, before, subject, after)
+    _, encoded, inside = _located(tok, before, subject, after, None, chat)
+    return encoded.ids, inside
+
+
+def prompt_rows(tok: PreTrainedTokenizerBase, prompts: Sequence[str | Probe]) -> list[tuple[int, ...]]:
+    """The tokens of prompts alone, which the model goes on behind; a text is a plain prompt."""
+    probes = [Probe(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [encoded.ids for encoded in _encoded(tok, _prepared(tok, probes))]
+
+
+def answer_rows(tok: PreTrainedTokenizerBase, probes: Sequence[Probe], numbers: Sequence[int] | None = None) -> list[Row]:
+    """Tokenise prompts and answers; an answer's tokens are its row's target, the prompt's last token its subject.
+
+    Args:
+        tok: a fast tokenizer.
+        probes: prompts with answers.
+        numbers: for errors, the number of the record that each belongs to.
+
+    Raises:
+        RequestError: an answer has no token of its own.
+        LayoutError: the tokenizer gives no character offsets, or has no chat template.
+    """
+    prompts = _prepared(tok, probes)
+    encoded = _encoded(tok, prompts)
+    parts = [(ids, prompt.text, prompt.joined(probe.answer)) for ids, prompt, probe in zip(encoded, prompts, probes)]
+    try:
+        answers = continue_all(tok, parts)
+        for number, (probe, answer, ids) in enumerate(zip(probes, answers, encoded)):
+            if not answer or not ids.ids:
+                what, field = (f"{probe.answer!r} has no token of its own behind", "answer") if ids.ids else ("no token in", "prompt")
+                raise RequestError(f"{what} {probe.prompt!r}. Give a text.", index=number, field=field)
+    except RequestError as exc:
+        index = None if numbers is None or exc.index is None else numbers[exc.index]
+        raise RequestError(exc.problem, index=index, field=exc.field) from None
+    return [Row(ids.ids + answer, len(ids.ids) - 1, len(ids.ids)) for ids, answer in zip(encoded, answers)]
 
 
 def tokenize_answer(tok: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:
-    """Tokenise ``prompt + " " + answer``; the answer's tokens are the row's target, the prompt's last token its subject."""
-    ids, offsets = _encode(tok, f"{prompt} {answer}")
-    start = next((i for i, (_, b) in enumerate(offsets) if b > len(prompt)), len(ids))
-    if start == len(ids):
-        raise RequestError(f"{answer!r} has no token of its own behind {prompt!r}.", field="answer")
-    return Row(ids=tuple(ids), subject_last=start - 1, target_start=start)
+    """Tokenise a plain prompt and an answer; see `answer_rows`."""
+    return answer_rows(tok, [Probe(prompt, answer)])[0]
 
 
-def _inside(offsets: list[tuple[int, int]], before: str, subject: str, after: str) -> tuple[int, ...]:
-    start, end = len(before), len(before) + len(subject)
-    inside = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start)
+def _prepared(tok: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> list[Prompt]:
+    return prepare(tok, [(probe.prompt, probe.joint, probe.chat) for probe in probes])
+
+
+def _encoded(tok: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[Encoded]:
+    return encode_all(tok, [prompt.text for prompt in prompts], with_start=[not prompt.is_chat for prompt in prompts])
+
+
+def _located(
+    tok: PreTrainedTokenizerBase, before: str, subject: str, after: str, joint: str | None, chat: Chat | None
+) -> tuple[Prompt, Encoded, tuple[int, ...]]:
+    """The prompt, its tokens, and the positions of the subject's."""
+    whole = before + subject + after
+    (prompt,) = prepare(tok, [(whole, joint, chat)])
+    encoded = encode(tok, prompt.text, with_start=not prompt.is_chat)
+    cut = 0 if prompt.user == whole else len(whole) - len(whole.lstrip())  # white space that a template took off
+    start = len(prompt.head) + len(before) - cut
+    inside = tuple(i for i, (a, b) in enumerate(encoded.offsets) if a < start + len(subject) and b > start)
     if not inside:
-        raise RequestError(f"{subject!r} has no token in {before + subject + after!r}. Choose another wording.", field="subject")
-    return inside
-
-
-def _encode(tok: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    if not tok.is_fast:
-        raise LayoutError(f"{type(tok).__name__} gives no character offsets. Load the fast tokenizer (use_fast=True).")
-    encoded = tok(text, return_offsets_mapping=True, truncation=False)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    while offsets and offsets[-1] == (0, 0):  # an end-of-text token that the tokenizer appends
-        ids.pop(), offsets.pop()
-    return ids, offsets
+        raise RequestError(f"{subject!r} has no token in {whole!r}. Choose another wording.", field="subject")
+    return prompt, encoded, inside

@@ -16,7 +16,7 @@ from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import RequestError, RLSEditError
 from easyedit_rls.evaluation import evaluate, perplexity
 from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.requests import EditRequest
+from easyedit_rls.requests import EditRequest, as_chat
 
 if TYPE_CHECKING:
     import optuna
@@ -94,7 +94,8 @@ class Search:
         for name, have in (("paraphrases", [r.paraphrases for r in records]), ("neighbours", [r.neighbors for r in records])):
             if not any(have):
                 raise RequestError(f"hold no {name}, which the search is judged on. Give records in CounterFact's format.", field="records")
-        self._model, self._tok, self._start, self._records, self._text = model, tok, start, list(records), text
+        records = as_chat(records) if start.chat_template else list(records)  # measured as they are edited
+        self._model, self._tok, self._start, self._records, self._text = model, tok, start, records, text
         self._batch, self._max_tokens = batch, max_tokens
         self._before = perplexity(model, tok, text, max_tokens=max_tokens)
         self._study = _study(seed)

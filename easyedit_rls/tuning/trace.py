@@ -101,7 +101,7 @@ def trace(
     width = max(1, round(len(layers) / 5)) if window is None else window
     effects = {kind: torch.zeros(len(PLACES), len(layers)) for kind in KINDS}
     counts, clean, blurred = torch.zeros(len(PLACES), 1), 0.0, 0.0
-    rows = [subject_tokens(tok, request.before, request.subject, request.after) for request in requests]
+    rows = [subject_tokens(tok, request.before, request.subject, request.after, request.chat) for request in requests]
     embed = model.get_input_embeddings()
     with undisturbed(model), progress_bar(len(rows) * len(layers) * len(KINDS), "tracing", "layer", show_progress) as bar:
         spread = torch.cat([embed.weight[[ids[i] for i in inside]].float() for ids, inside in rows]).std()

@@ -61,7 +61,7 @@ def test_one_request_and_parsed_ones_are_accepted():
         ("東京タワーの所在地は", "東京", "", "タワーの所在地は"),
         ("The set {a, b} belongs to", "belongs", "The set {a, b} ", " to"),  # braces are just characters
         ("Say {} to {x}", "hello", "Say ", " to {x}"),
-        ("The owner of Yahoo! is ", "Yahoo!", "The owner of ", " is"),
+        ("The owner of Yahoo! is ", "Yahoo!", "The owner of ", " is "),  # taken as given
     ],
 )
 def test_where_the_subject_stands(prompt, subject, before, after):
