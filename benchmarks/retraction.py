@@ -16,14 +16,16 @@ import torch
 from common import load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditor, evaluate, parse_requests
+from easyedit_rls.model.generation import greedy, write_on
 
 
 def answers(model, tok, records, n_tokens: int) -> list[list[int]]:
     """Greedy continuations of the prompts."""
     found = []
+    config = greedy(model, tok, max_new_tokens=n_tokens, min_new_tokens=n_tokens)
     for record in parse_requests(records):
         prompt = tok(record.prompt, return_tensors="pt")
-        out = model.generate(**prompt, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False, pad_token_id=tok.eos_token_id)
+        out = write_on(model, tok, prompt["input_ids"], prompt["attention_mask"], config)
         found.append(out[0, prompt["input_ids"].shape[1] :].tolist())
     return found
 

@@ -25,6 +25,7 @@ from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
 from easyedit_rls.evaluation.metrics import summarise
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.generation import greedy, write_on
 from easyedit_rls.requests import EditRequest, parse_requests
 
 
@@ -124,7 +125,7 @@ def _complete(model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Seq
     texts = []
     for record in records:
         prompt = tok(record.prompt, return_tensors="pt").to(model.device)
-        out = model.generate(**prompt, max_new_tokens=10, do_sample=False, pad_token_id=tok.eos_token_id)
+        out = write_on(model, tok, prompt["input_ids"], prompt["attention_mask"], greedy(model, tok, max_new_tokens=10))
         texts.append(" ".join(tok.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).split()))
     return texts
 
