@@ -41,9 +41,9 @@ def main() -> None:
     options.add_argument("--baseline", action="store_true", help="also edit a model with the facts that stay alone, and compare with it")
     args = options.parse_args()
 
-    hparams = settings_of(args)
     records = records_of(args)
     model, tok = load(args.model)
+    hparams = settings_of(args, model)
     unedited, never = copy.deepcopy(model), copy.deepcopy(model)
     step = args.count // args.retract
     gone = list(range(0, args.retract * step, step))

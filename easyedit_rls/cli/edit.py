@@ -14,7 +14,6 @@ from easyedit_rls.devices import choose_device
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import evaluate
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.records import read_records
 
 _SHOWN = (
@@ -34,10 +33,11 @@ def main(config: DictConfig) -> None:
     requests = [record.request for record in read_records(config.data.file, config.data.first, config.data.count)]
     settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
     model, tok = load_model(config.model.path, config.dtype, choose_device(config.device))
-    hparams = settings_for(model, config.model.path, config.model.hparams).to_dict()
-    hparams |= {**settings, **({"state_dir": str(config.state_dir)} if config.state_dir else {})}
+    if config.state_dir:
+        settings["state_dir"] = str(config.state_dir)
+    hparams = settings_for(model, config.model.path, config.model.hparams, settings)
     before = evaluate(model, tok, requests, show_progress=True).means()
-    editor = RLSEditor(model, tok, RLSEditHyperParams.from_dict(hparams))
+    editor = RLSEditor(model, tok, hparams)
     if editor.n_edits:
         console.print(f"{config.state_dir} holds {editor.n_edits} edits; they are in the model, and these come on top.")
     batches = [requests[at : at + config.data.batch] for at in range(0, len(requests), config.data.batch)]
