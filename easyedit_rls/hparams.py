@@ -1,7 +1,6 @@
 """Settings of RLSEdit, in EasyEdit's YAML key names and order, checked field by field."""
 
 import difflib
-import re
 import textwrap
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,9 +15,7 @@ from transformers import PreTrainedModel
 from easyedit_rls.errors import HyperParamsError, LayoutError
 from easyedit_rls.model.capture import tap
 from easyedit_rls.model.structure import read_structure
-
-_PACKAGED = Path(__file__).parent / "_hparams" / "RLSEdit"  # in an installed wheel
-_CHECKOUT = Path(__file__).parents[1] / "hparams" / "RLSEdit"  # in a source tree
+from easyedit_rls.shipped import find_settings, shipped
 
 
 def _setting(help_text: str, default: Any = MISSING, factory: Any = MISSING) -> Any:
@@ -125,6 +122,11 @@ class RLSEditHyperParams:
         1.0,
     )
     forgetting_memory: float = _setting("For 'adaptive': how many edits' worth of information to remember.", 1000.0)
+    max_deviation: Any = _setting(
+        "A batch that moves a layer by more than this share of its norm, ‖W_t − W_{t−1}‖/‖W_0‖, and whose facts the model for the most "
+        "part still does not say, is refused and taken back. Sound batches move a layer by 0.02 to 0.2. 'off' lets every batch pass.",
+        0.5,
+    )
     on_conflict: str = _setting(
         "When the same prompt of the same subject is edited again: 'supersede' takes the older edit out first, 'keep' fits both, "
         "'error' refuses.",
@@ -175,6 +177,9 @@ class RLSEditHyperParams:
         is_number = isinstance(gamma, (int, float)) and not isinstance(gamma, bool)
         self._check("forgetting_factor", 0 < gamma <= 1 if is_number else gamma == "adaptive", "above 0 and up to 1, or 'adaptive'")
         self._check("forgetting_memory", self.forgetting_memory >= 1, "1 or above")
+        limit = self.max_deviation
+        is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        self._check("max_deviation", limit > 0 if is_number else limit == "off", "a number above 0, or 'off'")
         for name, allowed in _CHOICES.items():
             self._check(name, getattr(self, name) in allowed, " or ".join(repr(a) for a in allowed))
         for name in ("rewrite_module_tmp", "layer_module_tmp"):
@@ -195,7 +200,7 @@ class RLSEditHyperParams:
             HyperParamsError: not found, not YAML, not a mapping, an unknown or missing key, a wrong type or value. The
                 message gives the absolute path.
         """
-        path = _find(path_or_name)
+        path = find_settings(path_or_name)
         try:
             loaded = cls._load(path)
         except (yaml.YAMLError, UnicodeDecodeError) as exc:
@@ -228,8 +233,8 @@ class RLSEditHyperParams:
         missing = sorted(required - settings.keys())
         if missing:
             raise HyperParamsError(f"Missing in {source}: {', '.join(missing)}. Start from a shipped file, e.g. {shipped()[0]}.")
-        if settings.get("early_stopping") is False:  # what YAML makes of a bare off
-            settings = {**settings, "early_stopping": "off"}
+        off = {name: "off" for name in ("early_stopping", "max_deviation") if settings.get(name) is False}  # YAML's bare off
+        settings = {**settings, **off}
         try:
             typed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(cls), settings))
         except OmegaConfBaseException as exc:
@@ -372,26 +377,6 @@ _CHOICES = {
     "early_stopping": ("argmax", "loss", "off"),
     "on_conflict": ("supersede", "keep", "error"),
 }
-
-
-def shipped() -> list[str]:
-    """Names that `RLSEditHyperParams.from_hparams` finds without a path."""
-    return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
-
-
-def _shipped_folder() -> Path:
-    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
-
-
-def _find(path_or_name: str | Path) -> Path:
-    given = Path(path_or_name).expanduser()
-    candidates = [given, given.with_name(given.name + ".yaml")]
-    if given.name == str(given):
-        candidates.append(_shipped_folder() / f"{re.sub(r'[.]yaml$', '', given.name)}.yaml")
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
-    raise HyperParamsError(f"No settings file at {given.absolute()}; shipped: {', '.join(shipped())}. Give a path or one of these names.")
 
 
 def _did_you_mean(key: str, known: list[str]) -> str:

@@ -42,9 +42,8 @@ def main(config: DictConfig) -> None:
         raise LayoutError(f"No model in {Path(config.model).absolute()}. Run `easyedit-rls demo-model out={config.model}`, or `make demo`.")
     model, tok = load_model(config.model)
     hparams = settings_for(model, config.model, config.hparams)
-    console.print(
-        f"{len(records)} facts in {len(batches)} batches, settings {config.hparams or 'made from the model'}, {torch.get_num_threads()} threads"
-    )
+    source = config.hparams or "settings made from the model"
+    console.print(f"{len(records)} facts in {len(batches)} batches, {source}, {torch.get_num_threads()} threads")
     summary = _run(model, tok, hparams, batches, text, config.completions, console)
     summary["settings"] = {"hparams": hparams.to_dict(), "batches": config.batches, "facts": config.facts, "model": str(config.model)}
 
