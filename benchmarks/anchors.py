@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import load, machine, parser, records_of, versions
+from common import load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
 from easyedit_rls.anchors import moments
 
 
 def measure(args: argparse.Namespace, source: str, tolerance: float, n_texts: int | None) -> dict[str, Any]:
-    settings = {**RLSEditHyperParams.from_hparams(args.hparams).to_dict(), "mom2_dataset": source, "mom2_tolerance": tolerance}
+    settings: dict[str, Any] = {"mom2_dataset": source, "mom2_tolerance": tolerance}
     settings |= {} if n_texts is None else {"mom2_n_samples": n_texts}
     settings |= {"layers": args.layers} if args.layers else {}
-    hparams = RLSEditHyperParams.from_dict(settings)
     model, tok = load(args.model)
+    hparams = settings_of(args, model, settings)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["EASYEDIT_RLS_CACHE"] = folder
         begun = time.perf_counter()

@@ -15,12 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import easyedit_rls
 from easyedit_rls import RLSEditHyperParams
+from easyedit_rls.cli.loading import settings_for
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "help": "folder or hub name of the model"},
     "data": {"type": Path, "required": True, "help": "records in CounterFact's JSON format"},
     "text": {"type": Path, "required": True, "help": "plain text for perplexity"},
-    "hparams": {"default": "smollm2-135m", "help": "settings: a YAML file or a shipped name (default: %(default)s)"},
+    "hparams": {
+        "default": "smollm2-135m",
+        "help": "YAML file, shipped name, or init: made from the model (default: %(default)s)",
+    },
     "set": {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": "override a setting; may be repeated"},
     "layers": {"type": int, "nargs": "+", "help": "edited layers (default: those of the settings)"},
     "first": {"type": int, "default": 2000, "help": "first record (default: %(default)s)"},
@@ -49,12 +53,12 @@ def records_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found[args.first : args.first + args.count]
 
 
-def settings_of(args: argparse.Namespace, changes: Mapping[str, Any] | None = None) -> RLSEditHyperParams:
-    """`--hparams`, with these changes and what `--set` overrides."""
-    overrides = OmegaConf.to_container(OmegaConf.from_dotlist(args.set))
+def settings_of(args: argparse.Namespace, model: Any, changes: Mapping[str, Any] | None = None) -> RLSEditHyperParams:
+    """`--hparams`, with these changes and what `--set` overrides; refused where they are another model's."""
+    overrides = OmegaConf.to_container(OmegaConf.from_dotlist(getattr(args, "set", [])))
     assert isinstance(overrides, dict)
-    shipped = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
-    return RLSEditHyperParams.from_dict({**shipped, **(changes or {}), **overrides}, source="--set")
+    hparams = None if args.hparams == "init" else args.hparams
+    return settings_for(model, args.model, hparams, {**(changes or {}), **overrides})
 
 
 def load(folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:

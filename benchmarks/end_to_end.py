@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import load, machine, parser, records_of, spread, versions
+from common import load, machine, parser, records_of, settings_of, spread, versions
 from peers import make_peer
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
@@ -67,10 +67,9 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
 
-    shipped = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
-    shipped["layers"] = args.layers or shipped["layers"]
     records = records_of(args)
     model, tok = load(args.model, device=args.device)
+    shipped = settings_of(args, model, {"layers": args.layers} if args.layers else None).to_dict()
     templates = sample_templates(model, tok, 5, shipped["seed"])
     defaults = RLSEditHyperParams.from_dict(shipped)
     theirs = {

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import load, machine, parser, records_of, spread, versions
+from common import load, machine, parser, records_of, settings_of, spread, versions
 
-from easyedit_rls import RLSEditHyperParams, RLSEditor
+from easyedit_rls import RLSEditor
 from easyedit_rls.history import Edit, Entry
 from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.files import pack
@@ -115,12 +115,11 @@ def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dic
 def share(args: argparse.Namespace) -> list[dict[str, object]]:
     """What part of an edit's time the ledger takes, for two ways of checkpointing."""
     records, size = records_of(args), args.batch
-    settings = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
     results = []
     for every in (1, 10**6):
         model, tok = load(args.model)
         with tempfile.TemporaryDirectory() as place:
-            hp = RLSEditHyperParams.from_dict({**settings, "checkpoint_every": every})
+            hp = settings_of(args, model, {"checkpoint_every": every})
             editor = RLSEditor(model, tok, hp, state_dir=place)
             reports = [editor.edit(records[start : start + size]) for start in range(0, len(records), size)]
             close_s = timed(editor.close)

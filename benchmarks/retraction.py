@@ -16,15 +16,17 @@ import torch
 from common import load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditor, evaluate, parse_requests
+from easyedit_rls.model.generation import greedy, write_on
 from easyedit_rls.model.subject import prompt_rows
 
 
 def answers(model, tok, records, n_tokens: int) -> list[list[int]]:
     """Greedy continuations of the prompts."""
     found = []
+    config = greedy(model, tok, max_new_tokens=n_tokens, min_new_tokens=n_tokens)
     for record in parse_requests(records):
         prompt = torch.tensor(prompt_rows(tok, [record.prompt]))
-        out = model.generate(prompt, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False, pad_token_id=tok.eos_token_id)
+        out = write_on(model, tok, prompt, torch.ones_like(prompt), config)
         found.append(out[0, prompt.shape[1] :].tolist())
     return found
 
@@ -40,9 +42,9 @@ def main() -> None:
     options.add_argument("--baseline", action="store_true", help="also edit a model with the facts that stay alone, and compare with it")
     args = options.parse_args()
 
-    hparams = settings_of(args)
     records = records_of(args)
     model, tok = load(args.model)
+    hparams = settings_of(args, model)
     unedited, never = copy.deepcopy(model), copy.deepcopy(model)
     step = args.count // args.retract
     gone = list(range(0, args.retract * step, step))

@@ -114,7 +114,7 @@ def main() -> None:
     records = records_of(args)
     templates = sample_templates(model, tok, args.templates, 0)
     theirs = {**_VALUES, "context_templates": templates}
-    hp = settings_of(args, theirs)
+    hp = settings_of(args, model, theirs)
     requests = parse_requests(records)
     if args.check:
         print(json.dumps({"alg": args.alg, "apart": _check(args, model, tok, hp, requests[: args.batch])}))

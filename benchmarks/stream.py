@@ -20,10 +20,10 @@ def main() -> None:
     options.add_argument("--skip-before", action="store_true", help="do not measure the unedited model")
     args = options.parse_args()
 
-    hparams = settings_of(args)
     records = records_of(args)
     text = args.text.read_text(encoding="utf-8")
     model, tok = load(args.model)
+    hparams = settings_of(args, model)
 
     def measure() -> dict[str, float | None]:
         return {**evaluate(model, tok, records).means(), "perplexity": perplexity(model, tok, text, max_tokens=args.ppl_tokens)}

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from common import load, machine, parser, records_of, spread, versions
+from common import load, machine, parser, records_of, settings_of, spread, versions
 from omegaconf import OmegaConf
 from peers import make_peer
 
@@ -50,10 +50,10 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
 
-    shipped = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
     variants = {**VARIANTS, **{v: OmegaConf.to_container(OmegaConf.from_dotlist(v.split(","))) for v in args.variant}}
     records = records_of(args)
     model, tok = load(args.model)
+    shipped = settings_of(args, model).to_dict()
     editors = {
         name: RLSEditor(copy.deepcopy(model), tok, RLSEditHyperParams.from_dict({**shipped, **change}), show_progress=False)
         for name, change in variants.items()

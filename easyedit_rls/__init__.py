@@ -14,6 +14,7 @@ from easyedit_rls.errors import (
     RLSEditError,
     RLSEditWarning,
     StateMismatchError,
+    UnsaidWarning,
 )
 from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
 from easyedit_rls.host import register, unregister
@@ -39,6 +40,7 @@ __all__ = [
     "RequestError",
     "RetractReport",
     "StateMismatchError",
+    "UnsaidWarning",
     "__version__",
     "anchor_pairs",
     "evaluate",

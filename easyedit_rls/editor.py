@@ -24,10 +24,11 @@ from easyedit_rls.keys import Fact, LayerWalk, locate_facts
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
+from easyedit_rls.outcome import DRIFT_TOLERANCE, fact_reports, find_said, refuse_if_off, warn_if_drifted, warn_if_unsaid
 from easyedit_rls.priors import make_priors
 from easyedit_rls.progress import progress_bar
 from easyedit_rls.rehearsal import due_edits, lost_edits
-from easyedit_rls.reports import EditReport, FactReport, LayerReport, RetractReport
+from easyedit_rls.reports import EditReport, LayerReport, RetractReport
 from easyedit_rls.requests import EditRequest, parse_requests
 from easyedit_rls.resume import attach, identify
 from easyedit_rls.state import EditorState, fingerprint_of
@@ -35,7 +36,6 @@ from easyedit_rls.values import Values, optimise_values
 
 logger = logging.getLogger(__name__)
 
-_DRIFT_TOLERANCE = 1e-2
 _LEAST_TOKENS = 64
 
 
@@ -108,7 +108,7 @@ class RLSEditor:
         Raises:
             RequestError: a request is incomplete, contradicts itself, another one, or (on_conflict: error) an earlier edit.
             StateMismatchError: somebody else changed the edited weights.
-            NumericalError: NaN in the weights, or a prior that is not positive definite.
+            NumericalError: NaN in the weights, a prior that is not positive definite, or a batch past `max_deviation`.
             AnchorError: the second moments can't be had.
             LedgerError: the batch can't be written to disk.
         """
@@ -230,6 +230,9 @@ class RLSEditor:
             fits = self.hparams.batch_tokens
             message = f"Memory did not suffice for passes of {given} tokens; they have {fits} now. Set batch_tokens: {fits}."
             warnings.warn(message, RLSEditWarning, stacklevel=3)
+        if self.state.journal is None:
+            warn_if_drifted(report.layers, self.n_edits, stacklevel=3)
+        warn_if_unsaid(report, self.hparams, stacklevel=3)
         return report
 
     def _edit_once(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit]) -> EditReport:
@@ -254,16 +257,18 @@ class RLSEditor:
                 walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
                 steps, factors, change.data = self._write(walk, values)
                 edits = tuple(Edit(self.state.history.next_id + row, fact.request, row) for row, fact in enumerate(facts))
-                fact_reports, layer_reports = self._fact_reports(edits, walk, values), self._layer_reports(steps)
+                clock.append(time.perf_counter())
+                said = find_said(self.model, facts, self.hparams.batch_tokens)
+                told, layer_reports = fact_reports(edits, walk, values, said, self.hparams.layers[-1]), self._layer_reports(steps)
+                refuse_if_off(told, steps, self.hparams)
                 clock.append(time.perf_counter())
                 change.entry = Entry("edit", edits, tuple(removed), factors)
             clock.append(time.perf_counter())
-        self._warn_of_drift(layer_reports)
         upkeep, *spans = [b - a for a, b in pairwise(clock)]
-        seconds = dict(zip(("rehearsal", "prepare", "values", "weights", "ledger"), spans))
+        seconds = dict(zip(("rehearsal", "prepare", "values", "weights", "check", "ledger"), spans))
         seconds["ledger"] += upkeep
         rehearsed = [edit.edit_id for edit in lost]
-        return EditReport(self.state.n_batches, self.n_edits, fact_reports, layer_reports, superseded, rehearsed, seconds)
+        return EditReport(self.state.n_batches, self.n_edits, told, layer_reports, superseded, rehearsed, seconds)
 
     def _superseded(self, requests: Sequence[EditRequest], besides: int | None = None) -> list[int]:
         """Earlier edits that the requests contradict, to be taken out first; one of them may be known already."""
@@ -311,7 +316,7 @@ class RLSEditor:
         self.state.checkpoint(self.hparams.checkpoint_every)
         if self.state.journal is not None:
             drift, layer = max((solution.drift(), layer) for layer, solution in self.state.layers.items())
-            if drift > _DRIFT_TOLERANCE:
+            if drift > DRIFT_TOLERANCE:
                 logger.warning("The covariance of layer %d has drifted by %.1e: all are rebuilt from the ledger", layer, drift)
                 self.state.rebuild(self.layout.edited)
 
@@ -371,28 +376,6 @@ class RLSEditor:
 
     def _step(self, layer: int, before: Tensor) -> float:
         return float((self.state.layers[layer].weight - before).norm() / self.state.unedited[layer].norm())
-
-    def _fact_reports(self, edits: Sequence[Edit], walk: LayerWalk, values: Values) -> list[FactReport]:
-        wanted = (values.z - values.h).norm(dim=1)
-        missed = (values.z - walk.value_states(self.hparams.layers[-1])).norm(dim=1)
-        change = (wanted / values.h.norm(dim=1)).tolist()
-        miss = (missed / wanted.clamp(min=1e-12)).tolist()
-        numbers = zip(values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss)
-        return [
-            FactReport(edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id, *row)
-            for edit, row in zip(edits, numbers)
-        ]
-
-    def _warn_of_drift(self, reports: Sequence[LayerReport]) -> None:
-        worst = max(reports, key=lambda report: report.drift)
-        if worst.drift > _DRIFT_TOLERANCE and self.state.journal is None:
-            warnings.warn(
-                f"The covariance of layer {worst.layer} has drifted by {worst.drift:.1e} (tolerance {_DRIFT_TOLERANCE:g}) after "
-                f"{self.n_edits} edits; raise lambda_reg or mom2_update_weight for streams as long as this, or set state_dir: a ledger "
-                "lets it be rebuilt.",
-                RLSEditWarning,
-                stacklevel=4,
-            )
 
     def _layer_reports(self, steps: Mapping[int, float]) -> list[LayerReport]:
         reports = []

@@ -1,4 +1,4 @@
-"""Typed errors of the package and its one warning class.
+"""Typed errors of the package, and its warnings.
 
 Every message is one sentence that says what is wrong, where, the value found, and last the cure.
 """
@@ -57,4 +57,8 @@ class HostError(RLSEditError, ImportError):
 
 
 class RLSEditWarning(UserWarning):
-    """The one warning class: something that works, but not as well as it should."""
+    """Something that works, but not as well as it should."""
+
+
+class UnsaidWarning(RLSEditWarning):
+    """A batch was edited, but the model does not say some of its facts."""

@@ -1,7 +1,6 @@
 """Settings of RLSEdit, in EasyEdit's YAML key names and order, checked field by field."""
 
 import difflib
-import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -18,9 +17,7 @@ from easyedit_rls.errors import HyperParamsError, LayoutError
 from easyedit_rls.model.capture import tap
 from easyedit_rls.model.outlet import find_outlet
 from easyedit_rls.model.structure import Structure, read_structure
-
-_PACKAGED = Path(__file__).parent / "_hparams" / "RLSEdit"  # in an installed wheel
-_CHECKOUT = Path(__file__).parents[1] / "hparams" / "RLSEdit"  # in a source tree
+from easyedit_rls.shipped import find_settings, shipped
 
 
 def _setting(help_text: str, default: Any = MISSING, factory: Any = MISSING) -> Any:
@@ -39,9 +36,7 @@ class RLSEditHyperParams:
     layers: list[int] = _setting("Decoder layers to edit, 0-based, ascending; values are optimised at the last one.")
     clamp_norm_factor: float = _setting("Radius of the ball that keeps the value's change δ, as a multiple of ‖h‖.")
     v_num_grad_steps: int = _setting("Evaluations of the value's loss, at most; there is one Adam step less.")
-    v_lr: float = _setting(
-        "Learning rate of Adam on δ; with value_at: output in units of the root mean square of each output."
-    )
+    v_lr: float = _setting("Learning rate of Adam on δ; with value_at: output in units of the root mean square of each output.")
     v_loss_layer: int = _setting("Layer whose output goes through final norm and head for the loss; normally the last.")
     v_weight_decay: float = _setting("Weight of ‖δ‖/‖h‖² in the value's loss.")
     kl_factor: float = _setting("Weight of the KL divergence at the subject in '{subject} is a'.")
@@ -118,8 +113,9 @@ class RLSEditHyperParams:
         "adam",
     )
     value_at: str | None = _setting(
-        "Where a value is put: 'hidden', at the last edited layer's hidden state, as in MEMIT; 'output', at what each edited MLP writes, all of "
-        "them together. None takes 'output' where a norm stands behind an edited MLP, and 'hidden' elsewhere.",
+        "Where a value is put: 'hidden', at the last edited layer's hidden state, as in MEMIT; 'output', at what each "
+        "edited MLP writes, all of them together. None takes 'output' where a norm stands behind an edited MLP, and "
+        "'hidden' elsewhere.",
         None,
     )
     v_dtype: str | None = _setting(
@@ -134,6 +130,11 @@ class RLSEditHyperParams:
         1.0,
     )
     forgetting_memory: float = _setting("For 'adaptive': how many edits' worth of information to remember.", 1000.0)
+    max_deviation: Any = _setting(
+        "A batch that moves a layer by more than this share of its norm, ‖W_t − W_{t−1}‖/‖W_0‖, and whose facts the model for the most "
+        "part still does not say, is refused and taken back. Sound batches move a layer by 0.02 to 0.2. 'off' lets every batch pass.",
+        0.5,
+    )
     on_conflict: str = _setting(
         "When the same prompt is edited again: 'supersede' takes the older edit out first, 'keep' fits both, 'error' refuses.", "supersede"
     )
@@ -183,6 +184,9 @@ class RLSEditHyperParams:
         is_number = isinstance(gamma, (int, float)) and not isinstance(gamma, bool)
         self._check("forgetting_factor", 0 < gamma <= 1 if is_number else gamma == "adaptive", "above 0 and up to 1, or 'adaptive'")
         self._check("forgetting_memory", self.forgetting_memory >= 1, "1 or above")
+        limit = self.max_deviation
+        is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        self._check("max_deviation", limit > 0 if is_number else limit == "off", "a number above 0, or 'off'")
         for name, allowed in _CHOICES.items():
             self._check(name, getattr(self, name) in allowed, " or ".join(repr(a) for a in allowed))
         for name in ("rewrite_module_tmp", "layer_module_tmp"):
@@ -203,7 +207,7 @@ class RLSEditHyperParams:
             HyperParamsError: not found, not YAML, not a mapping, an unknown or missing key, a wrong type or value. The
                 message gives the absolute path.
         """
-        path = _find(path_or_name)
+        path = find_settings(path_or_name)
         try:
             loaded = cls._load(path)
         except (yaml.YAMLError, UnicodeDecodeError) as exc:
@@ -236,8 +240,8 @@ class RLSEditHyperParams:
         missing = sorted(required - settings.keys())
         if missing:
             raise HyperParamsError(f"Missing in {source}: {', '.join(missing)}. Start from a shipped file, e.g. {shipped()[0]}.")
-        if settings.get("early_stopping") is False:  # what YAML makes of a bare off
-            settings = {**settings, "early_stopping": "off"}
+        off = {name: "off" for name in ("early_stopping", "max_deviation") if settings.get(name) is False}  # YAML's bare off
+        settings = {**settings, **off}
         try:
             typed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(cls), settings))
         except OmegaConfBaseException as exc:
@@ -390,26 +394,6 @@ _CHOICES = {
     "early_stopping": ("argmax", "loss", "off"),
     "on_conflict": ("supersede", "keep", "error"),
 }
-
-
-def shipped() -> list[str]:
-    """Names that `RLSEditHyperParams.from_hparams` finds without a path."""
-    return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
-
-
-def _shipped_folder() -> Path:
-    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
-
-
-def _find(path_or_name: str | Path) -> Path:
-    given = Path(path_or_name).expanduser()
-    candidates = [given, given.with_name(given.name + ".yaml")]
-    if given.name == str(given):
-        candidates.append(_shipped_folder() / f"{re.sub(r'[.]yaml$', '', given.name)}.yaml")
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
-    raise HyperParamsError(f"No settings file at {given.absolute()}; shipped: {', '.join(shipped())}. Give a path or one of these names.")
 
 
 def _did_you_mean(key: str, known: list[str]) -> str:

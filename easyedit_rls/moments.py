@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def sum_moments(
     """
     modules = {layer: layout.edited[layer].module for layer in layers}
     norms = {layer: norm for layer in layers if (norm := layout.outlets[layer].norm) is not None}
-    logs = dict.fromkeys(norms, 0.0)  # of the lengths of what comes to the norms, summed
+    logs: dict[int, float] = dict.fromkeys(norms, 0.0)  # of the lengths of what comes to the norms, summed
     sums: dict[int, Tensor] = {}
     watches: dict[int, _Convergence] = {}
     n_tokens, error = 0, math.inf
@@ -100,7 +101,7 @@ def _keys(
     one, (tokens, 1), and which half of the texts each token belongs to, (tokens,)."""
     dtype = getattr(torch, hparams.mom2_dtype)
     device = device_of(model)
-    taps = {**modules, **{("norm", layer): norm for layer, norm in norms.items()}}
+    taps: dict[Any, nn.Module] = {**modules, **{("norm", layer): norm for layer, norm in norms.items()}}
     for group in chunks([len(row) for row in rows], hparams.batch_tokens, price_of_pass(device)):
         batch = pad([rows[i] for i in group], "right", device)
         with tap(inputs=taps, stop=True) as seen:

@@ -18,6 +18,7 @@ class FactReport:
         nll: the target's negative log-likelihood with the value put in by hand, nats a token.
         value_change: ‖z − h‖/‖h‖ before the weights were written.
         miss: ‖z − h‖ after they were written, as a fraction of the same before; 0 is a perfect write.
+        is_said: whether the edited model says the target: each of its tokens is the most probable one behind the bare prompt.
     """
 
     edit_id: int
@@ -29,6 +30,7 @@ class FactReport:
     nll: float
     value_change: float
     miss: float
+    is_said: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class EditReport:
         superseded: numbers of older edits that were taken out because these contradict them.
         rehearsed: numbers of older edits that the model had lost, which were taken out and edited in again.
         seconds: time in 'rehearsal' (looking for these), 'prepare' (templates, anchors; first batch only), 'values', 'weights' (keys and
-            updates), and 'ledger' (the entry, and a checkpoint where one was due).
+            updates), 'check' (which facts the model says now), and 'ledger' (the entry, and a checkpoint where one was due).
     """
 
     batch: int
@@ -75,6 +77,11 @@ class EditReport:
     def seconds_per_edit(self) -> float:
         """Seconds a request, without the one-time preparation; what was rehearsed is paid for by the requests, if there were any."""
         return (sum(self.seconds.values()) - self.seconds["prepare"]) / (len(self.facts) - len(self.rehearsed) or len(self.facts))
+
+    @property
+    def unsaid(self) -> list[FactReport]:
+        """The facts that the model does not say, although they were edited in."""
+        return [fact for fact in self.facts if not fact.is_said]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -206,9 +206,7 @@ class Tails:
         """A pass with δ, (rows, n, d), at its places; see `_run`."""
         edits: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         if self._at == "output":
-            edits = {
-                weight.module: _at_first(delta[:, i]) for i, weight in enumerate(self._layout.edited.values())
-            }
+            edits = {weight.module: _at_first(delta[:, i]) for i, weight in enumerate(self._layout.edited.values())}
         elif states is not None:
             states = _at_first(delta[:, 0])(states)
         with skip_layers(self._below, self._forms, states):

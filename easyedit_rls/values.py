@@ -135,9 +135,7 @@ def _find(
     return merged
 
 
-def _goals(
-    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor
-) -> list[Goal]:
+def _goals(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor) -> list[Goal]:
     """What the edited layers do in bare prompts when δ, (facts, edited layers, d), is put in by hand."""
     bare = [replace(fact, rows=fact.rows[:1], statements=()) for fact in facts]
     rows = [row for row in rows_of(bare, 0.0, shares_essence=False) if not row.has_essence]

@@ -116,7 +116,7 @@ def spoil(solution):
 
 
 def tiny_settings(family: str, **changes) -> RLSEditHyperParams:
-    """Settings for the tiny models; no text is sampled unless asked for."""
+    """Settings for the tiny models, whose weights take large steps; no text is sampled unless asked for."""
     names = {
         "llama": {
             "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
@@ -149,6 +149,7 @@ def tiny_settings(family: str, **changes) -> RLSEditHyperParams:
         "mom2_n_samples": 8,
         "lambda_reg": 0.1,
         "context_templates": ["The weather was fine. ", "In the morning we met. "],
+        "max_deviation": "off",
     }
     return RLSEditHyperParams.from_dict({**settings, **changes})
 

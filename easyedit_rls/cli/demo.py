@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import easyedit_rls
 from easyedit_rls.cli import report
 from easyedit_rls.cli.command import command, output_folder
-from easyedit_rls.cli.loading import load_model
+from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.evaluation import Evaluation, evaluate, generate, perplexity
@@ -32,14 +32,18 @@ from easyedit_rls.requests import EditRequest, parse_requests
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = Console()
-    hparams = RLSEditHyperParams.from_hparams(config.hparams)
-    records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")), chat_template=hparams.chat_template)
+    if config.hparams is not None:
+        RLSEditHyperParams.from_hparams(config.hparams)  # what can't be read fails before the model is loaded
+    records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")))
     text = _read(config.text, "demo_text.txt")
-    batches = _cut(records, config.batches)
+    _cut(records, config.batches)  # a wrong number fails here too
     if not (Path(config.model) / "config.json").is_file():
         raise LayoutError(f"No model in {Path(config.model).absolute()}. Run `easyedit-rls demo-model out={config.model}`, or `make demo`.")
     model, tok = load_model(config.model)
-    console.print(f"{len(records)} facts in {len(batches)} batches, {config.hparams}, {torch.get_num_threads()} threads")
+    hparams = settings_for(model, config.model, config.hparams)
+    batches = _cut(parse_requests(records, chat_template=hparams.chat_template), config.batches)
+    source = config.hparams or "settings made from the model"
+    console.print(f"{len(records)} facts in {len(batches)} batches, {source}, {torch.get_num_threads()} threads")
     summary = _run(model, tok, hparams, batches, text, config.completions, console)
     summary["settings"] = {"hparams": hparams.to_dict(), "batches": config.batches, "facts": config.facts, "model": str(config.model)}
 

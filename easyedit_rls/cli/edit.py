@@ -14,7 +14,6 @@ from easyedit_rls.devices import choose_device
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import evaluate
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.records import read_records
 from easyedit_rls.requests import parse_requests
 
@@ -35,11 +34,12 @@ def main(config: DictConfig) -> None:
     records = read_records(config.data.file, config.data.first, config.data.count, joint=config.data.joint)
     settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
     model, tok = load_model(config.model.path, config.dtype, choose_device(config.device))
-    hparams = settings_for(model, config.model.path, config.model.hparams).to_dict()
-    hparams |= {**settings, **({"state_dir": str(config.state_dir)} if config.state_dir else {})}
-    requests = parse_requests([record.request for record in records], chat_template=hparams["chat_template"])  # measured as they are edited
+    if config.state_dir:
+        settings["state_dir"] = str(config.state_dir)
+    hparams = settings_for(model, config.model.path, config.model.hparams, settings)
+    requests = parse_requests([record.request for record in records], chat_template=hparams.chat_template)  # measured as they are edited
     before = evaluate(model, tok, requests, show_progress=True).means()
-    editor = RLSEditor(model, tok, RLSEditHyperParams.from_dict(hparams))
+    editor = RLSEditor(model, tok, hparams)
     if editor.n_edits:
         console.print(f"{config.state_dir} holds {editor.n_edits} edits; they are in the model, and these come on top.")
     batches = [requests[at : at + config.data.batch] for at in range(0, len(requests), config.data.batch)]

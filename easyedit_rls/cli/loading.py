@@ -2,14 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import LayoutError, RLSEditError
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.layout import find_layout
 
 _CURE = "Give a folder that save_pretrained wrote, or a hub name; `easyedit-rls demo-model` writes one to try things on."
 
@@ -35,9 +37,28 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
         raise LayoutError(f"No model can be loaded from {name}: {first} {_CURE}") from exc
 
 
-def settings_for(model: PreTrainedModel, name: str, hparams: str | None) -> RLSEditHyperParams:
-    """Settings by file or shipped name; made from the model where none are given."""
-    return RLSEditHyperParams.for_model(model, model_name=name) if hparams is None else RLSEditHyperParams.from_hparams(hparams)
+def settings_for(model: PreTrainedModel, name: str, hparams: str | None, changes: Mapping[str, Any] | None = None) -> RLSEditHyperParams:
+    """Settings by file or shipped name; made from the model where none are given.
+
+    Args:
+        model: what they shall fit.
+        name: its folder or hub name.
+        hparams: a file or a shipped name; None makes them from the model.
+        changes: settings that shall differ.
+
+    Raises:
+        HyperParamsError: the file can't be read, or a value is out of range.
+        LayoutError: the settings are another model's; names the file and every difference.
+    """
+    changes = changes or {}
+    if hparams is None:
+        return RLSEditHyperParams.for_model(model, **{"model_name": name, **changes})
+    given = RLSEditHyperParams.from_dict({**RLSEditHyperParams.from_hparams(hparams).to_dict(), **changes}, source=hparams)
+    try:
+        find_layout(model, given)
+    except LayoutError as exc:
+        raise LayoutError(f"{hparams}, for {given.model_name}, does not suit {name}. {exc}") from exc
+    return given
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:

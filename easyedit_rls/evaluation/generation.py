@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RLSEditError
-from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import chunks, device_of, pad, price_of_pass
+from easyedit_rls.model.generation import greedy, sampled, write_on
 from easyedit_rls.model.subject import prompt_rows
 from easyedit_rls.progress import progress_bar
 from easyedit_rls.requests import Probe
@@ -111,23 +110,18 @@ def generate(
         show_progress: None shows a bar on a terminal only.
     """
     rows = prompt_rows(tok, prompts)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=top_k is not None,
-        **({} if top_k is None else {"top_k": top_k, "temperature": 1.0, "top_p": 1.0}),
-        eos_token_id=model.generation_config.eos_token_id if model.generation_config is not None else tok.eos_token_id,
-        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
-        stop_strings=list(stops) or None,
-    )
+    if top_k is None:
+        config = greedy(model, tok, max_new_tokens=max_new_tokens, stops=stops)
+    else:
+        config = sampled(model, tok, max_new_tokens=max_new_tokens, top_k=top_k, stops=stops)
     texts: dict[int, str] = {}
     device = device_of(model)
     random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with undisturbed(model), random, progress_bar(len(rows), desc, "text", show_progress) as bar:
+    with random, progress_bar(len(rows), desc, "text", show_progress) as bar:
         torch.manual_seed(seed)
         for group in chunks([len(row) + max_new_tokens for row in rows], batch_tokens, price_of_pass(device)):
             batch = pad([rows[i] for i in group], "left", device)
-            given: dict[str, Any] = {"tokenizer": tok} if stops else {}
-            out = model.generate(batch.ids, attention_mask=batch.mask, generation_config=config, **given)
+            out = write_on(model, tok, batch.ids, batch.mask, config)
             new = tok.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True)
             texts |= dict(zip(group, new))
             bar.update(len(group))

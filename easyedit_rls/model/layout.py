@@ -3,6 +3,7 @@
 import copy
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,29 +84,29 @@ def find_layout(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Layout:
     """Look up every module that the settings name.
 
     Raises:
-        LayoutError: a module is missing (with what there is instead), or can't be edited.
+        LayoutError: the settings are another model's (lists every difference, with what there is instead), or the model can't
+            be edited.
     """
     layers = _layers(model, hparams.layer_module_tmp)
-    for layer in (*hparams.layers, hparams.v_loss_layer):
-        if layer >= len(layers):
-            raise LayoutError(
-                f"The model has no layer {layer}: its {len(layers)} layers are 0 to {len(layers) - 1}. Change layers or v_loss_layer."
-            )
-    for layer in hparams.layers:
-        if reason := obstacle(layers[layer]):
-            raise LayoutError(f"Layer {layer} can't be edited: {reason}.")
-    for setting in ("ln_f_module", "lm_head_module"):
-        _module(model, getattr(hparams, setting), setting)
-    edited = {
-        layer: EditedWeight(_module(model, name, "rewrite_module_tmp"), name)
-        for layer in hparams.layers
-        for name in [hparams.rewrite_module_tmp.format(layer)]
-    }
+    inside = [layer for layer in hparams.layers if layer < len(layers)]
+    obstacles = {layer: reason for layer in inside if (reason := obstacle(layers[layer]))}
+    plain = [layer for layer in hparams.layers if layer not in obstacles]
+    differences = [*_wrong_numbers(hparams, len(layers)), *_wrong_names(model, hparams, layers, plain)]
+    refused = [f"Layer {layer} can't be edited: {reason}" for layer, reason in obstacles.items()]
+    if differences:
+        raise LayoutError(
+            f"These settings do not fit {type(model).__name__}: {'; '.join(differences + refused)}. Change them to the model's own, "
+            f"or have settings made for it: easyedit-rls init {model.config._name_or_path or 'MODEL'}."
+        )
+    if refused:
+        raise LayoutError(f"{'; '.join(refused)}.")
+    names = {layer: hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers}
+    edited = {layer: EditedWeight(model.get_submodule(name), name) for layer, name in names.items()}
     if not positions_follow_mask(model):
         raise LayoutError(
             f"{type(model).__name__} takes no position_ids and counts padding as text, so prompts of unlike lengths can't run together."
         )
-    return Layout(model, edited, layers, hparams.layers[-1] + 1, layers[hparams.v_loss_layer])
+    return Layout(model, edited, layers, hparams.layers[-1] + 1, layers[-1])
 
 
 def twin(layout: Layout, dtype: torch.dtype) -> Layout:
@@ -127,19 +128,42 @@ def twin(layout: Layout, dtype: torch.dtype) -> Layout:
 
 
 def _layers(model: nn.Module, template: str) -> list[nn.Module]:
-    """The decoder layers, in order."""
+    """The decoder layers, in order; none where the template names none."""
     pattern = re.compile(re.escape(template).replace(r"\{\}", r"(\d+)") + "$")
     found = {int(match.group(1)): module for name, module in model.named_modules() if (match := pattern.match(name))}
-    if not found:
-        _module(model, template.format(0), "layer_module_tmp")
     return [found[number] for number in sorted(found)]
 
 
-def _module(model: nn.Module, name: str, setting: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as exc:
-        names = [known for known, _ in model.named_modules() if known]
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise LayoutError(f"{type(model).__name__} has no module '{name}'{hint}. Set {setting} to the model's own names.") from exc
+def _wrong_numbers(hparams: RLSEditHyperParams, n_layers: int) -> list[str]:
+    """Layers that the model lacks, and a depth that is not its own; nothing where no layer was found to count."""
+    found = []
+    beyond = [str(layer) for layer in hparams.layers if layer >= n_layers]
+    if n_layers and beyond:
+        found.append(f"layers: no layer {', '.join(beyond)}: its {n_layers} layers are 0 to {n_layers - 1}")
+    if n_layers and hparams.v_loss_layer != n_layers - 1:
+        found.append(f"v_loss_layer: {hparams.v_loss_layer}, but the last of its {n_layers} layers is {n_layers - 1}")
+    return found
+
+
+def _wrong_names(model: nn.Module, hparams: RLSEditHyperParams, layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[str]:
+    """Modules that the settings name and the model lacks, with the names that come closest.
+
+    Edited modules are looked for in those of the `wanted` layers that the model has, else in its first layer.
+    """
+    edited = [layer for layer in wanted if layer < len(layers)] or ([0] if wanted else [])
+    names = {
+        "layer_module_tmp": [] if layers else [hparams.layer_module_tmp.format(0)],
+        "rewrite_module_tmp": [hparams.rewrite_module_tmp.format(layer) for layer in edited],
+        "ln_f_module": [hparams.ln_f_module],
+        "lm_head_module": [hparams.lm_head_module],
+    }
+    there = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    found = []
+    for setting, asked in names.items():
+        missing = [name for name in asked if name not in there]
+        if missing:
+            close = difflib.get_close_matches(missing[0], sorted(there), n=3, cutoff=0.4)
+            more = f" and {len(missing) - 1} more like it" if len(missing) > 1 else ""
+            hint = f" (close names: {', '.join(close)})" if close else ""
+            found.append(f"{setting}: no module '{missing[0]}'{more}{hint}")
+    return found

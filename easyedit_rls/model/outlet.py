@@ -43,14 +43,16 @@ class Outlet:
             before_norm: the norm's input now, (facts, d); None without one.
             planned: change of the projection's output to start from, (facts, d); None starts from none.
         """
-        if self.norm is None or before_norm is None:
+        norm = self.norm
+        if norm is None or before_norm is None:
             return change / self.scale
-        weight = next(self.norm.parameters(), None)
+        weight = next(norm.parameters(), None)
         dtype = before_norm.dtype if weight is None else weight.dtype
-        gain = _gain(self.norm, before_norm.to(dtype))
+        gain = _gain(norm, before_norm.to(dtype))
 
         def passed(u: Tensor) -> Tensor:
-            return self.norm(u.to(dtype)).float()
+            behind: Tensor = norm(u.to(dtype))
+            return behind.float()
 
         now, u = passed(before_norm), before_norm.float()
         u = u if planned is None else u + self.scale * planned
@@ -65,8 +67,9 @@ def _gain(norm: nn.Module, like: Tensor) -> Tensor:
     """Gain of a norm, (d,), seen on inputs whose mean is 0 and whose spread is 1."""
     signs = torch.ones_like(like[0])
     signs[::2] = -1.0
-    bias = norm(torch.zeros_like(like[:1]))[0].float()
-    return (norm(signs[None])[0].float() - bias) * signs.float()
+    bias: Tensor = norm(torch.zeros_like(like[:1]))[0].float()
+    standard: Tensor = norm(signs[None])[0].float()
+    return (standard - bias) * signs.float()
 
 
 def find_outlet(model: PreTrainedModel, layer: nn.Module, projection: nn.Module, name: str) -> Outlet:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from itertools import cycle
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import device_of
+from easyedit_rls.model.generation import sampled, write_on
 from easyedit_rls.model.tokens import encode, start_tokens
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
@@ -64,19 +64,10 @@ def _sample(
     model: PreTrainedModel, tok: PreTrainedTokenizerBase, prompt: torch.Tensor, n_tokens: int, seed: int, top_k: int = 0
 ) -> list[list[int]]:
     device = device_of(model)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=top_k,
-        max_new_tokens=n_tokens,
-        min_new_tokens=n_tokens,
-        suppress_tokens=sorted(set(tok.all_special_ids)) or None,
-        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else 0,
-    )
+    config = sampled(model, tok, max_new_tokens=n_tokens, min_new_tokens=n_tokens, top_k=top_k, suppress=tok.all_special_ids)
     prompt = prompt.to(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), undisturbed(model):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        out = write_on(model, tok, prompt, torch.ones_like(prompt), config)
     rows: list[list[int]] = out.tolist()
     return rows

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import harmonic_mean
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors import moments
 from easyedit_rls.editor import RLSEditor
-from easyedit_rls.errors import RequestError, RLSEditError
+from easyedit_rls.errors import RequestError, RLSEditError, UnsaidWarning
 from easyedit_rls.evaluation import evaluate, perplexity
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.requests import EditRequest, as_chat
@@ -170,8 +171,10 @@ class Search:
         try:
             hparams = RLSEditHyperParams.from_dict({**self._start.to_dict(), **changes})
             editor = RLSEditor(self._model, self._tok, hparams, show_progress=False)
-            for at in range(0, len(self._records), self._batch):
-                editor.edit(self._records[at : at + self._batch])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UnsaidWarning)  # the figures say it
+                for at in range(0, len(self._records), self._batch):
+                    editor.edit(self._records[at : at + self._batch])
             means = evaluate(self._model, self._tok, self._records, show_progress=False).means()
             figures = {name: float(means[name] or 0.0) for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity")}
             after = perplexity(self._model, self._tok, self._text, max_tokens=self._max_tokens, show_progress=False)

@@ -15,7 +15,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 
-from easyedit_rls import RLSEditor
+from easyedit_rls import RLSEditHyperParams, RLSEditor
 from easyedit_rls.cli.compare import make_plan
 from easyedit_rls.compare import stream
 from easyedit_rls.compare.editors import OurEditor
@@ -307,11 +307,37 @@ def test_edit_saves_the_model_and_goes_on_from_a_ledger(folder, done):
 def test_a_model_without_a_settings_file_is_edited(folder):
     settings = {"layers": "[1,2]", "mom2_adjustment": "false", "lambda_reg": 1.0, "v_num_grad_steps": 3, "context_templates": "[]"}
     changes = [f"settings.{name}={value}" for name, value in settings.items()]
-    base = [sys.executable, "-m", "easyedit_rls.cli.main", "edit", "model.path=model", "model.hparams=null", "data.file=records.jsonl"]
+    base = [sys.executable, "-m", "easyedit_rls.cli.main", "edit", "model.path=model", "data.file=records.jsonl"]
     ran = subprocess.run([*base, *changes, "save=false", "out=made"], cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = json.loads((folder / "made" / "edits.json").read_text())["settings"]
     assert (found["model_name"], found["layers"], found["rewrite_module_tmp"]) == ("model", [1, 2], "model.layers.{}.mlp.down_proj")
+
+
+@pytest.mark.parametrize("command", ["edit", "compare", "tune"])
+def test_settings_of_another_model_are_refused_with_each_difference(folder, command):
+    given = {
+        "edit": ["edit", "model=smollm2-135m", "model.path=model", "data.file=records.jsonl", "out=other"],
+        "compare": ["compare", "model.path=model", "model.hparams=gpt2-xl", "data.file=records.jsonl", "out=other"],
+        "tune": ["tune", "model", "--data", "records.jsonl", "--hparams", "gpt2-xl", "--out", "other"],
+    }[command]
+    told = {
+        "smollm2-135m": ["no layer 4, 5, 6, 7, 8, 9, 10: its 4 layers are 0 to 3", "v_loss_layer: 29, but the last of its 4 layers is 3"],
+        "gpt2-xl": ["layer_module_tmp: no module 'transformer.h.0'", "ln_f_module: no module 'transformer.ln_f'"],
+    }["smollm2-135m" if command == "edit" else "gpt2-xl"]
+    ran = subprocess.run([sys.executable, "-m", "easyedit_rls.cli.main", *given], cwd=folder, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "Traceback" not in ran.stderr
+    assert all(text in ran.stderr for text in [*told, "does not suit model", "easyedit-rls init model"]), ran.stderr
+    assert not list((folder / "other").glob("*"))  # hydra makes the folder
+
+
+def test_settings_are_made_from_the_model_where_none_are_given(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with initialize_config_module("easyedit_rls.conf.streams", version_base=None):
+        config = compose("compare", ["data.file=records.jsonl", "model.path=model", "templates=1"])
+    made = RLSEditHyperParams.from_dict(make_plan(config, folder).hparams)
+    assert (made.model_name, made.layers, made.v_loss_layer) == ("model", [1], 3)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ SETTINGS = {
     "overshoot": 1.2,
     "statements": ["{}:"],
     "mom2_adjustment": False,
+    "max_deviation": "off",
     "lambda_reg": 0.1,
     "context_templates": ["The weather was fine. ", "In the morning we met. "],
 }

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from easyedit_rls.errors import HyperParamsError
-from easyedit_rls.hparams import RLSEditHyperParams, shipped
+from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.shipped import shipped
 from tests.conftest import tiny_settings
 
 DOWN = "model.layers.{}.mlp.down_proj"
@@ -78,6 +79,9 @@ def test_a_missing_file_gives_its_absolute_path_and_the_shipped_names():
         ({"layers": []}, "layers is .*at least one"),
         ({"layers": [2, 1]}, "ascending"),
         ({"layers": [-1, 1]}, "from 0"),
+        ({"max_deviation": 0}, "max_deviation is 0; allowed: a number above 0, or 'off'"),
+        ({"max_deviation": "on"}, "max_deviation is 'on'; allowed: a number above 0, or 'off'"),
+        ({"max_deviation": True}, "max_deviation is True"),
         ({"v_loss_layer": 1}, r"v_loss_layer is 1; allowed: the last edited layer \(2\) or above"),
         ({"v_lr": 0}, "v_lr is 0.0; allowed: above 0"),
         ({"v_lr": math.nan}, "v_lr is nan"),
@@ -117,8 +121,11 @@ def test_yamls_bare_off_is_off(tmp_path):
     path.write_text(
         "\n".join(f"{key}: {value!r}" for key, value in tiny_settings("llama", early_stopping="loss").to_dict().items() if value)
     )
-    path.write_text(path.read_text().replace("early_stopping: 'loss'", "early_stopping: off").replace("True", "true"))
-    assert RLSEditHyperParams.from_hparams(path).early_stopping == "off"
+    path.write_text(
+        path.read_text().replace("early_stopping: 'loss'", "early_stopping: off").replace("'off'", "off").replace("True", "true")
+    )
+    found = RLSEditHyperParams.from_hparams(path)
+    assert (found.early_stopping, found.max_deviation) == ("off", "off")
 
 
 def test_the_objective_is_what_is_edited_and_regularised_not_how_values_are_found():

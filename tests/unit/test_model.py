@@ -61,20 +61,41 @@ def test_fingerprints_tell_models_apart():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": [1, 7], "v_loss_layer": 7}, "no layer 7: its 4 layers are 0 to 3. Change layers"),
-        ({"v_loss_layer": 9}, "no layer 9.*v_loss_layer"),
+        ({"layers": [1, 7], "v_loss_layer": 7}, "layers: no layer 7: its 4 layers are 0 to 3; v_loss_layer: 7, but the last"),
+        ({"v_loss_layer": 9}, "v_loss_layer: 9, but the last of its 4 layers is 3. Change them"),
+        ({"v_loss_layer": 2}, "v_loss_layer: 2, but the last of its 4 layers is 3. Change them"),
         (
             {"rewrite_module_tmp": "model.layers.{}.mlp.down_projj"},
-            "no module.*close names: model.layers.1.mlp.down_proj.*rewrite_module_tmp",
+            "rewrite_module_tmp: no module 'model.layers.1.mlp.down_projj' and 1 more like it .close names: model.layers.1.mlp.down_proj",
         ),
-        ({"layer_module_tmp": "transformer.h.{}"}, "no module 'transformer.h.0'.*layer_module_tmp"),
-        ({"ln_f_module": "model.normm"}, "close names: model.norm.*ln_f_module"),
-        ({"lm_head_module": "head"}, "lm_head_module"),
+        ({"layer_module_tmp": "transformer.h.{}"}, "layer_module_tmp: no module 'transformer.h.0'.*easyedit-rls init MODEL"),
+        ({"ln_f_module": "model.normm"}, "ln_f_module: no module 'model.normm' .close names: model.norm"),
+        ({"lm_head_module": "head"}, "lm_head_module: no module 'head'"),
     ],
 )
 def test_layout_errors_say_what_there_is(change, message):
     with pytest.raises(LayoutError, match=message):
         find_layout(tiny_llama(), tiny_settings("llama", **change))
+
+
+def test_every_difference_is_told_at_once():
+    """Settings of a GPT-2 of 24 layers do not fit a Llama of four in any way."""
+    deep = {"layers": [1, 2, 10, 11], "v_loss_layer": 23}
+    with pytest.raises(LayoutError) as caught:
+        find_layout(tiny_llama(), tiny_settings("gpt2", **deep))
+    for module in ("transformer.h.0", "transformer.h.0.mlp.c_proj", "transformer.ln_f", "transformer.wte"):
+        assert f"no module '{module}'" in str(caught.value)  # nor layers to count
+    with pytest.raises(LayoutError) as caught:
+        find_layout(tiny_llama(), tiny_settings("llama", ln_f_module="ln_f", rewrite_module_tmp="model.layers.{}.mlp.c_proj", **deep))
+    for told in (
+        "layers: no layer 10, 11: its 4 layers are 0 to 3",
+        "v_loss_layer: 23, but the last of its 4 layers is 3",
+        "no module 'model.layers.1.mlp.c_proj' and 1 more like it",
+        "ln_f_module: no module 'ln_f'",
+        "easyedit-rls init",
+    ):
+        assert told in str(caught.value)
+    find_layout(tiny_llama(), tiny_settings("llama"))
 
 
 def test_taps_are_removed_also_after_an_exception():
