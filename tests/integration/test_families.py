@@ -120,7 +120,7 @@ def test_what_a_norm_lets_through_is_reached_however_long_hidden_states_are(name
         return [fact.miss for fact in RLSEditor(model, tok, hp, show_progress=False).edit(facts).facts]
 
     assert max(misses()) < 0.1
-    assert min(misses(value_at="hidden", v_lr=0.1 * length)) > 0.5  # asks for what can't be had
+    assert min(misses(value_at="hidden", v_lr=0.1 * length, max_deviation="off")) > 0.5  # asks for what can't be had
 
 
 @pytest.mark.filterwarnings("default::easyedit_rls.errors.RLSEditWarning")  # λ is the same for keys of any length, some drift
