@@ -24,7 +24,7 @@ def perplexity(
 ) -> float:
     """exp of the mean next-token negative log-likelihood, over windows that don't overlap.
 
-    The tokenizer's start tokens come before each window and are not counted; without any, each window's first token is not.
+    The tokenizer's start tokens come before each window. Each window's first token is not counted, with start tokens or without.
 
     Args:
         model: the model.
@@ -41,8 +41,7 @@ def perplexity(
     start = start_tokens(tok)
     own = encode(tok, text, with_start=False).ids
     ids = own[len(start) if own[: len(start)] == start else 0 :][:max_tokens]
-    rows = [row for at in range(0, len(ids), window) if len(row := start + ids[at : at + window]) > 1]
-    first = max(1, len(start))  # the first token of a row that is predicted
+    rows = [row for at in range(0, len(ids), window) if len(row := start + ids[at : at + window]) > len(start) + 1]
     if not rows:
         raise RequestError("has fewer than two tokens, so there is nothing to predict. Give more text.", field="text")
     total, count, step = 0.0, 0, max(1, batch_tokens // window)
@@ -52,8 +51,8 @@ def perplexity(
             batch = pad(some, "right", device_of(model))
             logits = run(model, batch).logits[:, :-1].float()
             targets = batch.ids[:, 1:].masked_fill(batch.mask[:, 1:] == 0, -100)
-            targets[:, : first - 1] = -100
+            targets[:, : len(start)] = -100
             total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100))
-            count += sum(len(row) - first for row in some)
+            count += sum(len(row) - len(start) - 1 for row in some)
             bar.update(len(some))
     return math.exp(total / count)
