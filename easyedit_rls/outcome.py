@@ -72,7 +72,7 @@ def refuse_if_off(facts: Sequence[FactReport], steps: Mapping[int, float], hpara
         raise NumericalError(
             f"The batch was taken back: it moved layer {layer} by {step:.2f} of its norm (max_deviation: "
             f"{hparams.max_deviation:g}), and still the model does not say {unsaid} of its {len(facts)} facts. "
-            f"Raise mom2_update_weight ({hparams.mom2_update_weight:g}) or lambda_reg ({hparams.lambda_reg:g}), edit fewer facts "
+            f"Raise mom2_update_weight ({hparams.mom2_update_weight:g}) or lambda_reg, edit fewer facts "
             "a batch, take other layers (`easyedit-rls tune`), or set max_deviation: off."
         )
 
