@@ -97,23 +97,23 @@ def warn_if_unsaid(report: EditReport, hparams: RLSEditHyperParams, stacklevel: 
     )
 
 
-def advice(unsaid: Sequence[FactReport], hparams: RLSEditHyperParams) -> list[str]:
+def advice(unsaid: Sequence[FactReport], hparams: RLSEditHyperParams, *, may_loosen: bool = True) -> list[str]:
     """What helps facts that the model does not say: a sentence for those whose value fell short, one for the others.
 
     Args:
         unsaid: their reports.
         hparams: settings they were edited with.
+        may_loosen: whether a weaker anchor is among the cures; where other text has changed already, it is none.
     """
     short = [fact for fact in unsaid if fact.miss <= _WRITTEN or not fact.nll <= _FAR_NLL]
     unwritten = [fact for fact in unsaid if not fact.miss <= _WRITTEN]
     sentences = []
     if unwritten:
-        each = "" if hparams.keys == "each" else "set keys: each, "
         name = "mom2_update_weight" if hparams.mom2_adjustment and hparams.mu_reg > 0 else "lambda_reg"
-        sentences.append(
-            f"The weights do not reach the values of {len(unwritten)}: {each}lower {name} ({getattr(hparams, name):g}), or edit "
-            "more layers."
-        )
+        cures = [] if hparams.keys == "each" else ["set keys: each"]
+        cures += [f"lower {name} ({getattr(hparams, name):g})"] if may_loosen else []
+        cure = ", ".join([*cures, "or edit more layers"]) if cures else "edit more layers"
+        sentences.append(f"The weights do not reach the values of {len(unwritten)}: {cure}.")
     if short:
         sentences.append(
             f"The values themselves fall short for {len(short)} (NLL up to {max(fact.nll for fact in short):.1f} nats a token): "

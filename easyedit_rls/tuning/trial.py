@@ -55,13 +55,14 @@ class FirstLook:
         """What to change, a sentence each; nothing where the settings will do."""
         if self.report is None:
             return [self.refusal]
+        lost = self.before["specificity"] - self.after["specificity"]
+        grown = self.after["perplexity"] / self.before["perplexity"] - 1
+        is_harmed = not (lost <= _LEAST_SPECIFICITY and grown <= _MOST_PERPLEXITY)
         found = []
         if self.report.unsaid:
             found.append(f"The model does not say {len(self.report.unsaid)} of {len(self.report.facts)} facts.")
-            found += advice(self.report.unsaid, self.hparams)
-        lost = self.before["specificity"] - self.after["specificity"]
-        grown = self.after["perplexity"] / self.before["perplexity"] - 1
-        if not (lost <= _LEAST_SPECIFICITY and grown <= _MOST_PERPLEXITY):
+            found += advice(self.report.unsaid, self.hparams, may_loosen=not is_harmed)
+        if is_harmed:
             found.append(
                 f"Other text has changed (specificity {-lost:+.2f}, perplexity {grown:+.0%}): raise mom2_update_weight "
                 f"({self.hparams.mom2_update_weight:g})."

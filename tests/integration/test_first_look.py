@@ -60,6 +60,9 @@ def test_advice_says_what_to_change(tok, easy):
         (sentence,) = replace(fine, after={**fine.after, **harm}).advice()
         assert sentence.startswith("Other text has changed")
         assert "raise mom2_update_weight (10)" in sentence
+    both = replace(stiff, after={**stiff.after, "specificity": stiff.before["specificity"] - 0.2}).advice()
+    assert any("raise mom2_update_weight" in sentence for sentence in both)
+    assert not any("lower mom2_update_weight" in sentence for sentence in both)  # not both ways at once
 
 
 def test_a_text_shorter_than_the_keys_are_wide_is_no_obstacle(tok, easy, monkeypatch):
