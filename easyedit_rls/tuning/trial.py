@@ -1,4 +1,4 @@
-"""A first look at settings made for a model: a handful of facts edited in one batch, measured, and taken out again."""
+"""A first look at settings made for a model: a batch of facts is edited, measured, and taken out again."""
 
 import importlib.resources
 import json
@@ -21,7 +21,7 @@ from easyedit_rls.requests import EditRequest, parse_requests
 MEASURED = ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")
 
 _TOLERANCE = 0.4  # of the moments
-_SHRINKAGE = 0.1  # part of the moments' mean eigenvalue that every direction gets: a short text shows too few of them
+_SHRINKAGE = 0.1  # of the moments' mean eigenvalue, for every direction: a short text shows too few
 _LEAST_SPECIFICITY = 0.1  # a loss of specificity that counts: three of the neighbors of eight facts
 _MOST_PERPLEXITY = 0.05  # a relative growth of perplexity that counts
 
@@ -80,8 +80,9 @@ def try_settings(
 ) -> FirstLook:
     """Edit a handful of the shipped facts into a model in one batch, measure, and take them out again.
 
-    The second moments come from the shipped text, which is read in seconds, instead of the settings' own source. It shows fewer
-    directions than wide keys have, so every direction is held by a tenth of the mean one besides.
+    The second moments come from the shipped text, which is read in seconds, instead of the settings' own
+    source. It shows fewer directions than wide keys have, so every direction is held by a tenth of the mean one
+    besides.
 
     Args:
         model: unedited, and left so.
