@@ -1,4 +1,4 @@
-"""What a batch has done: reports of its facts, warnings, and the refusal of a batch that moved much and said little."""
+"""What a batch has done: reports, warnings, and the refusal of a batch that moved much and said little."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from easyedit_rls.values import Values
 DRIFT_TOLERANCE = 1e-2
 
 _WRITTEN = 0.3  # largest miss of a value that counts as written
-_FAR_NLL = 2.0  # nats a token: a value that leaves the target this improbable would not be said however well it were written
+_FAR_NLL = 2.0  # nats a token: a value that leaves the target this improbable is not said when written
 _NAMED = 3
 
 
 def find_said(model: PreTrainedModel, facts: Sequence[Fact], batch_tokens: int) -> list[bool]:
-    """Whether the model says each fact: every token of its target is the most probable one behind the bare prompt.
+    """Whether the model says each fact: its target is the most probable text behind the bare prompt.
 
     Args:
         model: the edited model.
@@ -54,7 +54,7 @@ def fact_reports(edits: Sequence[Edit], walk: LayerWalk, values: Values, said: S
 
 
 def refuse_if_off(facts: Sequence[FactReport], steps: Mapping[int, float], hparams: RLSEditHyperParams) -> None:
-    """Refuse a batch that moves a layer by more than `max_deviation` of its norm while most of its facts stay unsaid.
+    """Refuse a batch that moves a layer by more than `max_deviation` while most of its facts stay unsaid.
 
     Args:
         facts: of this batch.
@@ -72,7 +72,7 @@ def refuse_if_off(facts: Sequence[FactReport], steps: Mapping[int, float], hpara
         raise NumericalError(
             f"The batch was taken back: it moved layer {layer} by {step:.2f} of its norm (max_deviation: "
             f"{hparams.max_deviation:g}), and still the model does not say {unsaid} of its {len(facts)} facts. "
-            f"Raise mom2_update_weight ({hparams.mom2_update_weight:g}) or lambda_reg ({hparams.lambda_reg:g}), edit fewer facts "
+            f"Raise mom2_update_weight ({hparams.mom2_update_weight:g}) or lambda_reg, edit fewer facts "
             "a batch, take other layers (`easyedit-rls tune`), or set max_deviation: off."
         )
 
@@ -97,23 +97,23 @@ def warn_if_unsaid(report: EditReport, hparams: RLSEditHyperParams, stacklevel: 
     )
 
 
-def advice(unsaid: Sequence[FactReport], hparams: RLSEditHyperParams) -> list[str]:
-    """What helps facts that the model does not say: a sentence for those whose value fell short, one for the others.
+def advice(unsaid: Sequence[FactReport], hparams: RLSEditHyperParams, *, may_loosen: bool = True) -> list[str]:
+    """What helps facts that the model does not say: a sentence for values that fall short, one for weights.
 
     Args:
         unsaid: their reports.
         hparams: settings they were edited with.
+        may_loosen: whether a weaker anchor is among the cures; it is none where other text has changed.
     """
     short = [fact for fact in unsaid if fact.miss <= _WRITTEN or not fact.nll <= _FAR_NLL]
     unwritten = [fact for fact in unsaid if not fact.miss <= _WRITTEN]
     sentences = []
     if unwritten:
-        each = "" if hparams.keys == "each" else "set keys: each, "
         name = "mom2_update_weight" if hparams.mom2_adjustment and hparams.mu_reg > 0 else "lambda_reg"
-        sentences.append(
-            f"The weights do not reach the values of {len(unwritten)}: {each}lower {name} ({getattr(hparams, name):g}), or edit "
-            "more layers."
-        )
+        cures = [] if hparams.keys == "each" else ["set keys: each"]
+        cures += [f"lower {name} ({getattr(hparams, name):g})"] if may_loosen else []
+        cure = ", ".join([*cures, "or edit more layers"]) if cures else "edit more layers"
+        sentences.append(f"The weights do not reach the values of {len(unwritten)}: {cure}.")
     if short:
         sentences.append(
             f"The values themselves fall short for {len(short)} (NLL up to {max(fact.nll for fact in short):.1f} nats a token): "

@@ -10,6 +10,10 @@ from easyedit_rls.cli.loading import load_model, run_command
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.structure import read_structure
+from easyedit_rls.tuning.trial import MEASURED, FirstLook, try_settings
+
+_FACTS = 8
+_PARAMETERS_A_MINUTE = 130e6  # SmolLM2-135M takes a minute
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,11 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="easyedit-rls init",
         description="Read a model's layout off its modules and write a complete settings file for it, each setting explained. "
-        "Layers are those at the published settings' depth; `easyedit-rls tune` finds better ones.",
+        "Layers are those at the published settings' depth; `easyedit-rls tune` finds better ones. Then the settings are tried on a "
+        "handful of facts, and it says what they do, or what to change.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a causal language model")
     parser.add_argument("--out", type=Path, help="file to write (default: the model's name, .yaml, here)")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    parser.add_argument("--no-trial", action="store_true", help="write the file, and try nothing")
     return run_command(parser, _init, argv)
 
 
@@ -29,7 +35,7 @@ def _init(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(f"{Path(arguments.model).name}.yaml")
     if out.exists() and not arguments.force:
         raise HyperParamsError(f"{out} is there already. Give another --out, or --force.")
-    model, _ = load_model(arguments.model)
+    model, tok = load_model(arguments.model)
     structure = read_structure(model)
     hparams = RLSEditHyperParams.for_model(model, model_name=str(arguments.model))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -44,4 +50,22 @@ def _init(arguments: argparse.Namespace) -> None:
     table.add_row("layers to edit", ", ".join(map(str, hparams.layers)))
     table.add_row("v_lr", f"{hparams.v_lr:g}, from the length of the hidden states at layer {hparams.layers[-1]}")
     console.print(table)
-    console.print(f"Written to {out}. Next: easyedit-rls tune {arguments.model} --data RECORDS.json --hparams {out}", soft_wrap=True)
+    console.print(f"Written to {out}.", soft_wrap=True)
+    if not arguments.no_trial:
+        minutes = max(1, round(sum(parameter.numel() for parameter in model.parameters()) / _PARAMETERS_A_MINUTE))
+        console.print(f"Trying them on {_FACTS} facts, about {minutes} min on one core (--no-trial leaves it out) ...", soft_wrap=True)
+        _show(try_settings(model, tok, hparams, n_facts=_FACTS), console)
+    console.print(f"Next: easyedit-rls tune {arguments.model} --data RECORDS.json --hparams {out}", soft_wrap=True)
+
+
+def _show(look: FirstLook, console: Console) -> None:
+    """What the settings did, and what to change."""
+    titles = ("rewrite accuracy", "paraphrase accuracy", "specificity", "perplexity of the demo's text")
+    table = Table("", "Before", "After", title=f"{_FACTS} facts in one batch, {look.seconds:.0f} s")
+    for name, title in zip(MEASURED, titles, strict=True):
+        table.add_row(title, f"{look.before[name]:.3f}", f"{look.after[name]:.3f}" if look.after else "refused")
+    if look.report is not None:
+        table.add_row("largest step of a layer", "", f"{look.largest_step:.3f}")
+    console.print(table)
+    for sentence in look.advice() or ["These settings will do: every fact is said, and other text has hardly changed."]:
+        console.print(sentence, soft_wrap=True)

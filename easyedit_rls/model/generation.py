@@ -1,8 +1,8 @@
 """The one place that lets a model write, under settings that are ours alone.
 
-`generate` fills every setting that its caller left open from the model's own `generation_config`, so a folder that ships a
-repetition penalty, beams or stop strings would change what is called greedy. Here that object is put aside while the model
-writes. Only the tokens that end a text are still the model's own.
+`generate` fills every setting that its caller left open from the model's own `generation_config`, so a folder
+that ships a repetition penalty, beams or stop strings would change what is called greedy. Here that object is put
+aside while the model writes. Only the tokens that end a text are still the model's own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -86,7 +86,7 @@ def write_on(model: PreTrainedModel, tok: PreTrainedTokenizerBase, ids: Tensor, 
         config: from `greedy` or `sampled`.
 
     Returns:
-        The rows with what was written behind them, (rows, length + new), long; shorter rows end in pad tokens.
+        The rows with what was written behind them, (rows, length + new), long; short rows end in pad tokens.
     """
     with undisturbed(model), plain_generation(model):
         out: Tensor = model.generate(
@@ -97,7 +97,7 @@ def write_on(model: PreTrainedModel, tok: PreTrainedTokenizerBase, ids: Tensor, 
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model's generation settings say only where a text ends; its own object is put back, also after an error."""
+    """Inside the block the model's generation settings say only where a text ends; then its own are put back."""
     own = model.generation_config
     try:
         model.generation_config = GenerationConfig(
