@@ -2,21 +2,17 @@
 
 import difflib
 import textwrap
-from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
-from easyedit_rls.errors import HyperParamsError, LayoutError
-from easyedit_rls.model.capture import tap
-from easyedit_rls.model.outlet import find_outlet
-from easyedit_rls.model.structure import Structure, read_structure
+from easyedit_rls.auto import settings_of
+from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.shipped import find_settings, shipped
 
 
@@ -255,9 +251,7 @@ class RLSEditHyperParams:
     def for_model(cls, model: PreTrainedModel, **changes: Any) -> "RLSEditHyperParams":
         """Settings for a model that has no file: modules and layers read off it, everything else as tuned for SmolLM2-135M.
 
-        Layers lie at the depths of the published settings, on average (0.16 to 0.30 of all); `v_lr` is in the same proportion to the hidden
-        states at the value layer as there, seen in a pass of random tokens (a model on the meta device gets the published 0.5). Where a
-        norm stands behind an edited MLP, values are put at the MLPs' outputs, and `v_lr` is in that proportion to these.
+        See `auto.settings_of` for what is read off.
 
         Args:
             model: the model.
@@ -267,21 +261,7 @@ class RLSEditHyperParams:
             LayoutError: the layout can't be told, or the layers can't be edited; says what was found.
             HyperParamsError: a change is no setting, or out of range.
         """
-        structure = read_structure(model)
-        layers = changes.get("layers", layers_by_depth(structure.n_layers))
-        for layer in layers:
-            if layer in structure.obstacles:
-                free = [n for n in range(structure.n_layers) if n not in structure.obstacles]
-                raise LayoutError(f"Layer {layer} can't be edited: {structure.obstacles[layer]}. Layers that can: {free}.")
-        own = {
-            "model_name": model.config._name_or_path or type(model).__name__,
-            "device": "cpu" if model.device.index is None else model.device.index,
-            "layers": list(layers),
-            "v_loss_layer": structure.n_layers - 1,
-            **_value_settings(model, structure, layers),
-            "mom2_n_samples": max(400, structure.key_width // 8),  # 16 tokens a direction of the keys
-            **structure.module_names(),
-        }
+        own = settings_of(model, changes.get("layers"))
         tuned = cls.from_hparams("smollm2-135m").to_dict()
         return cls.from_dict({**tuned, **own, **changes}, source=f"the settings for {own['model_name']}")
 
@@ -304,36 +284,6 @@ class RLSEditHyperParams:
         """The settings that define the least-squares problem: what is edited, both regularisers, and where a fact sits."""
         return {name: getattr(self, name) for name in _OBJECTIVE}
 
-
-def layers_by_depth(n_layers: int) -> list[int]:
-    """Layers at the mean depth of the published settings' first and last ones.
-
-    >>> layers_by_depth(32)
-    [5, 6, 7, 8, 9, 10]
-    """
-    return list(range(round(_DEPTH[0] * n_layers), round(_DEPTH[1] * n_layers) + 1))
-
-
-def _value_settings(model: PreTrainedModel, structure: Structure, layers: Sequence[int]) -> dict[str, Any]:
-    """Where values are put, and the step: `_STEP` of a hidden state's length when every coordinate moves by it, or of an output's."""
-    if model.device.type == "meta":
-        return {"v_lr": 0.5}
-    for layer in layers:
-        name = f"{structure.layers}.{layer}"
-        projection = f"{name}.{structure.projection}"
-        if find_outlet(model, model.get_submodule(name), model.get_submodule(projection), projection).norm is not None:
-            return {"v_lr": _STEP, "value_at": "output"}
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (8, 16), generator=generator).to(model.device)
-    value_layer = model.get_submodule(f"{structure.layers}.{layers[-1]}")
-    with torch.no_grad(), tap(outputs={"hidden": value_layer}, stop=True) as seen:
-        model(input_ids=ids, use_cache=False)
-    hidden = seen["hidden"][:, 1:].float()  # the first token's norm is not like the others'
-    return {"v_lr": float(f"{_STEP * float(hidden.norm(dim=-1).median()) / hidden.shape[-1] ** 0.5:.2g}")}
-
-
-_DEPTH = (0.16, 0.30)  # means of the six published files: layers[0] / layers, layers[-1] / layers
-_STEP = 0.11  # SmolLM2-135M: v_lr 0.7, 24 = sqrt(d), hidden states of norm 150
 
 _OBJECTIVE = (
     "layers",

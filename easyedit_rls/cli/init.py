@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="easyedit-rls init",
         description="Read a model's layout off its modules and write a complete settings file for it, each setting explained. "
-        "Layers are those at the published settings' depth; `easyedit-rls tune` finds better ones. Then the settings are tried on a "
+        "Layers are those at the depth that was tuned on SmolLM2-135M; `easyedit-rls tune` finds better ones. Then the settings are tried on a "
         "handful of facts, and it says what they do, or what to change.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a causal language model")
@@ -48,7 +48,11 @@ def _init(arguments: argparse.Namespace) -> None:
     table.add_row("final norm", structure.final_norm or "none")
     table.add_row("head", f"{structure.head}{', tied to the embedding' if structure.is_tied else ''}")
     table.add_row("layers to edit", ", ".join(map(str, hparams.layers)))
-    table.add_row("v_lr", f"{hparams.v_lr:g}, from the length of the hidden states at layer {hparams.layers[-1]}")
+    if hparams.value_at == "output":
+        table.add_row("values", "at the outputs of the edited MLPs, since a norm stands behind them")
+        table.add_row("v_lr", f"{hparams.v_lr:g} of the outputs' lengths")
+    else:
+        table.add_row("v_lr", f"{hparams.v_lr:g}, from the length of the hidden states at layer {hparams.layers[-1]}")
     console.print(table)
     console.print(f"Written to {out}.", soft_wrap=True)
     if not arguments.no_trial:
