@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="easyedit-rls init",
         description="Read a model's layout off its modules and write a complete settings file for it, each setting explained. "
-        "Layers are those at the depth that was tuned on SmolLM2-135M; `easyedit-rls tune` finds better ones. Then the settings are tried on a "
-        "handful of facts, and it says what they do, or what to change.",
+        "Layers are those at the depth that was tuned on SmolLM2-135M; `easyedit-rls tune` finds better ones. Then the "
+        "settings are tried on a handful of facts, and it says what they do, or what to change.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a causal language model")
     parser.add_argument("--out", type=Path, help="file to write (default: the model's name, .yaml, here)")
