@@ -2,7 +2,7 @@
 
     python benchmarks/stream.py --model MODEL --data pararel_dev.json --text wikitext2_test.txt --first 2000 --count 100 --batch 20
 
-`--set name=value` overrides a setting, e.g. `--set v_lr=0.3 --set layers=[5,6,7]`.
+`--hparams init` makes the settings from the model; `--set name=value` overrides one, e.g. `--set v_lr=0.3 --set layers=[5,6,7]`.
 """
 
 import json
@@ -52,6 +52,7 @@ def main() -> None:
         "mean_steps": sum(f.steps for f in facts) / len(facts),
         "mean_value_change": sum(f.value_change for f in facts) / len(facts),
         "mean_miss": sum(f.miss for f in facts) / len(facts),
+        "unsaid_after_their_batch": sum(len(report.unsaid) for report in reports),
         "deviation": {layer.layer: layer.deviation for layer in reports[-1].layers},
         "drift": {layer.layer: layer.drift for layer in reports[-1].layers},
         "settings": hparams.to_dict(),
