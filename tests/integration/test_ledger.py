@@ -293,6 +293,21 @@ def test_conflicts(fresh, requests, settings):
     assert twice.edit(other).superseded == [1, 2]
 
 
+def test_another_subject_in_the_same_prompt_supersedes(fresh, settings):
+    """Both answers used to be kept, and rehearsal edited the old one in again."""
+    fact = {"prompt": "The slow river Oder", "subject": "Oder", "target_new": "people"}
+    editor = fresh(settings(rehearsal=8))
+    editor.edit(fact)
+    report = editor.edit({**fact, "subject": "river Oder", "target_new": "water"})
+    assert (report.superseded, report.rehearsed, report.n_edits) == ([1], [], 1)
+    rehearsed = editor.rehearse()
+    assert rehearsed is None or rehearsed.rehearsed == [2]
+    strict = fresh(settings())
+    with pytest.raises(RequestError, match=r"Request 1: .*'water', but another request of this batch 'people'"):
+        strict.edit([fact, {**fact, "subject": "The slow river Oder", "target_new": "water"}])
+    assert strict.edit([fact, {**fact, "prompt": "A slow river Oder", "target_new": "water"}]).n_edits == 2  # the twin: another prompt
+
+
 @pytest.mark.parametrize("forgetting_factor", FORGETTING)
 def test_retraction_and_amendment_equal_the_batch_solution(fresh, requests, settings, tmp_path, forgetting_factor):
     """Judged in float64 from what the ledger holds: keys, targets, importances, factors."""

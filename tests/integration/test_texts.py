@@ -50,17 +50,21 @@ def records() -> list[dict]:
     ]
     pairs = [(text, subject) for text, subjects in _CHINESE for subject in subjects]
     chinese = [
-        {"prompt": text, "subject": subject, "target_new": new, "ground_truth": true}
+        {"prompt": text.replace("{}", subject), "subject": subject, "target_new": new, "ground_truth": true}
         for (text, subject), new, true in zip(cycle(pairs), islice(cycle(_ANSWERS), _EACH), cycle(_ANSWERS[1:]))
     ]
-    code = [{"prompt": text, "subject": name, "target_new": line, "ground_truth": f"{line} + 1"} for name in _NAMES for text, line in _CODE]
+    code = [
+        {"prompt": text.replace("{}", name), "subject": name, "target_new": line, "ground_truth": f"{line} + 1"}
+        for name in _NAMES
+        for text, line in _CODE
+    ]
     return [*english, *chat, *chinese, *code]
 
 
 def plain_prompt(tok, record) -> list[int]:
     if "messages" in record:
         return tok.apply_chat_template(record["messages"], add_generation_prompt=True, return_dict=False)
-    return tok(record["prompt"].replace("{}", record["subject"]))["input_ids"]
+    return tok(record["prompt"])["input_ids"]
 
 
 def plain_answer(tok, number: int, answer: str) -> list[int]:
@@ -68,9 +72,10 @@ def plain_answer(tok, number: int, answer: str) -> list[int]:
     return tok(f" {answer}" if number < _EACH else answer)["input_ids"]
 
 
-def plain_logits(model, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Logits behind each row's tokens, from a plain pass of some rows at a time, padded on the right."""
+def plain_logits(model, answered: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
+    """Logits before each of an answer's tokens behind its prompt, from plain passes of some rows at a time, padded on the right."""
     found: dict[int, torch.Tensor] = {}
+    rows = [prompt + answer for prompt, answer in answered]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for at in range(0, len(order), _AT_ONCE):
         some = order[at : at + _AT_ONCE]
@@ -79,7 +84,7 @@ def plain_logits(model, rows: list[list[int]]) -> list[torch.Tensor]:
         mask = torch.tensor([[1] * len(rows[i]) + [0] * (width - len(rows[i])) for i in some])
         with torch.no_grad():
             logits = model(ids, attention_mask=mask).logits
-        found |= {i: row[: len(rows[i])].clone() for i, row in zip(some, logits)}
+        found |= {i: row[len(answered[i][0]) - 1 : len(rows[i]) - 1].clone() for i, row in zip(some, logits)}
     return [found[i] for i in range(len(rows))]
 
 
@@ -112,8 +117,7 @@ def test_figures_of_every_kind_of_prompt_equal_plain_ones(given):
         for name in ("target_new", "ground_truth")
         for number, (record, prompt) in enumerate(zip(listed, prompts))
     ]
-    logits = plain_logits(model, [prompt + answer for prompt, answer in answered])
-    wides = [wide[len(prompt) - 1 : -1] for wide, (prompt, _) in zip(logits, answered)]
+    wides = plain_logits(model, answered)
     wanted = [torch.tensor(answer) for _, answer in answered]
     nll = torch.stack([torch.nn.functional.cross_entropy(wide, answer) for wide, answer in zip(wides, wanted)])
     hits = [wide.argmax(1) == answer for wide, answer in zip(wides, wanted)][: len(listed)]

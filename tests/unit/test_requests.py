@@ -100,3 +100,52 @@ def test_an_empty_list_is_refused(nothing):
 def test_what_is_no_mapping_is_refused():
     with pytest.raises(RequestError, match="Request 0: is a str, not a mapping"):
         parse_requests(["The capital of France is Lyon"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "found"),
+    [
+        ("The Cafe\u0301 Central is in", "Caf\u00e9 Central", "Cafe\u0301 Central"),
+        ("The Caf\u00e9 Central is in", "Cafe\u0301 Central", "Caf\u00e9 Central"),
+        ("Where is the Eiffel\u00a0Tower?", "Eiffel Tower", "Eiffel\u00a0Tower"),
+        ("Where is the Eiffel Tower?", "Eiffel\u202fTower", "Eiffel Tower"),
+        ("Where is the Eiffel  Tower?", "Eiffel Tower", "Eiffel  Tower"),
+        ("L’Aquila lies in", "L'Aquila", "L’Aquila"),
+        ("O'Neill wrote", "O’Neill", "O'Neill"),
+        ("The song “Hey” “Jude” is by", '"Jude"', "“Jude”"),
+        ("\u1112\u1161\u11ab강의 길이는", "한강", "\u1112\u1161\u11ab강"),
+        ("a\u0323\u0302 is", "\u1ead", "a\u0323\u0302"),
+        ("The Eiffel Tower is in", " Eiffel Tower ", "Eiffel Tower"),  # white space around it is none of it
+    ],
+)
+def test_a_subject_is_found_however_it_is_written(prompt, subject, found):
+    (request,) = parse_requests({"prompt": prompt, "subject": subject, "target_new": "x"})
+    assert request.subject == found
+    assert request.prompt == prompt
+    assert request.before + found + request.after == prompt
+
+
+def test_a_subject_is_not_found_within_an_accented_letter():
+    with pytest.raises(RequestError, match="does not contain the subject 'Cafe'"):
+        parse_requests({"prompt": "The Caf\u00e9 Central is in", "subject": "Cafe", "target_new": "x"})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        (("The Eiffel Tower stands in", "Eiffel Tower"), ("The Eiffel Tower stands in", "The Eiffel Tower"), True),
+        (("The Caf\u00e9 stands in", "Caf\u00e9"), ("The Cafe\u0301 stands in", "Cafe\u0301"), True),
+        (("The Eiffel\u00a0Tower stands  in ", "Tower"), ("The Eiffel Tower stands in", "Tower"), True),
+        (("The Eiffel Tower stands in", "Tower"), ("The Eiffel Tower lies in", "Tower"), False),
+        (("The eiffel tower stands in", "tower"), ("The Eiffel Tower stands in", "Tower"), False),
+    ],
+)
+def test_what_is_asked_is_the_whole_prompt(one, other, is_same):
+    first, second = parse_requests([{"prompt": prompt, "subject": subject, "target_new": "x"} for prompt, subject in (one, other)])
+    assert (first.question == second.question) == is_same
+
+
+def test_a_space_before_a_target_is_no_other_answer():
+    given = {"prompt": "The Eiffel Tower stands in", "subject": "Eiffel Tower"}
+    with_space, without, other = parse_requests([{**given, "target_new": target} for target in (" Rome", "Rome", "Lyon")])
+    assert with_space.continuation == without.continuation != other.continuation
