@@ -31,7 +31,7 @@ def test_passes_shrink_until_they_fit_with_one_warning(tok, requests):
     editor = RLSEditor(model, tok, tiny_settings("llama", mom2_adjustment=False, batch_tokens=1000))
     with pytest.warns(RLSEditWarning, match=r"passes of 1000 tokens; they have 62 now. Set batch_tokens: 62") as caught:
         editor.edit(requests)
-    assert len(caught) == 1
+    assert len([warning for warning in caught if warning.category is RLSEditWarning]) == 1
     n_passes = len(passes)
     editor.edit([{"prompt": "Sailors know {}", "subject": "the Oder", "target_new": "people"}])
     assert max(passes[n_passes:]) <= 62  # it is not tried again
