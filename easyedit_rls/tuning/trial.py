@@ -21,7 +21,7 @@ from easyedit_rls.requests import EditRequest, parse_requests
 MEASURED = ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")
 
 _TOLERANCE = 0.4  # of the moments
-_SHRINKAGE = 0.1  # of the moments' mean eigenvalue, for every direction: a short text shows too few
+_SHRINKAGE = 1.0  # of the moments' mean eigenvalue, for every direction: a short text shows too few
 _LEAST_SPECIFICITY = 0.1  # a loss of specificity that counts: three of the neighbors of eight facts
 _MOST_PERPLEXITY = 0.05  # a relative growth of perplexity that counts
 
@@ -81,7 +81,7 @@ def try_settings(
     """Edit a handful of the shipped facts into a model in one batch, measure, and take them out again.
 
     The second moments come from the shipped text, which is read in seconds, instead of the settings' own
-    source. It shows fewer directions than wide keys have, so every direction is held by a tenth of the mean one
+    source. It shows fewer directions than wide keys have, so every direction is held by the mean one
     besides.
 
     Args:
