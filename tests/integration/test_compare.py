@@ -337,7 +337,7 @@ def test_settings_are_made_from_the_model_where_none_are_given(folder, monkeypat
     with initialize_config_module("easyedit_rls.conf.streams", version_base=None):
         config = compose("compare", ["data.file=records.jsonl", "model.path=model", "templates=1"])
     made = RLSEditHyperParams.from_dict(make_plan(config, folder).hparams)
-    assert (made.model_name, made.layers, made.v_loss_layer) == ("model", [1], 3)
+    assert (made.model_name, made.layers, made.v_loss_layer) == ("model", [0, 1], 3)
 
 
 @pytest.mark.parametrize(

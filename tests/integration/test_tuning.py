@@ -184,7 +184,7 @@ def test_init_tune_and_locate_from_nothing(folder, capsys):
     assert main(["init", model, "--out", str(settings)]) == 0
     assert "model.layers (0 to 3)" in capsys.readouterr().out
     hp = RLSEditHyperParams.from_hparams(settings)
-    assert (hp.layers, hp.model_name) == ([1], model)
+    assert (hp.layers, hp.model_name) == ([0, 1], model)
     assert main(["init", model, "--out", str(settings)]) == 1
     assert "is there already" in capsys.readouterr().err
     quick = RLSEditHyperParams.from_dict(
