@@ -27,7 +27,7 @@ from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.forward import device_of, pad, run
 from easyedit_rls.model.layout import Layout, find_layout
-from easyedit_rls.model.tokens import encode_all, end_tokens
+from easyedit_rls.model.tokens import encode_all, end_tokens, start_tokens
 from easyedit_rls.model.weights import fingerprint
 from easyedit_rls.moments import Moment, sum_moments
 from easyedit_rls.texts import SAMPLED_TOKENS, TEXT_TOKENS, token_blocks
@@ -172,6 +172,8 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
         identity = f"file {hashlib.sha256(content).hexdigest()} seed {hparams.seed}"
     else:
         identity = f"{source} seed {hparams.seed} tokens {SAMPLED_TOKENS} {TEXT_TOKENS}"
+        if source == "self" and start_tokens(tok):
+            identity += " from the start token"
     identity = f"{identity} {hparams.mom2_dtype} tolerance {hparams.mom2_tolerance} vocabulary {len(tok)}"
     if any(outlet.norm is not None for outlet in layout.outlets.values()):
         identity += " behind norms"  # tokens are weighed there

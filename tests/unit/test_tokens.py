@@ -80,6 +80,22 @@ def test_every_use_has_the_start_token_and_none_the_end_token(ending, wide_model
     assert all(ids[0] == 1 and 2 not in ids for ids in (seen[0], seen[-1]))
 
 
+def test_texts_are_written_from_the_start_token_alone_where_there_is_one(ending, wide_model, tok):
+    """A random first token out of a vocabulary of many languages begins texts in all of them."""
+    given = []
+    wide_model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs["input_ids"].tolist()), with_kwargs=True)
+    try:
+        next(sample_texts(wide_model, ending, 6, 2, 0))
+        written_from = given[0]
+        given.clear()
+        next(sample_texts(wide_model, tok, 6, 2, 0))
+    finally:
+        wide_model._forward_pre_hooks.clear()
+    assert written_from == [[1]] * 6
+    assert len({tuple(row) for row in given[0]}) > 1
+    assert {len(row) for row in given[0]} == {1}
+
+
 def test_an_appended_end_token_does_no_harm_to_figures(ending, starting, wide_model):
     """It used to make answers empty, and the tokens counted for EasyEdit's figures those behind the end."""
     assert answers(wide_model, ending, [FACT["prompt"]], ["x"]) == answers(wide_model, starting, [FACT["prompt"]], ["x"])
