@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from easyedit_rls.errors import NumericalError
+from easyedit_rls.errors import HyperParamsError, NumericalError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.keys import Fact, value_states
 from easyedit_rls.model.layout import Layout, twin
@@ -110,9 +110,14 @@ def optimise_values(
 def value_place(layout: Layout, hparams: RLSEditHyperParams) -> str:
     """Where values are put: as `value_at` says, or else at the MLPs' outputs if a norm stands behind an edited one, which lets no
     length through, so that not every hidden state can be reached."""
-    if hparams.value_at is not None:
-        return hparams.value_at
-    return "output" if any(outlet.norm is not None for outlet in layout.outlets.values()) else "hidden"
+    has_norm = any(outlet.norm is not None for outlet in layout.outlets.values())
+    place = hparams.value_at or ("output" if has_norm else "hidden")
+    if place == "output" and hparams.targets == "published":
+        raise HyperParamsError(
+            "targets: published is the authors' code for values at the hidden state; these are at the outputs. "
+            "Set targets: residual, or value_at: hidden."
+        )
+    return place
 
 
 def _find(

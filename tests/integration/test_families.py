@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor
-from easyedit_rls.errors import LayoutError
+from easyedit_rls.errors import HyperParamsError, LayoutError
 from easyedit_rls.keys import LayerWalk, locate_facts
 from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.layout import find_layout, twin
@@ -132,6 +132,14 @@ def test_values_at_the_outputs_are_reached_in_any_model(name, tok, requests):
     report = RLSEditor(model, tok, hp, show_progress=False).edit(facts)
     assert max(fact.miss for fact in report.facts) < 0.1
     assert min(fact.value_change for fact in report.facts) > 0.05
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+def test_published_targets_are_refused_for_values_at_the_outputs(name, tok, requests):
+    model = zoo.make(name)
+    settings = {**SETTINGS, "targets": "published"} | ({"value_at": "output"} if name == "llama" else {})
+    with pytest.raises(HyperParamsError, match=r"targets: published.*value_at: hidden"):
+        RLSEditor(model, tok, RLSEditHyperParams.for_model(model, **settings)).edit(requests)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "olmo2", "opt_post", "llama"])
