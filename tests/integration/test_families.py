@@ -14,7 +14,7 @@ from easyedit_rls.model.prefix import Heads, share_beginnings
 from easyedit_rls.moments import sum_moments
 from easyedit_rls.requests import Probe, parse_requests
 from easyedit_rls.scoring import score
-from easyedit_rls.values import losses_at, optimise_values
+from easyedit_rls.values import losses_at, optimise_values, value_place
 from tests import zoo
 from tests.reference import plain_key, plain_value
 from tests.tolerances import BFLOAT16, PADDING, VALUES
@@ -132,6 +132,16 @@ def test_values_at_the_outputs_are_reached_in_any_model(name, tok, requests):
     report = RLSEditor(model, tok, hp, show_progress=False).edit(facts)
     assert max(fact.miss for fact in report.facts) < 0.1
     assert min(fact.value_change for fact in report.facts) > 0.05
+
+
+def test_values_are_put_at_the_outputs_where_a_norm_stands_behind_them(name):
+    """Unasked, and in settings made from the model."""
+    model = zoo.make(name)
+    hp = RLSEditHyperParams.for_model(model, layers=[1, 2])
+    has_norm = name in ("gemma2", "gemma3", "glm4", "olmo2", "opt_post")
+    assert hp.value_at == ("output" if has_norm else None)
+    assert value_place(find_layout(model, hp), replace(hp, value_at=None)) == ("output" if has_norm else "hidden")
+    assert value_place(find_layout(model, hp), replace(hp, value_at="hidden")) == "hidden"
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama"])
