@@ -82,7 +82,7 @@ class PlainLoop:
         for row in fact.rows if is_input else fact.rows[:1]:
             with tap(**{"inputs" if is_input else "outputs": {"state": module}}) as seen:
                 self.model(torch.tensor([row.ids]))
-            found.append(seen["state"][0, row.subject_last])
+            found.append(seen["state"][0, row.place])
         return found[0] if len(found) == 1 else 0.5 * found[0] + 0.5 * torch.stack(found[1:]).mean(0)
 
     def _value(self, fact: Fact) -> tuple[torch.Tensor, float]:
@@ -92,7 +92,7 @@ class PlainLoop:
         for step in range(hp.v_num_grad_steps):
             losses = []
             for row in rows:
-                at = row.subject_last
+                at = row.place
                 add = lambda hidden, at=at: torch.cat([hidden[:, :at], hidden[:, at : at + 1] + delta, hidden[:, at + 1 :]], 1)  # noqa: E731
                 with tap(edit={self.layout.value_layer: add}):
                     log_probs = F.log_softmax(self.model(torch.tensor([row.ids])).logits[0], dim=1)

@@ -30,7 +30,7 @@ from easyedit_rls.model.layout import Layout, find_layout
 from easyedit_rls.model.tokens import encode_all, end_tokens, start_tokens
 from easyedit_rls.model.weights import fingerprint
 from easyedit_rls.moments import Moment, sum_moments
-from easyedit_rls.texts import SAMPLED_TOKENS, TEXT_TOKENS, token_blocks
+from easyedit_rls.texts import SAMPLED_TOKENS, TEXT_TOKENS, shipped_text, token_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def moments(
     source = hparams.mom2_dataset
     if source.endswith(".npz"):
         raise AnchorError(f"mom2_dataset is the file {source}. Give the name of its text, e.g. wikipedia, and set stats_dir to its folder.")
-    if source != "self" and not source.endswith(".txt"):
+    if source not in ("shipped", "self") and not source.endswith(".txt"):
         stored = easyedit_files(model, layout, hparams)
         if all(path.is_file() for path in stored.values()):
             return {layer: read_npz(path, layout.edited[layer].shape[0]) for layer, path in stored.items()}
@@ -170,6 +170,8 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
     if source.endswith(".txt"):
         content = Path(source).read_bytes() if Path(source).is_file() else b""
         identity = f"file {hashlib.sha256(content).hexdigest()} seed {hparams.seed}"
+    elif source == "shipped":
+        identity = f"file {hashlib.sha256(shipped_text().encode()).hexdigest()} seed {hparams.seed}"
     else:
         identity = f"{source} seed {hparams.seed} tokens {SAMPLED_TOKENS} {TEXT_TOKENS}"
         if source == "self" and start_tokens(tok):

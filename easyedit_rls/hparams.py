@@ -51,9 +51,9 @@ class RLSEditHyperParams:
     fact_token: str = _setting("Where a fact sits; only 'subject_last'.", "subject_last")
     mom2_adjustment: bool = _setting("Whether the anchor term uses second moments; False leaves λ alone.", True)
     mom2_dataset: str = _setting(
-        "Text behind the moments: 'self' (sampled from the model), a .txt file, or a Hugging Face dataset "
-        "('wikipedia', 'wikitext', 'wikitext2', 'owner/name', 'owner/name:config').",
-        "self",
+        "Text behind the moments: 'shipped' (comes with the package), 'self' (sampled from the model), a .txt file, or a Hugging Face "
+        "dataset ('wikipedia', 'wikitext', 'wikitext2', 'owner/name', 'owner/name:config').",
+        "shipped",
     )
     mom2_n_samples: int = _setting("How many texts to use, at most (see mom2_tolerance); a .txt file gives a text a paragraph.", 400)
     mom2_tolerance: float = _setting(

@@ -93,7 +93,7 @@ class LayerWalk:
         self.importance = torch.tensor([fact.request.importance for fact in facts])
         if keys == "each":
             self.importance = self.importance[:, None] * _shares(self._n_templates)
-        rows = [row.ids[: row.subject_last + 1] for fact in facts for row in fact.rows]
+        rows = [row.ids[: row.place + 1] for fact in facts for row in fact.rows]
         self._all = _Stage(model, layout, rows, batch_tokens)
         self._bare = _Stage(model, layout, rows[:: self._n_templates], batch_tokens)
 

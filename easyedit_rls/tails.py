@@ -59,10 +59,10 @@ def rows_of(facts: Sequence[Fact], statement_share: float, shares_essence: bool)
         own = []
         for texts, share in ((fact.rows, 1.0 - of_statements), (fact.statements, of_statements)):
             for row in texts:
-                cut = row.subject_last
+                cut = row.place
                 first, tail = row.target_start - 1 - cut, row.ids[cut:-1]
                 own.append(Row(f, row.ids[:cut], tail, first, row.target, share / len(texts), must_lead=texts is fact.rows))
-        cut = fact.essence.subject_last
+        cut = fact.essence.place
         head, last = fact.essence.ids[:cut], fact.essence.ids[cut]
         alike = [i for i, row in enumerate(own) if shares_essence and row.head == head and row.tail[0] == last]
         if alike:

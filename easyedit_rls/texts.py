@@ -1,5 +1,6 @@
-"""Ordinary text, tokenised: written by the model itself, from a file, or from a Hugging Face data set."""
+"""Ordinary text, tokenised: what comes with the package, from a file, from a Hugging Face data set, or written by the model itself."""
 
+import importlib.resources
 import random
 import re
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from easyedit_rls.model.sampling import sample_texts
 from easyedit_rls.model.tokens import encode
 
 SAMPLED_TOKENS = 128  # length of a text sampled from the model
-TEXT_TOKENS = 512  # longer texts are cut
+TEXT_TOKENS = 512  # longer texts are cut, and those longer than the model's positions
 _BLOCK_TOKENS = 4096
 _DATASETS = {  # EasyEdit's short names
     "wikipedia": "wikimedia/wikipedia:20231101.en",
@@ -42,11 +43,17 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     if source == "self":
         yield from sample_texts(model, tok, n, SAMPLED_TOKENS, hparams.seed)
         return
-    texts = _file_texts(Path(source), hparams.seed) if source.endswith(".txt") else _dataset_texts(source, n, hparams.seed)
+    if source == "shipped":
+        texts = _paragraphs(shipped_text(), hparams.seed)
+    elif source.endswith(".txt"):
+        texts = _paragraphs(_read(Path(source)), hparams.seed)
+    else:
+        texts = _dataset_texts(source, n, hparams.seed)
+    longest = min(TEXT_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", TEXT_TOKENS))
     block: list[list[int]] = []
     n_tokens, is_empty = 0, True
     for text in texts[:n]:
-        if row := list(encode(tok, text, max_tokens=TEXT_TOKENS).ids):
+        if row := list(encode(tok, text, max_tokens=longest).ids):
             block.append(row)
             n_tokens, is_empty = n_tokens + len(row), False
         if n_tokens >= _BLOCK_TOKENS:
@@ -55,15 +62,24 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     if block:
         yield block
     if is_empty:
-        raise AnchorError(f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: self.")
+        raise AnchorError(f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: shipped.")
 
 
-def _file_texts(path: Path, seed: int) -> list[str]:
-    """A file's paragraphs, shuffled: neighbours are alike, so the first thousand say little about the rest."""
+def shipped_text() -> str:
+    """The text that comes with the package, written for it: encyclopaedia articles most, and of other kinds of English text, of program
+    code and of other languages a little."""
+    return importlib.resources.files("easyedit_rls.data").joinpath("ordinary_text.txt").read_text(encoding="utf-8")
+
+
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as exc:
         raise AnchorError(f"Text file {path.absolute()} can't be read: {exc.strerror}. Change mom2_dataset.") from exc
+
+
+def _paragraphs(text: str, seed: int) -> list[str]:
+    """A text's paragraphs, shuffled: neighbours are alike, so the first thousand say little about the rest."""
     texts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
     return random.Random(seed).sample(texts, len(texts))
 
@@ -73,7 +89,7 @@ def _dataset_texts(source: str, n: int, seed: int) -> list[str]:
         from datasets import load_dataset
     except ImportError as exc:
         raise AnchorError(
-            f"mom2_dataset '{source}' needs the datasets package: pip install 'easyedit-rls[datasets]', or set mom2_dataset: self."
+            f"mom2_dataset '{source}' needs the datasets package: pip install 'easyedit-rls[datasets]', or set mom2_dataset: shipped."
         ) from exc
     name, _, config = _DATASETS.get(source, source).partition(":")
     try:

@@ -23,7 +23,7 @@ def hidden_at(model, module, ids, position, is_input=False):
 
 def plain_key(model, layout: Layout, fact: Fact, layer: int):
     """Key of one fact: half the bare prompt, half the mean of the others; whole sequences, target and all."""
-    keys = [hidden_at(model, layout.edited[layer].module, row.ids, row.subject_last, is_input=True) for row in fact.rows]
+    keys = [hidden_at(model, layout.edited[layer].module, row.ids, row.place, is_input=True) for row in fact.rows]
     return keys[0] if len(keys) == 1 else 0.5 * keys[0] + 0.5 * torch.stack(keys[1:]).mean(0)
 
 
@@ -38,7 +38,7 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
         def adds(i):
             def add(module, args, out):
                 hidden = (out[0] if isinstance(out, tuple) else out).clone()
-                hidden.view(len(row.ids), -1)[row.subject_last] += delta[i]
+                hidden.view(len(row.ids), -1)[row.place] += delta[i]
                 return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
             return add
@@ -51,7 +51,7 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
         result = model(torch.tensor([row.ids])).logits[0].float()
         for handle in handles:
             handle.remove()
-        return result, seen[0].reshape(len(row.ids), -1)[row.subject_last].detach().float()
+        return result, seen[0].reshape(len(row.ids), -1)[row.place].detach().float()
 
     def logits(row, delta):
         return pushed(row, delta)[0]
@@ -59,7 +59,7 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     bare = fact.rows[0]
-    h = torch.stack([hidden_at(model, module, bare.ids, bare.subject_last) for module in modules])
+    h = torch.stack([hidden_at(model, module, bare.ids, bare.place) for module in modules])
     length = h.norm(dim=1, keepdim=True)
     delta = torch.zeros_like(h, requires_grad=True)
     rates = hp.v_lr * (length / h.shape[1] ** 0.5 if is_at_output else torch.ones_like(length))
@@ -69,12 +69,12 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
     )
     places = [group["params"][0] for group in adam.param_groups]
     with torch.no_grad():
-        essence_0 = F.log_softmax(logits(fact.essence, torch.zeros_like(h))[fact.essence.subject_last], dim=0)
+        essence_0 = F.log_softmax(logits(fact.essence, torch.zeros_like(h))[fact.essence.place], dim=0)
 
     def look(row):
         """Of one text: its NLL (the divergence for the essence prompt), by how much its target leads, and its gradient."""
         if row is fact.essence:
-            essence = F.log_softmax(logits(row, delta)[row.subject_last], dim=0)
+            essence = F.log_softmax(logits(row, delta)[row.place], dim=0)
             term, lead = (essence.exp() * (essence - essence_0)).sum(), torch.inf
         else:
             out = logits(row, delta)[row.target_start - 1 : len(row.ids) - 1]

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     files = commands.add_parser("moments", help="write second moments for EasyEdit's editors", description=_MOMENTS, formatter_class=raw)
     files.add_argument("hparams", help=f"RLSEdit settings: a YAML file or a shipped name ({', '.join(shipped())})")
     files.add_argument("--model", help="folder or hub name, instead of the settings' model_name")
-    files.add_argument("--text", metavar="SOURCE", help="self, a .txt file or a data set, instead of the settings' mom2_dataset")
+    files.add_argument("--text", metavar="SOURCE", help="shipped, self, a .txt file or a data set, instead of the settings' mom2_dataset")
     files.add_argument("--dataset", metavar="NAME", help="the mom2_dataset that the other editors' settings name, e.g. wikipedia")
     files.add_argument("--stats_dir", metavar="FOLDER", help="where EasyEdit keeps its moments, instead of the settings' stats_dir")
     add_device(files)

@@ -17,12 +17,12 @@ class Row:
 
     Attributes:
         ids: its tokens, special ones in front included.
-        subject_last: position of the subject's last token.
+        place: position where a value is put: that of the subject's last token, or of the one behind it (see `tokenize_fact`).
         target_start: position of the target's first token; ``len(ids)`` without a target.
     """
 
     ids: tuple[int, ...]
-    subject_last: int
+    place: int
     target_start: int
 
     @property
@@ -46,6 +46,9 @@ def tokenize_fact(
     The subject's last token is the last one that shares a character with the subject, so a token that joins its last
     letters with what follows in the prompt counts. The prompt's tokens are those it has without a target.
 
+    That token is the place of a value, unless it is the text's very first: later tokens hardly read what is written there (the
+    attention sink; Xiao et al. 2024, arXiv 2309.17453). Then the prompt's second token is the place, if it has one.
+
     Args:
         tok: a fast tokenizer.
         before, subject, after: the prompt; of a chat, the user's turn.
@@ -57,8 +60,9 @@ def tokenize_fact(
         LayoutError: the tokenizer gives no character offsets, or has no chat template.
     """
     prompt, encoded, inside = _located(tok, before, subject, after, joint, chat)
+    place = max(inside[-1], min(1, len(encoded.ids) - 1))
     if target is None:
-        return Row(encoded.ids, inside[-1], len(encoded.ids))
+        return Row(encoded.ids, place, len(encoded.ids))
     try:
         own = continue_with(tok, encoded, prompt.text, prompt.joined(target))
     except RequestError as exc:
@@ -70,7 +74,7 @@ def tokenize_fact(
             f"{target!r} holds the tokenizer's unknown token {tok.unk_token!r}. Write it with characters the model knows.",
             field="target_new",
         )
-    return Row(encoded.ids + own, inside[-1], len(encoded.ids))
+    return Row(encoded.ids + own, place, len(encoded.ids))
 
 
 def subject_tokens(
@@ -93,7 +97,7 @@ def prompt_rows(tok: PreTrainedTokenizerBase, prompts: Sequence[str | Probe]) ->
 
 
 def answer_rows(tok: PreTrainedTokenizerBase, probes: Sequence[Probe], numbers: Sequence[int] | None = None) -> list[Row]:
-    """Tokenise prompts and answers; an answer's tokens are its row's target, the prompt's last token its subject.
+    """Tokenise prompts and answers; an answer's tokens are its row's target, the prompt's last token its place.
 
     Args:
         tok: a fast tokenizer.

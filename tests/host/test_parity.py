@@ -83,14 +83,14 @@ def test_subject_positions_equal_the_hosts_on_500_records(easyeditor, smollm2, w
         before, after = (prefix + rewrite["prompt"]).split("{}")
         ours = tokenize_fact(tok, before, rewrite["subject"], after)
         ((host,),) = get_words_idxs_in_templates(tok, [before + "{}" + after], [rewrite["subject"]], "last")
-        if ours.subject_last != host:
+        if ours.place != host:
             differ.append((before, rewrite["subject"], after, ours, host))
 
     for before, subject, after, ours, host in differ:
         text, end = before + subject + after, len(before) + len(subject)
         offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
         assert any(a < end < b for a, b in offsets)  # a token joins the subject's last letters with what follows:
-        a, b = offsets[ours.subject_last]
+        a, b = offsets[ours.place]
         assert a < end <= b  # ours is the token that holds the subject's last letter,
         assert not (offsets[host][0] < end <= offsets[host][1])  # and the host's is another
     assert len(differ) <= 10

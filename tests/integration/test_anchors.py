@@ -1,5 +1,6 @@
 """Second moments: right, cached by all that changes them, and readable by and from EasyEdit."""
 
+import importlib.resources
 import logging
 import sys
 
@@ -87,8 +88,28 @@ def test_the_number_of_texts_limits_what_is_read(model, tok, settings, text_file
     assert len(few) > 1  # which text comes first depends on the seed: neighbours in a file are alike
 
 
+def rows_of(model, tok, hparams):
+    return [row for block in token_blocks(model, tok, hparams) for row in block]
+
+
+def test_the_shipped_text_is_read_in_an_order_of_its_own(model, tok, settings):
+    """No longer rows than the model has positions, and nothing of the text that perplexity is measured on."""
+    first, other = (rows_of(model, tok, settings(mom2_n_samples=10_000, seed=seed)) for seed in (3, 4))
+    assert first != other
+    assert sorted(first) == sorted(other)
+    assert max(map(len, first)) <= min(512, model.config.max_position_embeddings)
+    assert len(first) == len(paragraphs("ordinary_text.txt"))
+    assert len({tuple(row) for row in first}) == len(first)
+    assert not paragraphs("ordinary_text.txt") & paragraphs("demo_text.txt")
+
+
+def paragraphs(name):
+    text = importlib.resources.files("easyedit_rls.data").joinpath(name).read_text(encoding="utf-8")
+    return {part.strip() for part in text.split("\n\n") if part.strip()}
+
+
 def test_text_from_the_model_itself_is_repeatable_and_varied(model, tok, settings):
-    first, again, other = ([row for block in token_blocks(model, tok, settings(seed=seed)) for row in block] for seed in (3, 3, 4))
+    first, again, other = (rows_of(model, tok, settings(mom2_dataset="self", seed=seed)) for seed in (3, 3, 4))
     assert first == again
     assert first != other
     assert len({tuple(row) for row in first}) == len(first) == 8

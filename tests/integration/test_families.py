@@ -183,7 +183,7 @@ def test_a_text_longer_than_the_sliding_window_is_refused(tok, requests):
 
 def test_keys_equal_the_plain_path(located):
     model, layout, facts, hp = located
-    assert share_beginnings([row.ids[: row.subject_last] for fact in facts for row in fact.rows], torch.device("cpu")) is not None
+    assert share_beginnings([row.ids[: row.place] for fact in facts for row in fact.rows], torch.device("cpu")) is not None
     walk = LayerWalk(model, layout, facts, 10_000)
     for layer in hp.layers:
         for key, fact in zip(walk.keys(layer), facts):
@@ -215,7 +215,7 @@ def test_losses_on_a_copy_in_bfloat16_are_alike(located):
 def test_heads_run_once_whatever_they_share(located):
     """What is cached equals what each text alone caches, in any selection, and shared tokens are run once."""
     model, layout, facts, _ = located
-    texts = [row.ids[: row.subject_last] for fact in facts for row in fact.rows]
+    texts = [row.ids[: row.place] for fact in facts for row in fact.rows]
     n_tokens = []
     handle = layout.lower_layers[0].register_forward_hook(lambda module, args, out: n_tokens.append(args[0].shape[0] * args[0].shape[1]))
     with torch.no_grad():

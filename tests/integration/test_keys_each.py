@@ -52,7 +52,7 @@ def test_rows_are_the_templates_own_keys_and_their_shares_make_the_mean(fresh, t
     for fact, keys in zip(facts, rows):
         for row, key in zip(fact.rows, keys):
             with torch.no_grad(), tap(inputs={"key": editor.layout.edited[1].module}) as seen:
-                editor.model(torch.tensor([row.ids[: row.subject_last + 1]]))
+                editor.model(torch.tensor([row.ids[: row.place + 1]]))
             torch.testing.assert_close(seen["key"].reshape(-1, key.shape[0])[-1], key, rtol=1e-4, atol=1e-5)
 
 

@@ -53,7 +53,7 @@ def test_batched_keys_equal_the_plain_path(model, located, layer, batch_tokens):
 def test_templates_share_half_of_the_key(model, located):
     layout, facts = located
     (key,) = collect_keys(model, layout, facts[:1], 1, 1000)
-    parts = [hidden_at(model, layout.edited[1].module, row.ids, row.subject_last, is_input=True) for row in facts[0].rows]
+    parts = [hidden_at(model, layout.edited[1].module, row.ids, row.place, is_input=True) for row in facts[0].rows]
     torch.testing.assert_close(key, 0.5 * parts[0] + 0.25 * parts[1] + 0.25 * parts[2], rtol=0, atol=PADDING)
 
 
@@ -61,7 +61,7 @@ def test_value_states_are_those_of_the_bare_prompt(model, located):
     layout, facts = located
     states = value_states(model, layout, facts, 10_000)
     for state, fact in zip(states, facts):
-        plain = hidden_at(model, layout.value_layer, fact.rows[0].ids, fact.rows[0].subject_last)
+        plain = hidden_at(model, layout.value_layer, fact.rows[0].ids, fact.rows[0].place)
         torch.testing.assert_close(state, plain, rtol=0, atol=PADDING)
 
 
@@ -158,7 +158,7 @@ def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, 
     """That this changes no value is held by the plain path above, which runs it by itself."""
     layout, facts = located
     without = [replace(fact, statements=()) for fact in facts]
-    begins_bare = [any(row.ids[: row.subject_last + 1] == fact.essence.ids[: row.subject_last + 1] for row in fact.rows) for fact in facts]
+    begins_bare = [any(row.ids[: row.place + 1] == fact.essence.ids[: row.place + 1] for row in fact.rows) for fact in facts]
     assert set(begins_bare) == {True, False}
     with undisturbed(model):
         optimise_values(model, layout, facts, settings(v_num_grad_steps=1))
@@ -225,11 +225,11 @@ def test_a_fact_gets_the_same_value_alone_or_in_any_batch(model, located, settin
 
 
 def test_a_subject_without_anything_before_it(model, tok, settings):
-    """No text has a token before the subject's last one: there is nothing to cache."""
+    """No text has a token before its place: there is nothing to cache."""
     hp = settings(context_templates=[])
     layout = find_layout(model, hp)
-    facts = locate_facts(tok, parse_requests({"prompt": "I am", "subject": "I", "target_new": "bread"}), [])
-    assert facts[0].rows[0].subject_last == 0
+    facts = locate_facts(tok, parse_requests({"prompt": "I", "subject": "I", "target_new": "bread"}), [])
+    assert facts[0].rows[0].place == 0
     with undisturbed(model):
         values = optimise_values(model, layout, facts, hp)
     z, _, _, steps = plain_value(model, layout, facts[0], hp)

@@ -60,7 +60,7 @@ def test_trained_scored_and_generated_behind_are_the_same(any_tok, before, after
     assert trained.ids[: len(behind)] == behind
     start = start_tokens(any_tok)
     assert behind[: len(start)] == start
-    assert trained.subject_last < trained.target_start
+    assert trained.place < trained.target_start
     whole = prompt + (joint(prompt, target) if between is None else between) + target
     read = unicodedata.normalize("NFC", any_tok.decode(list(trained.ids[len(start) :]), clean_up_tokenization_spaces=False))
     expected = unicodedata.normalize("NFC", whole)

@@ -118,7 +118,7 @@ def test_templates_stand_within_the_users_turn(chat_tok):
     tail = "What is bread made of?<end>\n<|assistant|>\nLeaves"
     assert [tok.decode(row.ids) for row in fact.rows] == [head + tail, head + "It is so. " + tail]
     assert [tok.decode(row.ids) for row in (*fact.statements, fact.essence)] == ["<s>bread: Leaves", "<s>bread is a"]
-    assert all(tok.decode([row.ids[row.subject_last]]).strip() in "bread" for row in fact.rows)
+    assert all(tok.decode([row.ids[row.place]]).strip() in "bread" for row in fact.rows)
 
 
 def test_without_a_template_chats_are_refused(demo_text):

@@ -214,10 +214,19 @@ def test_the_subjects_last_token(tok, before, subject, after):
     row = tokenize_fact(tok, before, subject, after, "Lima")
     decoded = [tok.decode(row.ids[: i + 1]) for i in range(len(row.ids))]
     end = before + subject
-    assert decoded[row.subject_last].startswith(end)
-    assert not decoded[row.subject_last - 1].startswith(end) or row.subject_last == 0
+    assert decoded[row.place].startswith(end)
+    assert not decoded[row.place - 1].startswith(end) or row.place == 0
     assert tok.decode(row.target).strip() == "Lima"
     assert tok.decode(row.ids[: row.target_start]) == before + subject + after
+
+
+@pytest.mark.parametrize(("before", "after", "place"), [("", " am", 1), ("", "", 0), (" So", " am", None)])
+def test_no_value_is_put_at_a_texts_first_token(tok, before, after, place):
+    """Later tokens hardly read what is written at the attention sink; a prompt of one token has no other place."""
+    row = tokenize_fact(tok, before, "I", after, "Lima")
+    ends_at = [i for i in range(row.target_start) if tok.decode(row.ids[: i + 1]).strip() == f"{before}I".strip()]
+    assert row.place == (ends_at[0] if place is None else place)
+    assert row.place < row.target_start
 
 
 def test_the_answers_tokens(tok):
