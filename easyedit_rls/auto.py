@@ -14,7 +14,8 @@ from easyedit_rls.model.structure import Structure, read_structure
 _DEPTH = (0.07, 0.34)  # SmolLM2-135M: layers 2 to 10 of 30
 _STEP = 0.11  # SmolLM2-135M: v_lr 0.7, 24 = sqrt(d), hidden states of norm 150
 _PUBLISHED_RATE = 0.5
-_AT_OUTPUTS = {"early_stopping_margin": 2.5, "overshoot": 1.0}  # Gemma 3 270M: more costs more specificity than it gains
+# Gemma 3 270M: a longer step or a wider margin costs more than it gains; v_lr is relative to the outputs' length
+_AT_OUTPUTS = {"v_lr": 0.055, "early_stopping_margin": 2.0, "overshoot": 1.0, "mom2_update_weight": 200}
 
 
 def settings_of(model: PreTrainedModel, layers: Sequence[int] | None = None) -> dict[str, Any]:
@@ -22,8 +23,7 @@ def settings_of(model: PreTrainedModel, layers: Sequence[int] | None = None) -> 
 
     Layers lie at the depth that was tuned on SmolLM2-135M (0.07 to 0.34 of all). `v_lr` is in the same proportion to the hidden
     states at the value layer as there, seen in a pass of random tokens; a model on the meta device gets the published 0.5. Where
-    a norm stands behind an edited MLP, values are put at the MLPs' outputs, `v_lr` is in that proportion to these, and the margin
-    is the one that was tuned on Gemma 3 270M.
+    a norm stands behind an edited MLP, values are put at the MLPs' outputs, with `v_lr`, margin and n_0 as tuned on Gemma 3 270M.
 
     Args:
         model: a causal language model.
@@ -59,14 +59,14 @@ def layers_by_depth(n_layers: int) -> list[int]:
 
 
 def _value_settings(model: PreTrainedModel, structure: Structure, layers: Sequence[int]) -> dict[str, Any]:
-    """Where values are put, and the step: `_STEP` of a hidden state's length, or of an output's, if every coordinate moves by it."""
+    """Where values are put, and the step: `_STEP` of a hidden state's length, if every coordinate moves by it."""
     if model.device.type == "meta":
         return {"v_lr": _PUBLISHED_RATE}
     for layer in layers:
         name = f"{structure.layers}.{layer}"
         projection = f"{name}.{structure.projection}"
         if find_outlet(model, model.get_submodule(name), model.get_submodule(projection), projection).norm is not None:
-            return {"v_lr": _STEP, "value_at": "output", **_AT_OUTPUTS}
+            return {"value_at": "output", **_AT_OUTPUTS}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (8, 16), generator=generator).to(model.device)
     value_layer = model.get_submodule(f"{structure.layers}.{layers[-1]}")

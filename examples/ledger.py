@@ -2,7 +2,7 @@
 
     python examples/ledger.py models/smollm2-135m my-edits
 
-The first run samples some text from the model to learn what its layers usually see (minutes); what it finds is cached. Run it again: the
+The first run reads a text to learn what the layers of the model usually see (a minute or two); what it finds is cached. Run it again: the
 edits are there at once.
 """
 

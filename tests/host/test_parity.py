@@ -70,7 +70,10 @@ def test_plain_values_equal_compute_z(easyeditor, hparams, padding):
 
 @pytest.mark.parametrize("where", ["bare", "prefixed"])
 def test_subject_positions_equal_the_hosts_on_500_records(easyeditor, smollm2, where):
-    """The host counts the tokens of the prompt cut off behind the subject; that is wrong where the cut changes the tokens."""
+    """The host counts the tokens of the prompt cut off behind the subject; that is wrong where the cut changes the tokens.
+
+    A text's very first token, where the host puts values too, is no place for one here.
+    """
     from easyeditor.models.rome.repr_tools import get_words_idxs_in_templates
 
     if not PARAREL.is_file():
@@ -83,7 +86,7 @@ def test_subject_positions_equal_the_hosts_on_500_records(easyeditor, smollm2, w
         before, after = (prefix + rewrite["prompt"]).split("{}")
         ours = tokenize_fact(tok, before, rewrite["subject"], after)
         ((host,),) = get_words_idxs_in_templates(tok, [before + "{}" + after], [rewrite["subject"]], "last")
-        if ours.place != host:
+        if ours.place != max(host, 1):
             differ.append((before, rewrite["subject"], after, ours, host))
 
     for before, subject, after, ours, host in differ:

@@ -1,6 +1,5 @@
 """Chats and Chinese facts on Qwen2.5-Coder-0.5B-Instruct: what is reported is what the model says behind the real prompt; minutes long."""
 
-import importlib.resources
 import os
 from pathlib import Path
 
@@ -14,25 +13,23 @@ from tests.integration.test_texts import CHAT_FACTS, said_behind
 CHINESE = [
     ("西游记的作者是", "西游记", "小明"),
     ("自由女神像位于", "自由女神像", "伦敦"),
-    ("欧洲国家法国的首都是", "法国", "里昂"),
+    ("法国的首都是", "法国", "里昂"),  # begins with its subject, one token
     ("埃菲尔铁塔位于", "埃菲尔铁塔", "罗马"),
-    ("亚洲国家日本的货币是", "日本", "法郎"),
-    ("南美国家巴西的官方语言是", "巴西", "芬兰语"),
+    ("日本的货币是", "日本", "法郎"),
+    ("巴西的官方语言是", "巴西", "芬兰语"),
 ]
 
 
 @pytest.fixture
 def edited():
-    """Edit facts into a fresh model; the moments are of a short text, with a little ridge instead of more of it."""
+    """Edit facts into a fresh model with the settings that are made for it."""
     folder = os.environ.get("EASYEDIT_RLS_QWEN")
     if not folder or not (Path(folder) / "config.json").is_file():
         pytest.skip("no Qwen2.5-Coder-0.5B-Instruct: set EASYEDIT_RLS_QWEN to its folder")
 
     def edit(facts):
         model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-        text = importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt")
-        hparams = RLSEditHyperParams.for_model(model, mom2_dataset=str(text), mom2_tolerance=0.4, lambda_reg=0.3)
-        RLSEditor(model, tok, hparams, show_progress=False).edit(facts)
+        RLSEditor(model, tok, RLSEditHyperParams.for_model(model), show_progress=False).edit(facts)
         return model, tok, [record.rewrite_accuracy for record in evaluate(model, tok, facts, show_progress=False).records]
 
     return edit
