@@ -3,7 +3,8 @@
     python benchmarks/anchors.py --model models/smollm2-135m --data pararel_dev.json --text wikitext2_test.txt --layers 6 7 8 9 10
 
 Each source is read once with each of the `--tolerances` and once to the end (`--texts` of it), each from an empty cache; with each, the
-same stream is edited and measured. A source is what `mom2_dataset` takes: shipped, self, or a text file. `--texts 0` leaves the whole text out.
+same stream is edited and measured. A source is what `mom2_dataset` takes: shipped, self, or a text file.
+`--texts 0` leaves the whole text out.
 """
 
 import argparse
