@@ -80,9 +80,9 @@ def try_settings(
 ) -> FirstLook:
     """Edit a handful of the shipped facts into a model in one batch, measure, and take them out again.
 
-    The second moments come from the shipped text, which is read in seconds, instead of the settings' own
-    source. It shows fewer directions than wide keys have, so every direction is held by the mean one
-    besides.
+    The second moments are those of the settings where they come from the text that ships with the package; they are cached,
+    so the first edit has them. Any other source is replaced by the demo's text, which is read in seconds. That shows fewer
+    directions than wide keys have, so every direction is held by the mean one besides.
 
     Args:
         model: unedited, and left so.
@@ -98,9 +98,11 @@ def try_settings(
     before = _measure(model, tok, facts, text, show_progress)
     look = FirstLook(hparams, before)
     with importlib.resources.as_file(shipped.joinpath("demo_text.txt")) as path:
-        tried = replace(hparams, mom2_dataset=str(path), mom2_tolerance=_TOLERANCE, state_dir=None)
         try:
-            editor = RLSEditor(model, tok, _held(model, tok, tried, show_progress), show_progress=show_progress)
+            tried = replace(hparams, state_dir=None)
+            if tried.mom2_dataset != "shipped":
+                tried = _held(model, tok, replace(tried, mom2_dataset=str(path), mom2_tolerance=_TOLERANCE), show_progress)
+            editor = RLSEditor(model, tok, tried, show_progress=show_progress)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UnsaidWarning)  # the look tells of them itself
                 report = editor.edit(facts)

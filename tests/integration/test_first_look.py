@@ -67,7 +67,7 @@ def test_advice_says_what_to_change(tok, easy):
 
 def test_a_text_shorter_than_the_keys_are_wide_is_no_obstacle(tok, easy, monkeypatch):
     """Second moments of few tokens are singular; without λ there would be no prior."""
-    hp = tiny_settings("llama", mom2_n_samples=1, mom2_update_weight=10.0, lambda_reg=0.0, early_stopping_margin=2.0)
+    hp = tiny_settings("llama", mom2_dataset="self", mom2_n_samples=1, mom2_update_weight=10.0, lambda_reg=0.0, early_stopping_margin=2.0)
     monkeypatch.setattr("easyedit_rls.texts.TEXT_TOKENS", 20)
     assert try_settings(tiny_llama(), tok, hp, show_progress=False).report is not None
     monkeypatch.setattr(trial, "_held", lambda model, tok, hparams, show_progress: hparams)
