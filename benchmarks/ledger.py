@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +25,12 @@ from common import load, machine, parser, records_of, settings_of, spread, versi
 from easyedit_rls import RLSEditor
 from easyedit_rls.history import Edit, Entry
 from easyedit_rls.ledger import Ledger
-from easyedit_rls.ledger.files import pack
-from easyedit_rls.ledger.journal import MANIFEST
-from easyedit_rls.ledger.manifest import FORMAT, Manifest
-from easyedit_rls.ledger.snapshot import prior_files, read_state, write_checkpoint
+from easyedit_rls.ledger.journal import FORMAT, MANIFEST, entry_event, entry_of
+from easyedit_rls.ledger.manifest import Manifest
+from easyedit_rls.ledger.snapshot import prior_files, read_moment, write_checkpoint
+from easyedit_rls.moment import Moment
 from easyedit_rls.priors import Prior
+from easyedit_rls.rebuild import Beginning
 from easyedit_rls.recursion import RecursiveLeastSquares
 from easyedit_rls.requests import EditRequest
 
@@ -45,14 +47,21 @@ def manifest(layers: list[int], d_k: int, d_v: int) -> bytes:
 def solution(layer: int, d_k: int, d_v: int) -> RecursiveLeastSquares:
     """A prior of λ = 1 alone, without inverting anything."""
     generator = torch.Generator().manual_seed(layer)
-    return RecursiveLeastSquares.assemble(torch.eye(d_k), torch.randn(d_k, d_v, generator=generator), torch.eye(d_k), 0, f"layer {layer}")
+    return RecursiveLeastSquares.assemble(
+        torch.eye(d_k), torch.randn(d_k, d_v, generator=generator), torch.eye(d_k), None, 0, f"layer {layer}"
+    )
+
+
+def prior(one: RecursiveLeastSquares) -> Prior:
+    """The same as a prior."""
+    return Prior(one, one.weight, Beginning(None, None, 1.0, 0.0, one.weight, None), None)
 
 
 def entry(batch: int, size: int) -> Entry:
     """A batch with texts of the usual length."""
     first = batch * size + 1
     requests = [EditRequest("The mother tongue of ", f"Person Number {first + i}", " is", "English") for i in range(size)]
-    return Entry("edit", tuple(Edit(first + i, request, i) for i, request in enumerate(requests)), (), {}, "0" * 16)
+    return Entry("edit", tuple(Edit(first + i, request, i) for i, request in enumerate(requests)), weights="0" * 16)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -65,34 +74,42 @@ def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dic
     layers = list(range(n_layers))
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        solutions = {layer: solution(layer, d_k, d_v) for layer in layers}
+        now = Moment(solutions={layer: solution(layer, d_k, d_v) for layer in layers})
         ledger = Ledger(Path(folder))
-        files = {MANIFEST: manifest(layers, d_k, d_v), **prior_files({n: Prior(s, s.weight, None) for n, s in solutions.items()})}
+        files = {MANIFEST: manifest(layers, d_k, d_v), **prior_files({n: prior(one) for n, one in now.solutions.items()})}
         prior_bytes = sum(map(len, files.values()))
-        appends, updates, entry_bytes, journal = [], [], [], None
+        appends, updates, entry_bytes, begin_s = [], [], [], 0.0
         for batch in range(n_batches):
             data = {"importance": torch.ones(size)}
-            for layer, one in solutions.items():
+            after = {}
+            for layer, one in now.solutions.items():
                 K = torch.randn(size, d_k, generator=generator) / d_k**0.5
                 V = torch.randn(size, d_v, generator=generator)
-                updates.append(timed(lambda one=one, K=K, V=V: one.update(K, V)))
+                start = time.perf_counter()
+                after[layer] = one.update(K, V)
+                updates.append(time.perf_counter() - start)
                 data |= {f"K.{layer}": K, f"V.{layer}": V}
-            made = Entry(**{**vars(entry(batch, size)), "factors": dict.fromkeys(layers, 1.0)})
-            if journal is None:
-                begin_s = timed(lambda data=data, made=made: ledger.begin(files, made, data))
-                journal = ledger.open()
+            made = replace(entry(batch, size), factors=dict.fromkeys(layers, 1.0))
+            start = time.perf_counter()
+            event = entry_event(made, data)
+            place, line = ledger.record(now.place, event) if batch else ledger.begin(now.place, files, {}, [[event]])
+            if batch:
+                appends.append(time.perf_counter() - start)
             else:
-                appends.append(timed(lambda data=data, made=made, journal=journal: journal.append_entry(made, data)))
-            entry_bytes.append(len(pack(data, {"entry": json.dumps(made.to_dict())})) + len(json.dumps(made.to_dict())))
+                begin_s = time.perf_counter() - start
+            now = now.changed(after, now.history.plus(entry_of(place.folder, line)), place)
+            entry_bytes.append(len(event.data) + len(json.dumps(made.to_dict())))
             print(f"{d_k}: batch {batch + 1} of {n_batches}", file=sys.stderr)
-        replay_s = timed(lambda: read_state(journal))
-        checkpoints = [timed(lambda: write_checkpoint(journal, solutions)) for _ in range(3)]
-        checkpoint_bytes = sum(path.stat().st_size for path in journal.folder.glob("checkpoint-*"))
-        resumes = []
+        replay_s = timed(lambda: read_moment(ledger.open()))
+        checkpoints = []
         for _ in range(3):
-            resumes.append(timed(lambda: read_state(journal)))
-        again = read_state(journal)
-        is_same = all(torch.equal(again.solutions[layer].weight, one.weight) for layer, one in solutions.items())
+            start = time.perf_counter()
+            now = write_checkpoint(ledger, now)
+            checkpoints.append(time.perf_counter() - start)
+        checkpoint_bytes = sum((now.place.folder / name).stat().st_size for name in now.place.position.checkpoints[-1])
+        resumes = [timed(lambda: read_moment(ledger.open())) for _ in range(3)]
+        again = read_moment(ledger.open())
+        is_same = all(torch.equal(again.solutions[layer].weight, one.weight) for layer, one in now.solutions.items())
         ledger.close()
     return {
         "d_k": d_k,

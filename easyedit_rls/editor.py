@@ -3,9 +3,8 @@
 import logging
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -16,36 +15,27 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors import AnchorPairs
-from easyedit_rls.errors import LayoutError, NumericalError, RequestError, RLSEditWarning, StateMismatchError
-from easyedit_rls.history import Edit, Entry
+from easyedit_rls.change import Change
+from easyedit_rls.errors import LayoutError, NumericalError, RequestError, RLSEditWarning
+from easyedit_rls.history import Edit
 from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.keys import Fact, LayerWalk, locate_facts
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
-from easyedit_rls.outcome import DRIFT_TOLERANCE, fact_reports, find_said, refuse_if_off, warn_if_drifted, warn_if_unsaid
+from easyedit_rls.outcome import fact_reports, find_said, refuse_if_off, warn_if_unsaid
 from easyedit_rls.priors import make_priors
 from easyedit_rls.progress import progress_bar
 from easyedit_rls.rehearsal import due_edits, lost_edits
 from easyedit_rls.reports import EditReport, LayerReport, RetractReport
 from easyedit_rls.requests import EditRequest, parse_requests
 from easyedit_rls.resume import attach, identify
-from easyedit_rls.state import EditorState, fingerprint_of
+from easyedit_rls.state import EditorState
 from easyedit_rls.values import Values, optimise_values
 
 logger = logging.getLogger(__name__)
 
 _LEAST_TOKENS = 64
-
-
-@dataclass
-class _Change:
-    """What is about to be written down."""
-
-    entry: Entry = field(default_factory=lambda: Entry("edit"))
-    data: dict[str, Tensor] = field(default_factory=dict)
-    is_recorded: bool = False
 
 
 class RLSEditor:
@@ -113,9 +103,10 @@ class RLSEditor:
             LedgerError: the batch can't be written to disk.
         """
         parsed = parse_requests(requests, chat_template=self.hparams.chat_template)
-        self.state.follow(self.layout.edited)
-        superseded = self._superseded(parsed)
-        return self._edit(parsed, superseded, due_edits(self.state.history, self.hparams.rehearsal, superseded))
+        with self.state.mutex:
+            self._sync()
+            superseded = self._superseded(parsed)
+            return self._edit(parsed, superseded, due_edits(self.state.history, self.hparams.rehearsal, superseded))
 
     def rehearse(self) -> EditReport | None:
         """Look at all edits that stand, and edit those again that the model has lost: whose target is no longer the most probable text.
@@ -126,10 +117,11 @@ class RLSEditor:
         Raises:
             RLSEditError: see `edit`.
         """
-        self.state.follow(self.layout.edited)
-        standing = due_edits(self.state.history, len(self.state.history.live))
-        lost = lost_edits(self.model, self.tok, standing, self.hparams.batch_tokens)
-        return self._edit([], [], lost) if lost else None
+        with self.state.mutex:
+            self._sync()
+            standing = due_edits(self.state.history, len(self.state.history.live))
+            lost = lost_edits(self.model, self.tok, standing, self.hparams.batch_tokens)
+            return self._edit([], [], lost) if lost else None
 
     def retract(self, edit_ids: Iterable[int] | int) -> RetractReport:
         """Take edits out of the objective exactly, as if they had never been made; the others stay where they are.
@@ -142,13 +134,14 @@ class RLSEditor:
             StateMismatchError: somebody else changed the edited weights.
             LedgerError: the change can't be written to disk.
         """
-        self.state.follow(self.layout.edited)
-        wanted = self.state.history.check([edit_ids] if isinstance(edit_ids, int) else edit_ids)
-        self._upkeep()
-        with self._change() as change:
-            steps = self._take_out(wanted)
-            change.entry = Entry("retract", removed=tuple(wanted))
-        return RetractReport(wanted, self.n_edits, self._layer_reports(steps))
+        with self.state.mutex:
+            self._sync()
+            wanted = self.state.history.check([edit_ids] if isinstance(edit_ids, int) else edit_ids)
+            self.state.checkpoint(self.hparams.checkpoint_every)
+            with self.state.change(self.layout.edited, "retract") as change:
+                self._open(change, wanted)
+                reports = self._layer_reports(change)
+            return RetractReport(wanted, self.n_edits, reports)
 
     def amend(self, edit_id: int, request: Mapping[str, Any] | EditRequest) -> EditReport:
         """Replace one edit by another: the old one is taken out exactly, then the new one edited in, as one change.
@@ -161,9 +154,10 @@ class RLSEditor:
             RLSEditError: see `edit` and `retract`.
         """
         parsed = parse_requests(request, chat_template=self.hparams.chat_template)
-        self.state.follow(self.layout.edited)
-        self.state.history.check([edit_id])
-        return self._edit(parsed, sorted({edit_id, *self._superseded(parsed, besides=edit_id)}))
+        with self.state.mutex:
+            self._sync()
+            self.state.history.check([edit_id])
+            return self._edit(parsed, sorted({edit_id, *self._superseded(parsed, besides=edit_id)}))
 
     def prepare(self) -> None:
         """Do now what the first edit would do: sample the context templates, and take the moments of the anchor term from cache or text.
@@ -172,7 +166,7 @@ class RLSEditor:
             AnchorError: the moments can't be had.
             NumericalError: a weight of the model is not finite, or a prior is not positive definite.
         """
-        with undisturbed(self.model):
+        with self.state.mutex, undisturbed(self.model):
             self._prepare()
 
     def rollback(self) -> None:
@@ -182,26 +176,25 @@ class RLSEditor:
             StateMismatchError: there is no change to take back, or somebody else changed the weights since.
             LedgerError: it can't be written down; nothing was changed.
         """
-        self.state.follow(self.layout.edited)
-        found = self.state.found
-        if found is None:
-            raise StateMismatchError("No batch can be rolled back: only the last one can, and only once.")
-        with deferred_interrupts():
-            self.state.roll_back()
-            self._restore(found)
+        with self.state.mutex:
+            self._sync()
+            self.state.roll_back(self.layout.edited)
 
     def reset(self) -> None:
         """Forget all edits and start anew from the weights as they are now; they count as unedited from here on."""
-        self.state.clear()
+        with self.state.mutex:
+            self.state.reset()
 
     def adopt_weights(self) -> None:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""
-        if self.state.layers:
-            self.state.adopt(self.layout.edited)
+        with self.state.mutex:
+            if self.state.layers:
+                self.state.adopt(self.layout.edited)
 
     def close(self) -> None:
         """Store the whole state in the ledger and let other editors have it. Without a ledger, nothing happens."""
-        self.state.close()
+        with self.state.mutex:
+            self.state.close()
 
     def __enter__(self) -> "RLSEditor":
         return self
@@ -213,6 +206,11 @@ class RLSEditor:
     def n_edits(self) -> int:
         """Edits in the state."""
         return self.state.n_edits
+
+    def _sync(self) -> None:
+        """Before each call: the modules are the model's, and the weights those that the state knows."""
+        self.layout.refuse_if_replaced()
+        self.state.sync_with_weights(self.layout.edited)
 
     def _edit(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit] = ()) -> EditReport:
         """Edit, in passes as long as memory allows: nothing has happened when it runs out, so the batch begins anew with shorter ones."""
@@ -230,8 +228,6 @@ class RLSEditor:
             fits = self.hparams.batch_tokens
             message = f"Memory did not suffice for passes of {given} tokens; they have {fits} now. Set batch_tokens: {fits}."
             warnings.warn(message, RLSEditWarning, stacklevel=3)
-        if self.state.journal is None:
-            warn_if_drifted(report.layers, self.n_edits, stacklevel=3)
         warn_if_unsaid(report, self.hparams, stacklevel=3)
         return report
 
@@ -239,7 +235,7 @@ class RLSEditor:
         with undisturbed(self.model):
             locate_facts(self.tok, requests, [])  # bad requests fail here, before the long work
             clock = [time.perf_counter()]
-            self._upkeep()
+            self.state.checkpoint(self.hparams.checkpoint_every)
             clock.append(time.perf_counter())
             lost = lost_edits(self.model, self.tok, due, self.hparams.batch_tokens)
             requests = [*requests, *(edit.request for edit in lost)]
@@ -247,22 +243,21 @@ class RLSEditor:
             clock.append(time.perf_counter())
             self._prepare()
             clock.append(time.perf_counter())
-            facts = locate_facts(self.tok, requests, self.state.templates, self.hparams.statements)
-            values = None if removed else self._optimise(facts)
-            with self._change() as change:
-                if values is None:  # what the new facts contradict, and what was lost, goes first, so that their values start without it
-                    self._take_out(removed)
-                    values = self._optimise(facts)
+            facts = locate_facts(self.tok, requests, self.state.now.templates, self.hparams.statements)
+            with self.state.change(self.layout.edited) as change:
+                self._open(change, removed)  # what the new facts contradict, and what was lost, goes first: their values start without it
+                values = self._optimise(facts)
                 clock.append(time.perf_counter())
                 walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
-                steps, factors, change.data = self._write(walk, values)
-                edits = tuple(Edit(self.state.history.next_id + row, fact.request, row) for row, fact in enumerate(facts))
+                self._write(change, walk, values)
+                next_id = self.state.history.next_id
+                change.edits = tuple(Edit(next_id + row, fact.request, row) for row, fact in enumerate(facts))
                 clock.append(time.perf_counter())
                 said = find_said(self.model, facts, self.hparams.batch_tokens)
-                told, layer_reports = fact_reports(edits, walk, values, said, self.hparams.layers[-1]), self._layer_reports(steps)
-                refuse_if_off(told, steps, self.hparams)
+                told = fact_reports(change.edits, walk, values, said, self.hparams.layers[-1])
+                layer_reports = self._layer_reports(change)
+                refuse_if_off(told, {report.layer: report.step for report in layer_reports}, self.hparams)
                 clock.append(time.perf_counter())
-                change.entry = Entry("edit", edits, tuple(removed), factors)
             clock.append(time.perf_counter())
         upkeep, *spans = [b - a for a, b in pairwise(clock)]
         seconds = dict(zip(("rehearsal", "prepare", "values", "weights", "check", "ledger"), spans))
@@ -289,37 +284,6 @@ class RLSEditor:
             raise RequestError(f"the same prompts were edited before, as edits {numbers}. Amend those, or set on_conflict: supersede.")
         return found
 
-    @contextmanager
-    def _change(self) -> Iterator[_Change]:
-        """All or nothing: what happens inside is written down and can be rolled back as one change, or is undone if anything fails."""
-        found = {layer: weight.snapshot() for layer, weight in self.layout.edited.items()}
-        change = _Change()
-        try:
-            self.state.commit()
-            yield change
-            with deferred_interrupts():
-                entry = replace(change.entry, weights=fingerprint_of(self.layout.edited))
-                self.state.record(entry, change.data)
-                self.state.found, change.is_recorded = found, True
-        except BaseException:
-            with deferred_interrupts():
-                if change.is_recorded:  # an interrupt at the last moment
-                    self.state.roll_back()
-                for solution in self.state.layers.values():
-                    if solution.has_pending:
-                        solution.rollback()
-                self._restore(found)
-            raise
-
-    def _upkeep(self) -> None:
-        """Before a change, while nothing is at stake: store the state if it is time, and mend a covariance that has drifted."""
-        self.state.checkpoint(self.hparams.checkpoint_every)
-        if self.state.journal is not None:
-            drift, layer = max((solution.drift(), layer) for layer, solution in self.state.layers.items())
-            if drift > DRIFT_TOLERANCE:
-                logger.warning("The covariance of layer %d has drifted by %.1e: all are rebuilt from the ledger", layer, drift)
-                self.state.rebuild(self.layout.edited)
-
     def _prepare(self) -> None:
         """Before the first batch: context templates, and the prior of each layer."""
         if self.state.layers:
@@ -337,57 +301,41 @@ class RLSEditor:
             sample_templates(self.model, self.tok, hp.n_templates, hp.seed) if hp.context_templates is None else list(hp.context_templates)
         )
         priors = make_priors(self.model, self.tok, hp, weights, self._anchors, self._show_progress)
-        self.state.begin({layer: prior.solution for layer, prior in priors.items()}, weights, templates)
-        if self.state.ledger is not None:
-            self.state.begin_ledger(identify(self.model, self.layout, hp, self._anchors, templates), priors)
+        has_ledger = self.state.ledger is not None
+        self.state.begin(priors, templates, identify(self.model, self.layout, hp, self._anchors, templates) if has_ledger else None)
         logger.info("Prepared layers %s of %s", hp.layers, hp.model_name)
 
     def _optimise(self, facts: Sequence[Fact]) -> Values:
         with progress_bar(len(facts), f"batch {self.state.n_batches + 1}: values", "fact", self._show_progress) as bar:
             return optimise_values(self.model, self.layout, facts, self.hparams, bar)
 
-    def _take_out(self, edit_ids: Sequence[int]) -> dict[int, float]:
-        """Remove edits from the solutions and write the weights; returns the size of each layer's step."""
-        before = {layer: solution.weight for layer, solution in self.state.layers.items()}
-        self.state.take_out(edit_ids)
-        for layer, weight in self.layout.edited.items():
-            weight.write(self.state.layers[layer].weight)
-        return {layer: self._step(layer, W) for layer, W in before.items()}
+    def _open(self, change: Change, removed: Sequence[int]) -> None:
+        """Take edits out, mend what has drifted, and write the weights."""
+        change.open(removed)
+        for layer in change.solutions if removed or change.rebuilt else ():
+            self.layout.edited[layer].write(change.solutions[layer].weight)
 
-    def _write(self, walk: LayerWalk, values: Values) -> tuple[dict[int, float], dict[int, float], dict[str, Tensor]]:
-        """Write the values into all layers, lowest first; returns the size of each layer's step, γ, and what each was given."""
+    def _write(self, change: Change, walk: LayerWalk, values: Values) -> None:
+        """Write the values into all layers, lowest first."""
         hp = self.hparams
-        data = {"importance": walk.importance}
-        steps, factors = {}, {}
         for i, (layer, weight) in enumerate(self.layout.edited.items()):
-            solution, layers_left = self.state.layers[layer], len(hp.layers) - i
-            W = solution.weight
-            K = walk.keys(layer).to(W)
+            W, layers_left = change.solutions[layer].weight, len(hp.layers) - i
+            K = walk.keys(layer).to(W.device)
             if values.goals is None:
                 share = walk.needed(layer, (values.z - walk.value_states(layer)) / layers_left)
             else:
                 share = walk.left(layer, values.goals[i].state, values.goals[i].output)
-            V = _targets(K, W, share.to(W), layers_left, hp.targets)
-            factors[layer] = solution.update(K, V, walk.importance, joins_last=True)
-            weight.write(solution.weight)
-            steps[layer] = self._step(layer, W)
-            data |= {f"K.{layer}": K, f"V.{layer}": V}
-        return steps, factors, data
+            V = _targets(K.to(W), W, share.to(W), layers_left, hp.targets).to(K)
+            change.bring_in(layer, K, V, walk.importance)
+            weight.write(change.solutions[layer].weight)
 
-    def _step(self, layer: int, before: Tensor) -> float:
-        return float((self.state.layers[layer].weight - before).norm() / self.state.unedited[layer].norm())
-
-    def _layer_reports(self, steps: Mapping[int, float]) -> list[LayerReport]:
+    def _layer_reports(self, change: Change) -> list[LayerReport]:
         reports = []
-        for layer, solution in self.state.layers.items():
-            W_0 = self.state.unedited[layer]
-            deviation = float((solution.weight - W_0).norm() / W_0.norm())
-            reports.append(LayerReport(layer, steps.get(layer, 0.0), deviation, solution.drift()))
+        for layer, solution in change.solutions.items():
+            W_0, before = self.state.now.unedited[layer], change.start.solutions[layer].weight
+            step, deviation = (float((solution.weight - W).norm() / W_0.norm()) for W in (before, W_0))
+            reports.append(LayerReport(layer, step, deviation, solution.drift()))
         return reports
-
-    def _restore(self, found: Mapping[int, Tensor]) -> None:
-        for layer, parameter in found.items():
-            self.layout.edited[layer].restore(parameter)
 
 
 def _targets(K: Tensor, W: Tensor, share: Tensor, layers_left: int, kind: str) -> Tensor:

@@ -44,6 +44,10 @@ class NumericalError(RLSEditError, ArithmeticError):
     """A matrix is not positive definite, or a tensor holds NaN or infinity."""
 
 
+class PrecisionError(NumericalError):
+    """What was asked for needs more digits than the state's dtype has."""
+
+
 class StateMismatchError(RLSEditError, RuntimeError):
     """The model, its weights or the settings are not those that the editor's state describes."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PARTIAL = ".partial"  # suffix of a file that is being written
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag, and links there need rights of their own
 _CHUNK = 1 << 20
 
 
@@ -20,12 +21,15 @@ class Stamp:
 def write_file(path: Path, content: bytes) -> Stamp:
     """Write a file durably: its content is on disk, under its name, when this returns; before that, the name is untouched.
 
+    Whatever has the partial file's name is removed first, so that no link is followed.
+
     Raises:
         OSError: nothing was changed, but for a partial file that may be left where it can't be removed.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        partial.unlink(missing_ok=True)
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o644)
         try:
             write_all(handle, content)
             os.fsync(handle)
@@ -44,6 +48,14 @@ def write_all(handle: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(handle, view[:_CHUNK]) :]
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it durably: each new name is on disk when this returns."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,19 +15,22 @@ vector-valued outputs): with the innovation E = V − K W and S = D^-1 + K C K�
     γ = 1 − tr(Eᵀ S^-1 E) / (N_0 σ²)     σ² the mean of tr(Eᵀ S^-1 E) an edit so far, N_0 the memory in edits
 
 so a batch as surprising as usual fades the past by u/N_0, a surprising one more, a foreseen one less.
+
+A solution is a value, as in `recursion`: a change makes a new one.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.linalg import cholesky, information_drift, row_major, spd_inverse, symmetrize_
-from easyedit_rls.recursion import flat_rows, prior, probes
-from easyedit_rls.revertible import Revertible
+from easyedit_rls.recursion import prior
+from easyedit_rls.solution import LayerSolution, part_of
 from easyedit_rls.symmetric import PackedSymmetric
+from easyedit_rls.watch import probes
 
 _LEAST_FACTOR = 0.5  # one batch never fades the past by more than half
 _CURE = "Raise lambda_reg, or use more text for the second moments (mom2_n_samples)."
@@ -43,23 +46,46 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """What the last change does, not yet folded into the committed state."""
+class _Prior:
+    """What the soft constraints alone say, and how edits fade; solutions of one stream share it."""
 
+    P: Tensor  # shape: (d_k, d_k)
+    W_p: Tensor  # shape: (d_k, d_v)
+    factor: float | None
+    memory: float
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a solution consists of.
+
+    Attributes:
+        prior: shared.
+        A: information, (d_k, d_k), without the steps of the last change; the solution before shares it.
+        steps: of the last change.
+        W: weight, (d_k, d_v).
+        n_edits: edits in it.
+        surprise: sum of tr(Eᵀ S^-1 E), and edits summed over.
+        drift: relative error of the last solve.
+    """
+
+    prior: _Prior
+    A: Tensor
     steps: tuple[_Step, ...]
-    W: Tensor  # shape: (d_k, d_v)
+    W: Tensor
     n_edits: int
-    surprise: tuple[float, float]  # sum of tr(Eᵀ S^-1 E), edits summed over
+    surprise: tuple[float, float]
     drift: float
 
 
-class ForgettingLeastSquares(Revertible[_Pending]):
+class ForgettingLeastSquares(LayerSolution):
     """Running solution of one layer's regularised least-squares problem, older edits fading. Interface as `RecursiveLeastSquares`.
 
-    A and P are kept in float64 where the device has it: two (d_k, d_k) matrices of twice the covariance's size.
+    A, P and W are kept in float64 where the device has it: two (d_k, d_k) matrices of twice the covariance's size. An edit of great
+    importance that is taken out again leaves the rounding of W times its importance behind.
 
     Args:
-        W_0: unedited weight, (d_k, d_v), float32 or float64: the dtype of the solution.
+        W_0: unedited weight, (d_k, d_v), float32 or float64.
         gram: ``K_0ᵀK_0``, (d_k, d_k), or None for no anchor term.
         lambda_reg: λ ≥ 0, weight of the pull toward W_0.
         mu_reg: μ ≥ 0, weight of the pull toward the anchor mapping.
@@ -86,160 +112,167 @@ class ForgettingLeastSquares(Revertible[_Pending]):
     ) -> None:
         A, _, W = prior(W_0, gram, lambda_reg=lambda_reg, mu_reg=mu_reg, anchor_cross=anchor_cross, name=name)
         self.name = name
-        self.factor, self.memory = factor, memory
-        self._P, self._A = A, A.clone()
-        self._W_p, self._W = W, W.to(W_0.dtype).clone()
-        self._n_edits = 0
-        self._surprise = (0.0, 0.0)
-        self._drift = 0.0
-        self._pending = None
+        self._parts = _Parts(_Prior(A, W, factor, memory), A, (), W.clone(), 0, (0.0, 0.0), 0.0)
+
+    @classmethod
+    def _of(cls, parts: _Parts, name: str, gamma: float = 1.0) -> "ForgettingLeastSquares":
+        solution = cls.__new__(cls)
+        solution.name, solution._parts, solution.gamma = name, parts, gamma
+        return solution
+
+    @property
+    def weight(self) -> Tensor:
+        """W_t, (d_k, d_v). Do not write to it."""
+        return self._parts.W
+
+    @property
+    def n_edits(self) -> int:
+        """Edits taken in and not retracted, faded ones too."""
+        return self._parts.n_edits
 
     def covariance(self) -> Tensor:
         """C_t as a new (d_k, d_k) tensor in the solution's dtype; costs an inversion."""
-        return spd_inverse(self._information(), f"Information matrix of {self.name}", _CURE).to(self._W)
+        return spd_inverse(self.information(), f"Information matrix of {self.name}", _CURE).to(self.weight)
+
+    def information(self) -> Tensor:
+        """A_t as a new (d_k, d_k) tensor, float64 where the device has it."""
+        A = self._parts.A.clone()
+        for step in self._parts.steps:
+            self._apply_(A, step)
+        return A
 
     def update(
         self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False, factor: float | None = None
-    ) -> float:
-        """Fade what came before, then take in one batch of edits. Until the next change, `rollback` undoes it exactly.
+    ) -> "ForgettingLeastSquares":
+        """The solution with one batch of edits more, what came before faded; `gamma` of the new one says by how much.
 
         Args:
             K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
             V: target outputs, (u, d_v) or (u, r, d_v).
             importance: diagonal of D, (u,) or (u, r), positive; ones if None.
-            joins_last: make it part of the change before, so that `rollback` undoes both.
+            joins_last: this solution is one on the way, which nobody goes back to: the batch belongs to the change that made it.
             factor: γ of this batch instead of the object's own rule: to replay a stream.
 
-        Returns:
-            γ of this batch.
-
         Raises:
-            NumericalError: a non-finite input, or an information matrix that is not positive definite. The state is then as before.
+            NumericalError: a non-finite input, or an information matrix that is not positive definite.
         """
         n_edits = len(K)
-        K, V, D = self._checked(K, V, importance)
-        if not joins_last:
-            self.commit()
+        K, V, D = self._checked(K, V, importance, self._parts.A)
+        prior = self._parts.prior
         W = self.weight.to(K)
         E = V - K @ W
-        gamma, surprise = self.factor if factor is None else factor, self._seen()
-        if self.factor is None:
+        gamma, surprise = prior.factor if factor is None else factor, self._parts.surprise
+        if prior.factor is None and n_edits:
             now = self._surprise_of(K, D, E)
             surprise = (surprise[0] + now, surprise[1] + n_edits)
             gamma = self._adapt(now, surprise) if gamma is None else gamma
         step = _Step(K, D, 1.0 if gamma is None else gamma)
-        A = self._apply_(self._information(), step)
+        A = self._apply_(self.information(), step)
         L = cholesky(A, f"Information matrix of {self.name}", _CURE)
-        right = K.T @ (D[:, None] * E) - (1.0 - step.gamma) * (self._P @ (W - self._W_p))
-        Z = probes(self._P)
+        right = K.T @ (D[:, None] * E) - (1.0 - step.gamma) * (prior.P @ (W - prior.W_p))
+        Z = probes(A)
         drift = information_drift(A @ torch.cholesky_solve(Z, L), Z)
-        self._add(step, W + torch.cholesky_solve(right, L), n_edits, surprise, drift)
-        return step.gamma
+        return self._changed(step, W + torch.cholesky_solve(right, L), n_edits, surprise, drift, joins_last)
 
-    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> None:
-        """Remove edits from the objective exactly, as if they had never been made.
+    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> "ForgettingLeastSquares":
+        """The solution without some edits, as if they had never been made.
 
         Args:
             K: keys that were given to `update`, (u, d_k) or (u, r, d_k).
             V: their target outputs, (u, d_v) or (u, r, d_v).
             importance: what is left of their importances: those given to `update` times every γ since, (u,) or (u, r).
-            joins_last: make it part of the change before, so that `rollback` undoes both.
+            joins_last: see `update`.
 
         Raises:
-            NumericalError: the edits are not in the state (what is left is not positive definite). The state is then as before.
+            NumericalError: the edits are not in the state (what is left is not positive definite).
         """
         n_edits = len(K)
-        K, V, D = self._checked(K, V, importance)
-        if not joins_last:
-            self.commit()
+        K, V, D = self._checked(K, V, importance, self._parts.A)
         W = self.weight.to(K)
         step = _Step(K, -D, 1.0)
         cure = "These edits are not part of the state: give those that were made."
-        L = cholesky(self._apply_(self._information(), step), f"Information matrix of {self.name} without the edits", cure)
-        self._add(step, W - torch.cholesky_solve(K.T @ (D[:, None] * (V - K @ W)), L), -n_edits, self._seen(), self.drift())
+        L = cholesky(self._apply_(self.information(), step), f"Information matrix of {self.name} without the edits", cure)
+        W = W - torch.cholesky_solve(K.T @ (D[:, None] * (V - K @ W)), L)
+        return self._changed(step, W, -n_edits, self._parts.surprise, self.drift(), joins_last)
 
-    def commit(self) -> None:
-        """Make the last change permanent: `rollback` can't undo it any more."""
-        pending = self._pending
-        if pending is None:
-            return
-        A = self._information()
-        self._A, self._W, self._n_edits, self._pending = A, pending.W, pending.n_edits, None
-        self._surprise, self._drift = pending.surprise, pending.drift
+    def adopt(self, W: Tensor) -> "ForgettingLeastSquares":
+        """The same information with a weight that somebody else wrote, (d_k, d_v)."""
+        return self._of(replace(self._parts, W=W.to(self.weight, copy=True)), self.name)
 
     def drift(self) -> float:
         """Relative error of the last batch's solve, seen through fixed random probes; A itself does not drift."""
-        return self._drift if self._pending is None else self._pending.drift
+        return self._parts.drift
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The whole state as tensors that `from_tensors` takes, the pending change included; A and P are stored by half."""
-        numbers = [self.factor or 0.0, self.memory, *self._surprise, self._drift]
-        stored = {key: PackedSymmetric.of(M).to_vector() for key, M in (("P", self._P), ("A", self._A))}
-        stored |= {"W_p": self._W_p, "W": self._W}
-        stored |= {"n_edits": torch.tensor([self._n_edits]), "numbers": torch.tensor(numbers, dtype=torch.float64)}
-        if self._pending is not None:
-            stored |= {"pending.W": self._pending.W, "pending.n_edits": torch.tensor([self._pending.n_edits])}
-            stored["pending.numbers"] = torch.tensor([*self._pending.surprise, self._pending.drift], dtype=torch.float64)
-            for i, step in enumerate(self._pending.steps):
+    def weight_error(self) -> float:
+        """The same: each batch's weight comes from a solve with A."""
+        return self._parts.drift
+
+    def tensors(self, before: LayerSolution | None = None) -> dict[str, Tensor]:
+        """The solution as tensors that `from_tensors` takes; A and P are stored by half.
+
+        Args:
+            before: the solution that a roll-back goes to, to be stored with it; None for none.
+        """
+        p = self._parts
+        has_before = isinstance(before, ForgettingLeastSquares)
+        base = before._parts if has_before else p  # type: ignore[union-attr]
+        A = before.information() if has_before else self.information()  # type: ignore[union-attr]
+        numbers = [p.prior.factor or 0.0, p.prior.memory, *base.surprise, base.drift]
+        stored = {key: PackedSymmetric.of(M).to_vector() for key, M in (("P", p.prior.P), ("A", A))}
+        stored |= {"W_p": p.prior.W_p, "W": base.W}
+        stored |= {"n_edits": torch.tensor([base.n_edits]), "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        if has_before:
+            stored |= {"pending.W": p.W, "pending.n_edits": torch.tensor([p.n_edits])}
+            stored["pending.numbers"] = torch.tensor([*p.surprise, p.drift], dtype=torch.float64)
+            for i, step in enumerate(p.steps):
                 stored |= {f"pending.K.{i}": step.K, f"pending.D.{i}": step.D}
                 stored[f"pending.gamma.{i}"] = torch.tensor([step.gamma], dtype=torch.float64)
         return stored
 
     @classmethod
-    def from_tensors(cls, stored: Mapping[str, Tensor], name: str) -> "ForgettingLeastSquares":
-        """The state that `tensors` was taken from, bit for bit; owns what it is given."""
-        state = cls.__new__(cls)
-        state.name = name
-        factor, state.memory, *surprise, state._drift = stored["numbers"].tolist()
-        state.factor, state._surprise = factor or None, (surprise[0], surprise[1])
-        state._W, state._W_p = stored["W"], stored["W_p"]
-        state._P, state._A = (PackedSymmetric.from_vector(stored[key], len(state._W)).full() for key in ("P", "A"))
-        state._n_edits, state._pending = int(stored["n_edits"]), None
-        if "pending.W" in stored:
-            n = sum(key.startswith("pending.K.") for key in stored)
-            steps = (_Step(stored[f"pending.K.{i}"], stored[f"pending.D.{i}"], float(stored[f"pending.gamma.{i}"])) for i in range(n))
-            first, second, drift = stored["pending.numbers"].tolist()
-            state._pending = _Pending(tuple(steps), stored["pending.W"], int(stored["pending.n_edits"]), (first, second), drift)
-        return state
+    def from_tensors(cls, stored: Mapping[str, Tensor], name: str) -> tuple["ForgettingLeastSquares", "ForgettingLeastSquares | None"]:
+        """The solution that `tensors` was taken from, and the one before it, bit for bit; they own what they are given.
 
-    def _checked(self, K: Tensor, V: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        K, V, D = flat_rows(K, V, torch.ones(K.shape[:-1]) if importance is None else importance)
-        K, V, D = row_major(K, self._P), row_major(V, self._P), D.to(self._P)
-        for label, tensor in (("Keys", K), ("Target outputs", V), ("Importances", D)):
-            if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(f"{label} of {self.name} hold NaN or infinite entries. Check the model's weights for NaN.")
-        return K, V, D
-
-    def _information(self) -> Tensor:
-        """A_t as a new tensor, the pending change included."""
-        A = self._A.clone()
-        for step in () if self._pending is None else self._pending.steps:
-            self._apply_(A, step)
-        return A
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        factor, memory, first, second, drift = stored["numbers"].tolist()
+        P, A = (PackedSymmetric.from_vector(stored[key], len(stored["W"])).full() for key in ("P", "A"))
+        prior = _Prior(P, stored["W_p"].to(P), factor or None, memory)
+        base = cls._of(_Parts(prior, A, (), stored["W"].to(A), int(stored["n_edits"]), (first, second), drift), name)
+        pending = part_of(stored, "pending.")
+        if not pending:
+            return base, None
+        n = sum(key.startswith("K.") for key in pending)
+        steps = tuple(_Step(pending[f"K.{i}"], pending[f"D.{i}"], float(pending[f"gamma.{i}"])) for i in range(n))
+        first, second, drift = pending["numbers"].tolist()
+        return cls._of(_Parts(prior, A, steps, pending["W"].to(A), int(pending["n_edits"]), (first, second), drift), name), base
 
     def _apply_(self, A: Tensor, step: _Step) -> Tensor:
         """``A ← γ A + (1 − γ) P + KᵀDK`` in place, kept exactly symmetric."""
         if step.gamma != 1.0:
-            A.mul_(step.gamma).add_(self._P, alpha=1.0 - step.gamma)
+            A.mul_(step.gamma).add_(self._parts.prior.P, alpha=1.0 - step.gamma)
         return symmetrize_(A.addmm_(step.K.T, step.D[:, None] * step.K))
 
     def _surprise_of(self, K: Tensor, D: Tensor, E: Tensor) -> float:
         """tr(Eᵀ S^-1 E) with ``S^-1 E = D (E − K A^-1 KᵀDE)``, A taking the batch in without fading."""
-        L = cholesky(self._apply_(self._information(), _Step(K, D, 1.0)), f"Information matrix of {self.name}", _CURE)
+        L = cholesky(self._apply_(self.information(), _Step(K, D, 1.0)), f"Information matrix of {self.name}", _CURE)
         DE = D[:, None] * E
         return float((DE * (E - K @ torch.cholesky_solve(K.T @ DE, L))).sum())
-
-    def _seen(self) -> tuple[float, float]:
-        return self._surprise if self._pending is None else self._pending.surprise
 
     def _adapt(self, now: float, surprise: tuple[float, float]) -> float:
         """The adaptive γ of a batch whose tr(Eᵀ S^-1 E) is `now`; `surprise` has it already."""
         sigma2 = surprise[0] / surprise[1]
-        return 1.0 if sigma2 <= 0 else min(1.0, max(_LEAST_FACTOR, 1.0 - now / (self.memory * sigma2)))
+        return 1.0 if sigma2 <= 0 else min(1.0, max(_LEAST_FACTOR, 1.0 - now / (self._parts.prior.memory * sigma2)))
 
-    def _add(self, step: _Step, W: Tensor, n_edits: int, surprise: tuple[float, float], drift: float) -> None:
-        W = row_major(W, self._W)
+    def _changed(
+        self, step: _Step, W: Tensor, n_edits: int, surprise: tuple[float, float], drift: float, joins_last: bool
+    ) -> "ForgettingLeastSquares":
+        W = row_major(W, self.weight)
         if not bool(torch.isfinite(W).all()):
             raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
-        before = () if self._pending is None else self._pending.steps
-        self._pending = _Pending((*before, step), W, self.n_edits + n_edits, surprise, drift)
+        if not joins_last and self._parts.steps:  # the same in another form, so that both solutions share one A
+            self._parts = replace(self._parts, A=self.information(), steps=())
+        steps = (*self._parts.steps, step)
+        new = replace(self._parts, steps=steps, W=W, n_edits=self.n_edits + n_edits, surprise=surprise, drift=drift)
+        return self._of(new, self.name, step.gamma)

@@ -1,7 +1,7 @@
-"""What was edited: the changes of a state in order, the edits that stand, and how a state is made again from them."""
+"""What was edited: the changes of a state in order, and the edits that stand."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, TypeAlias
 
@@ -10,12 +10,8 @@ from torch import Tensor
 
 from easyedit_rls._version import __version__
 from easyedit_rls.errors import RequestError
-from easyedit_rls.forgetting import ForgettingLeastSquares
-from easyedit_rls.linalg import spd_inverse
-from easyedit_rls.recursion import RecursiveLeastSquares, flat_rows
 from easyedit_rls.requests import EditRequest
 
-Solution: TypeAlias = RecursiveLeastSquares | ForgettingLeastSquares
 Data: TypeAlias = Callable[[], Mapping[str, Tensor]]
 
 
@@ -39,10 +35,11 @@ class Entry:
     """One change of a state. It never changes, so copies of a state share it.
 
     Attributes:
-        kind: 'edit', 'retract' (edits taken out), 'adopt' (weights that somebody else wrote) or 'rebuild' (the covariance
-            computed anew).
+        kind: 'edit', 'retract' (edits taken out), 'adopt' (weights that somebody else wrote), or in ledgers of earlier versions 'rebuild'
+            (all layers summed anew).
         edits: facts edited in.
         removed: numbers of edits taken out by it, before any of its own came in.
+        rebuilt: layers whose solution was summed anew from the edits that stand, in float64, before its own edits came in.
         factors: layer -> forgetting factor γ of this batch.
         weights: `weights_fingerprint` of the edited weights after it.
         time: when, ISO 8601, UTC.
@@ -54,6 +51,7 @@ class Entry:
     kind: str
     edits: tuple[Edit, ...] = ()
     removed: tuple[int, ...] = ()
+    rebuilt: tuple[int, ...] = ()
     factors: Mapping[int, float] = field(default_factory=dict)
     weights: str = ""
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
@@ -63,6 +61,11 @@ class Entry:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Entry":
         return self
 
+    @property
+    def is_final(self) -> bool:
+        """Whether it can't be rolled back."""
+        return self.kind in ("adopt", "rebuild")
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, for JSON."""
         edits = [{"id": edit.edit_id, "row": edit.row, **edit.request.to_dict()} for edit in self.edits]
@@ -70,6 +73,7 @@ class Entry:
             "kind": self.kind,
             "edits": edits,
             "removed": list(self.removed),
+            "rebuilt": list(self.rebuilt),
             "factors": {str(layer): factor for layer, factor in self.factors.items()},
             "weights": self.weights,
             "time": self.time,
@@ -84,53 +88,72 @@ class Entry:
             request = EditRequest.from_dict({key: value for key, value in edit.items() if key not in ("id", "row")})
             edits.append(Edit(edit["id"], request, edit["row"]))
         factors = {int(layer): factor for layer, factor in values["factors"].items()}
-        return cls(
-            values["kind"], tuple(edits), tuple(values["removed"]), factors, values["weights"], values["time"], values["version"], data
-        )
+        rebuilt = tuple(values.get("rebuilt", ()))  # since format 2
+        removed, weights = tuple(values["removed"]), values["weights"]
+        return cls(values["kind"], tuple(edits), removed, rebuilt, factors, weights, values["time"], values["version"], data)
 
 
+@dataclass(frozen=True)
 class History:
-    """The entries of one stream in order, without those that were rolled back.
+    """The entries of one stream in order, without those that were rolled back. A value: a change makes a new one.
 
     Attributes:
         entries: the changes that stand.
-        live: number -> edit, for all edits that are in the objective.
+        live: number -> edit, ascending, for all edits that are in the objective.
         next_id: number of the next edit.
+        n_batches: batches of edits taken in.
+        fingerprints: `weights_fingerprint` after changes that compaction dropped.
     """
 
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.live: dict[int, Edit] = {}
-        self.next_id = 1
-        self._made_by: dict[int, int] = {}  # edit -> index of its entry
-        self._questions: dict[tuple[str, ...], list[int]] = {}
+    entries: tuple[Entry, ...] = ()
+    live: Mapping[int, Edit] = field(default_factory=dict)
+    next_id: int = 1
+    n_batches: int = 0
+    fingerprints: tuple[str, ...] = ()
+    _made_by: Mapping[int, int] = field(default_factory=dict)  # edit -> index of its entry
+    _questions: Mapping[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "History":
+        return self
+
+    def plus(self, entry: Entry) -> "History":
+        """With a change more.
+
+        Raises:
+            RequestError: it takes out an edit that does not stand, or brings in a number that was used.
+        """
+        live, made_by, questions = dict(self.live), dict(self._made_by), dict(self._questions)
+        for edit_id in self.check(entry.removed) if entry.removed else ():
+            question = live.pop(edit_id).request.question
+            del made_by[edit_id]
+            questions[question] = tuple(other for other in questions[question] if other != edit_id)
+            if not questions[question]:
+                del questions[question]
+        next_id = self.next_id
+        for edit in entry.edits:
+            if edit.edit_id < next_id:
+                raise RequestError(f"number {edit.edit_id} was used before; the next is {next_id}.", field="edit_ids")
+            live[edit.edit_id], made_by[edit.edit_id], next_id = edit, len(self.entries), edit.edit_id + 1
+            questions[edit.request.question] = (*questions.get(edit.request.question, ()), edit.edit_id)
+        n_batches = self.n_batches + (entry.kind == "edit")
+        return History((*self.entries, entry), live, next_id, n_batches, self.fingerprints, made_by, questions)
+
+    def using(self, next_id: int) -> "History":
+        """The same, with numbers below `next_id` used."""
+        return replace(self, next_id=next_id)
 
     @property
-    def n_batches(self) -> int:
-        """Batches of edits taken in."""
-        return sum(entry.kind == "edit" for entry in self.entries)
-
-    def add(self, entry: Entry) -> None:
-        """Put a change behind the others."""
-        self._remove(entry.removed)
-        for edit in entry.edits:
-            self._made_by[edit.edit_id] = len(self.entries)
-            self._insert(edit)
-        self.next_id = max([self.next_id, *(edit.edit_id + 1 for edit in entry.edits)])
-        self.entries.append(entry)
-
-    def drop_last(self) -> Entry:
-        """Take the last change out again; its numbers stay used."""
-        entry = self.entries.pop()
-        self._remove(edit.edit_id for edit in entry.edits)
-        for edit_id in entry.removed:
-            made = self.entries[self._made_by[edit_id]]
-            self._insert(next(edit for edit in made.edits if edit.edit_id == edit_id))
-        return entry
+    def is_adopted(self) -> bool:
+        """Whether weights that somebody else wrote are in it."""
+        return any(entry.kind == "adopt" for entry in self.entries)
 
     def conflicts(self, requests: Sequence[EditRequest]) -> list[int]:
         """Numbers of the edits that answer the same prompt as one of the requests, in order."""
         return sorted({edit_id for request in requests for edit_id in self._questions.get(request.question, ())})
+
+    def is_newest(self, edit: Edit) -> bool:
+        """Whether no later edit answers the same prompt (on_conflict: keep lets several stand)."""
+        return self._questions[edit.request.question][-1] == edit.edit_id
 
     def check(self, edit_ids: Iterable[int]) -> list[int]:
         """The numbers in order, each once.
@@ -146,96 +169,38 @@ class History:
             raise RequestError(f"no such edit: {numbers}; {has}. `easyedit-rls state log` lists them.", field="edit_ids")
         return wanted
 
-    def tensors(self, edit_ids: Iterable[int], layers: Iterable[int], device: torch.device | None = None) -> dict[int, list[Tensor]]:
-        """Keys, targets and what is left of the importances of some edits.
+    def standing(
+        self, layers: Sequence[int], edit_ids: Iterable[int] | None = None, device: torch.device | None = None
+    ) -> Iterator[dict[int, list[Tensor]]]:
+        """Keys, targets and what is left of the importances of edits that stand, entry after entry, each read once.
 
-        Returns:
+        Args:
+            layers: which layers' tensors.
+            edit_ids: which edits; None for all.
+            device: where the tensors go.
+
+        Yields:
             layer -> [K (u, d_k), V (u, d_v), D (u,)], or with a dimension more (see `Entry.data`), in order of the numbers.
         """
-        layers = list(layers)
-        by_entry: dict[int, list[int]] = {}
-        for edit_id in sorted(edit_ids):
-            by_entry.setdefault(self._made_by[edit_id], []).append(self.live[edit_id].row)
-        parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in layers}
-        for index, rows in sorted(by_entry.items()):
+        rows: dict[int, list[int]] = {}
+        for edit_id in self.live if edit_ids is None else sorted(edit_ids):
+            rows.setdefault(self._made_by[edit_id], []).append(self.live[edit_id].row)
+        left = self._left(layers)
+        for index in sorted(rows):
             data = self.entries[index].data()
-            for layer in layers:
-                K, V, D = (data[name][rows].to(device) for name in (f"K.{layer}", f"V.{layer}", "importance"))
-                parts[layer].append((K, V, D * self._left(index, layer)))
-        return {layer: [torch.cat(column) for column in zip(*rows_of)] for layer, rows_of in parts.items()}
+            names = {layer: (f"K.{layer}", f"V.{layer}", "importance") for layer in layers}
+            found = {layer: [data[name][rows[index]].to(device) for name in names[layer]] for layer in layers}
+            yield {layer: [K, V, D * left[layer][index]] for layer, (K, V, D) in found.items()}
 
-    def _left(self, index: int, layer: int) -> float:
-        """What later batches have left of the importances of an entry."""
-        left = 1.0
-        for entry in self.entries[index + 1 :]:
-            left *= entry.factors.get(layer, 1.0)
+    def tensors(self, edit_ids: Iterable[int], layers: Sequence[int], device: torch.device | None = None) -> dict[int, list[Tensor]]:
+        """The same in one piece: layer -> [K, V, D]."""
+        parts = list(self.standing(layers, edit_ids, device))
+        return {layer: [torch.cat(column) for column in zip(*(part[layer] for part in parts))] for layer in layers}
+
+    def _left(self, layers: Sequence[int]) -> dict[int, list[float]]:
+        """layer -> what later batches have left of the importances of each entry."""
+        left = {layer: [1.0] * len(self.entries) for layer in layers}
+        for layer, shares in left.items():
+            for index in range(len(self.entries) - 1, 0, -1):
+                shares[index - 1] = shares[index] * self.entries[index].factors.get(layer, 1.0)
         return left
-
-    def _insert(self, edit: Edit) -> None:
-        self.live[edit.edit_id] = edit
-        self._questions.setdefault(edit.request.question, []).append(edit.edit_id)
-
-    def _remove(self, edit_ids: Iterable[int]) -> None:
-        for edit_id in edit_ids:
-            question = self.live.pop(edit_id).request.question
-            self._questions[question].remove(edit_id)
-            if not self._questions[question]:
-                del self._questions[question]
-
-
-def replay(solutions: dict[int, Solution], entry: Entry, history: History, prior: Callable[[int], Solution]) -> None:
-    """Make one change once more, bit for bit as the editor made it, and put it into the history.
-
-    Args:
-        solutions: layer -> the state before it; changed in place.
-        entry: the change.
-        history: what came before it; the entry is added.
-        prior: layer -> the state before the first edit; only called for 'rebuild'.
-    """
-    device = next(iter(solutions.values())).weight.device
-    gone = history.tensors(entry.removed, solutions, device) if entry.removed else {}
-    data = entry.data() if entry.edits or entry.kind == "adopt" else {}
-    for layer, solution in solutions.items():
-        solution.commit()
-        if entry.removed:
-            solution.retract(*gone[layer], joins_last=True)
-        if entry.edits:
-            K, V, D = (data[name].to(device) for name in (f"K.{layer}", f"V.{layer}", "importance"))
-            solution.update(K, V, D, joins_last=True, factor=entry.factors[layer])
-        if entry.kind == "adopt":
-            solution.adopt(data[f"W.{layer}"].to(device))
-        if entry.kind == "rebuild":
-            solutions[layer] = rebuild(prior(layer), solution, history, layer)
-    history.add(entry)
-
-
-def rebuild(prior: Solution, current: Solution, history: History, layer: int) -> Solution:
-    """The solution of one layer from its prior and all edits that stand, summed and solved in float64.
-
-    Args:
-        prior: the state before the first edit.
-        current: the state as the recursion has it: its weight is kept where somebody else's weights were adopted.
-        history: the edits.
-        layer: the layer's number.
-
-    Raises:
-        NumericalError: the information matrix is not positive definite.
-    """
-    if isinstance(prior, ForgettingLeastSquares) or isinstance(current, ForgettingLeastSquares):
-        return current  # it carries A itself, which does not drift
-    wide = torch.float64 if prior.weight.device.type != "mps" else torch.float32
-    A = spd_inverse(prior.covariance().to(wide), f"Prior covariance of {prior.name}", "Mend the ledger.")
-    W_p = prior.weight.to(wide)
-    right = torch.zeros_like(W_p)
-    n_edits = 0
-    for entry in history.entries:
-        standing = [edit.edit_id for edit in entry.edits if edit.edit_id in history.live]
-        if standing:
-            K, V, D = flat_rows(*(tensor.to(wide) for tensor in history.tensors(standing, [layer], prior.weight.device)[layer]))
-            A.addmm_(K.T, D[:, None] * K)
-            right.addmm_(K.T, D[:, None] * (V - K @ W_p))
-            n_edits += len(standing)
-    C = spd_inverse(A, f"Information matrix of {prior.name}", "Raise lambda_reg.")
-    is_adopted = any(entry.kind == "adopt" for entry in history.entries)
-    W = current.weight if is_adopted else (W_p + C @ right).to(prior.weight.dtype)
-    return RecursiveLeastSquares.assemble(C.to(prior.weight.dtype), W.clone(), A, n_edits, prior.name)

@@ -1,7 +1,9 @@
 """Settings of RLSEdit, in EasyEdit's YAML key names and order, checked field by field."""
 
 import difflib
+import io
 import textwrap
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel
 from easyedit_rls.auto import settings_of
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.shipped import find_settings, shipped
+
+_SHIELD = "\ue000{"  # stands for "${" where OmegaConf reads, which would take it for something to look up
 
 
 def _setting(help_text: str, default: Any = MISSING, factory: Any = MISSING) -> Any:
@@ -216,9 +220,9 @@ class RLSEditHyperParams:
 
     @classmethod
     def _load(cls, path: Path) -> Any:
-        """What a settings file holds, as plain values."""
-        loaded = OmegaConf.load(path)
-        return OmegaConf.to_container(loaded, resolve=True) if OmegaConf.is_dict(loaded) else loaded
+        """What a settings file holds, as plain values: ``${`` in it is text, and nothing of the environment comes in."""
+        loaded = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8").replace("${", _SHIELD)))
+        return _replaced(OmegaConf.to_container(loaded), _SHIELD, "${") if OmegaConf.is_config(loaded) else loaded
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], source: str = "the settings") -> "RLSEditHyperParams":
@@ -239,11 +243,12 @@ class RLSEditHyperParams:
         off = {name: "off" for name in ("early_stopping", "max_deviation") if settings.get(name) is False}  # YAML's bare off
         settings = {**settings, **off}
         try:
-            typed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(cls), settings))
+            merged = OmegaConf.merge(OmegaConf.structured(cls), _replaced(settings, "${", _SHIELD))
+            typed = _replaced(OmegaConf.to_container(merged), _SHIELD, "${")
         except OmegaConfBaseException as exc:
             raise HyperParamsError(f"In {source}, {exc.full_key or 'a setting'}: {str(exc).splitlines()[0]}.") from exc
         try:
-            return cls(**typed)  # type: ignore[arg-type]
+            return cls(**typed)
         except HyperParamsError as exc:
             raise HyperParamsError(f"In {source}: {exc}") from exc
 
@@ -349,3 +354,12 @@ _CHOICES = {
 def _did_you_mean(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"'{key}' (did you mean '{close[0]}'?)" if close else f"'{key}'"
+
+
+def _replaced(values: Any, old: str, new: str) -> Any:
+    """Plain values with a text replaced in all their texts."""
+    if isinstance(values, str):
+        return values.replace(old, new)
+    if isinstance(values, Mapping):
+        return {key: _replaced(value, old, new) for key, value in values.items()}
+    return [_replaced(value, old, new) for value in values] if isinstance(values, (list, tuple)) else values

@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
 
-from easyedit_rls.errors import NumericalError, RLSEditWarning, UnsaidWarning
+from easyedit_rls.errors import NumericalError, UnsaidWarning
 from easyedit_rls.history import Edit
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.keys import Fact, LayerWalk
-from easyedit_rls.reports import EditReport, FactReport, LayerReport
+from easyedit_rls.reports import EditReport, FactReport
 from easyedit_rls.scoring import predict_rows
 from easyedit_rls.values import Values
-
-DRIFT_TOLERANCE = 1e-2
 
 _WRITTEN = 0.3  # largest miss of a value that counts as written
 _FAR_NLL = 2.0  # nats a token: a value that leaves the target this improbable is not said when written
@@ -120,22 +118,3 @@ def advice(unsaid: Sequence[FactReport], hparams: RLSEditHyperParams, *, may_loo
             f"raise v_num_grad_steps ({hparams.v_num_grad_steps}) or clamp_norm_factor ({hparams.clamp_norm_factor:g})."
         )
     return sentences
-
-
-def warn_if_drifted(reports: Sequence[LayerReport], n_edits: int, stacklevel: int) -> None:
-    """Warn of a covariance that has drifted past the tolerance, where no ledger lets it be rebuilt.
-
-    Args:
-        reports: of all layers.
-        n_edits: edits in the state.
-        stacklevel: as for `warnings.warn`, counted from the caller.
-    """
-    worst = max(reports, key=lambda report: report.drift)
-    if worst.drift > DRIFT_TOLERANCE:
-        warnings.warn(
-            f"The covariance of layer {worst.layer} has drifted by {worst.drift:.1e} (tolerance {DRIFT_TOLERANCE:g}) after "
-            f"{n_edits} edits; raise lambda_reg or mom2_update_weight for streams as long as this, or set state_dir: a ledger "
-            "lets it be rebuilt.",
-            RLSEditWarning,
-            stacklevel=stacklevel + 1,
-        )

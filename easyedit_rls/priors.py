@@ -10,9 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from easyedit_rls.anchors import AnchorPairs, anchor_pairs, moments
 from easyedit_rls.errors import AnchorError
 from easyedit_rls.forgetting import ForgettingLeastSquares
-from easyedit_rls.history import Solution
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.rebuild import Beginning
 from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.solution import LayerSolution
+from easyedit_rls.symmetric import PackedSymmetric
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,13 @@ class Prior:
     Attributes:
         solution: the state.
         unedited: W_0, (d_k, d_v), float32; the solution's weight unless anchors say something else.
+        beginning: what is needed to sum the problem anew.
         anchor_energy: ‖V_0‖², for anchors with values of their own; None for V_0 = K_0 W_0.
     """
 
-    solution: Solution
+    solution: LayerSolution
     unedited: Tensor
+    beginning: Beginning
     anchor_energy: float | None
 
 
@@ -52,10 +56,17 @@ def make_priors(
         AnchorError: the second moments can't be had, or anchors don't fit.
         NumericalError: a prior is not positive definite.
     """
-    return {
-        layer: Prior(_new_solution(hparams, weights[layer], gram, cross, f"layer {layer}"), weights[layer], energy)
-        for layer, (gram, cross, energy) in _anchor_terms(model, tok, hparams, weights, anchors, show_progress).items()
-    }
+    terms = _anchor_terms(model, tok, hparams, weights, anchors, show_progress)
+    return {layer: _prior(hparams, weights[layer], f"layer {layer}", *terms[layer]) for layer in terms}
+
+
+def _prior(hp: RLSEditHyperParams, W_0: Tensor, name: str, gram: Tensor | None, cross: Tensor | None, energy: float | None) -> Prior:
+    """One layer before the first edit. What a rebuild needs of it stays in main memory."""
+    solution = _new_solution(hp, W_0, gram, cross, name)
+    packed = None if gram is None else PackedSymmetric.of(gram.cpu())
+    watch = None if solution.watch is None else solution.watch.to(torch.device("cpu"))
+    W_p = W_0 if torch.equal(W_0, solution.weight) else solution.weight.clone()
+    return Prior(solution, W_0, Beginning(packed, None, hp.lambda_reg, hp.mu_reg, W_p, watch), energy)
 
 
 def _anchor_terms(
@@ -90,7 +101,7 @@ def _moment_gram(mean: Tensor, hp: RLSEditHyperParams) -> Tensor:
     return gram.double().add_(ordinary @ ordinary.T, alpha=hp.nullspace_weight)
 
 
-def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> Solution:
+def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> LayerSolution:
     """The state of one layer before the first edit."""
     if hp.forgetting_factor == 1:
         return RecursiveLeastSquares(W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, name=name)

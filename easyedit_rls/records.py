@@ -81,7 +81,7 @@ def _raw(path: Path) -> Sequence[Any]:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # a number of thousands of digits is the former, nesting without end the latter
         raise RequestError(f"{where} is no JSON: {exc}.") from exc
 
 

@@ -23,7 +23,9 @@ def due_edits(history: History, most: int, besides: Collection[int] = ()) -> lis
         most: how many.
         besides: numbers of edits that are taken out anyway.
     """
-    ids = [edit_id for edit_id, edit in sorted(history.live.items()) if edit_id not in besides and _is_newest(history, edit)]
+    if not most or not history.live:
+        return []
+    ids = [edit_id for edit_id, edit in history.live.items() if edit_id not in besides and history.is_newest(edit)]
     start = history.n_batches * most % max(len(ids), 1)
     return [history.live[edit_id] for edit_id in (ids[start:] + ids[:start])[:most]]
 
@@ -40,8 +42,3 @@ def lost_edits(model: PreTrainedModel, tok: PreTrainedTokenizerBase, edits: Sequ
     rows = [fact.rows[0] for fact in locate_facts(tok, [edit.request for edit in edits], [])]
     predicted = predict_rows(model, rows, batch_tokens=batch_tokens, desc="rehearsal", show_progress=False)
     return [edit for edit, row, top in zip(edits, rows, predicted) if top != row.target]
-
-
-def _is_newest(history: History, edit: Edit) -> bool:
-    """Whether no later edit answers the same prompt (on_conflict: keep lets several stand)."""
-    return max(history.conflicts([edit.request])) == edit.edit_id

@@ -21,6 +21,7 @@ import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from easyedit_rls.errors import RequestError
@@ -31,6 +32,9 @@ from easyedit_rls.subjects import find_subject
 logger = logging.getLogger(__name__)
 
 Chat = tuple[tuple[str, str], ...]
+
+IMPORTANCES = (1e-6, 1e6)  # least and largest: float64 can take an edit of either back exactly
+_LARGE = 2**63
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class EditRequest:
         after: the prompt behind the subject.
         target: what the model shall say next.
         target_true: what it should have said before the edit, if known.
-        importance: d_i in the objective, positive.
+        importance: d_i in the objective, from 1e-6 to 1e6.
         paraphrases: other prompts for the same fact.
         neighbors: prompts about other subjects, with the answers they should keep (EasyEdit's ``locality`` too).
         case_id: the caller's own number or name of the request, if any.
@@ -161,8 +165,31 @@ def parse_requests(
         requests = [requests]
     if not requests:
         raise RequestError("the list is empty. Give at least one request.")
-    parsed = [request if isinstance(request, EditRequest) else _parse(request, i) for i, request in enumerate(requests)]
+    parsed = [_checked(request, i) if isinstance(request, EditRequest) else _parse(request, i) for i, request in enumerate(requests)]
     return as_chat(parsed) if chat_template else parsed
+
+
+def _checked(request: EditRequest, index: int) -> EditRequest:
+    """A request that was made by hand, with its numbers as plain ones."""
+    return replace(request, importance=_importance(request.importance, index), case_id=_case_id(request.case_id, index))
+
+
+def _importance(value: object, index: int) -> float:
+    least, largest = IMPORTANCES
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= largest:  # type: ignore[operator]
+        shown = "a very long number" if isinstance(value, int) and abs(value) > _LARGE else repr(value)
+        raise RequestError(
+            f"is {shown}. Give a number from {least:g} to {largest:g}; 1 is the usual weight.", index=index, field="importance"
+        )
+    return float(value)
+
+
+def _case_id(value: object, index: int) -> int | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral) or abs(int(value)) > _LARGE:
+        raise RequestError(f"is a {type(value).__name__}. Give a number below 2^63, or a text.", index=index, field="case_id")
+    return int(value)
 
 
 def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
@@ -182,10 +209,6 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
     if isinstance(answers, (list, tuple)) and len(answers) > 1:  # KnowEdit lists every right answer
         fact[true_key] = answers[0]
     target_true = _text(fact, true_key, index) if answers is not None else None
-
-    importance = fact.get("importance", 1.0)
-    if isinstance(importance, bool) or not isinstance(importance, (int, float)) or not 0 < importance < float("inf"):
-        raise RequestError(f"is {importance!r}. Give a positive number; 1 is the usual weight.", index=index, field="importance")
 
     paraphrases = _texts(fact, "paraphrase_prompts", index) + _texts(fact, "rephrase_prompt", index)
     neighbors = [(prompt, str(target_true)) for prompt in _texts(fact, "neighborhood_prompts", index)]
@@ -209,10 +232,10 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
         after=after,
         target=target,
         target_true=target_true,
-        importance=float(importance),
+        importance=_importance(fact.get("importance", 1.0), index),
         paraphrases=tuple(paraphrases),
         neighbors=tuple(Probe(prompt, answer, joint, chat) for prompt, answer in neighbors),
-        case_id=raw.get("case_id"),
+        case_id=_case_id(raw.get("case_id"), index),
         joint=joint,
         chat=chat,
     )

@@ -1,11 +1,10 @@
 """Coming back to a ledger: is this its model, and which of its weights does the model hold?"""
 
 import logging
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from easyedit_rls._version import __version__
@@ -13,10 +12,12 @@ from easyedit_rls.anchors import AnchorPairs
 from easyedit_rls.errors import StateMismatchError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.ledger import Ledger
+from easyedit_rls.ledger.journal import now
 from easyedit_rls.ledger.manifest import Manifest, describe, describe_anchors
-from easyedit_rls.ledger.snapshot import read_manifest
+from easyedit_rls.ledger.snapshot import read_manifest, read_moment
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import EditedWeight
+from easyedit_rls.moment import Moment
 from easyedit_rls.state import EditorState, fingerprint_of
 
 logger = logging.getLogger(__name__)
@@ -52,24 +53,27 @@ def attach(
     ledger = Ledger(Path(folder))
     try:
         journal = ledger.open()
-        if journal is not None:
+        moment = Moment(place=ledger.place())
+        if journal is not None and not journal.is_closed:
             manifest = read_manifest(journal)
             differences = manifest.differences(identify(model, layout, hparams, anchors, manifest.templates))
             if not any(text.startswith(("widths", "parameters", "layers")) for text in differences):
-                devices = {layer: weight.parameter.device for layer, weight in layout.edited.items()}
-                state.resume(journal, manifest, devices)
-                differences += foreign_weights(state, layout.edited)
+                moment = read_moment(journal, {layer: weight.parameter.device for layer, weight in layout.edited.items()})
+                differences += foreign_weights(moment, layout.edited)
             if differences:
                 raise StateMismatchError(
                     f"The ledger in {ledger.folder} is of another model or other settings: {'; '.join(differences)}. Load the model "
                     "that it was made with (unedited, or saved by this editor) and the same settings, or choose another state_dir."
                 )
-            _write(state, layout)
+        with _restored_if_it_fails(layout):
+            for layer in moment.solutions:
+                layout.edited[layer].write(moment.weight(layer))
+            state.now, state.ledger = moment, ledger
     except BaseException:
         ledger.close()
-        state.forget()
         raise
-    state.ledger = ledger
+    if moment.solutions:
+        logger.info("Resumed %d edits in %d batches", state.n_edits, state.n_batches)
 
 
 def identify(
@@ -80,35 +84,29 @@ def identify(
     templates: Sequence[str],
 ) -> Manifest:
     """What a ledger of this model under these settings would say of itself."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return describe(model, layout, hparams, describe_anchors(anchors, hparams), templates, now, __version__)
+    return describe(model, layout, hparams, describe_anchors(anchors, hparams), templates, now(), __version__)
 
 
-def foreign_weights(state: EditorState, edited: Mapping[int, EditedWeight]) -> list[str]:
+def foreign_weights(moment: Moment, edited: Mapping[int, EditedWeight]) -> list[str]:
     """What is wrong with the model's edited weights, if anything: they may be unedited, current, or those of an earlier batch."""
-    current = [layer for layer, solution in state.layers.items() if edited[layer].holds(solution.weight)]
-    unedited = [layer for layer, W_0 in state.unedited.items() if edited[layer].holds(W_0)]
-    if len(current) == len(state.layers) or len(unedited) == len(state.layers):
+    current = [layer for layer in moment.solutions if edited[layer].holds(moment.weight(layer))]
+    unedited = [layer for layer, W_0 in moment.unedited.items() if edited[layer].holds(W_0)]
+    if len(moment.solutions) in (len(current), len(unedited)):
         return []
     found = fingerprint_of(edited)
-    if any(entry.weights == found for entry in state.history.entries):
+    if found in moment.history.fingerprints or any(entry.weights == found for entry in moment.history.entries):
         logger.info("The model was saved at an earlier batch of this ledger; it is brought up to date")
         return []
-    foreign = sorted(set(state.layers) - set(current) - set(unedited)) or sorted(state.layers)
+    foreign = sorted(set(moment.solutions) - set(current) - set(unedited)) or sorted(moment.solutions)
     return [f"edited weights of layers {foreign}: neither unedited nor as any batch of the ledger left them"]
 
 
-def _write(state: EditorState, layout: Layout) -> None:
-    """Write the state's weights; the last change can be rolled back as if it had been made here."""
-    before: Mapping[int, torch.Tensor | None] = {layer: solution.weight_before for layer, solution in state.layers.items()}
-    found = {layer: layout.edited[layer].snapshot_of(W) for layer, W in before.items() if W is not None}
+@contextmanager
+def _restored_if_it_fails(layout: Layout) -> Iterator[None]:
     as_found = {layer: weight.snapshot() for layer, weight in layout.edited.items()}
     try:
-        for layer, solution in state.layers.items():
-            layout.edited[layer].write(solution.weight)
+        yield
     except BaseException:
         for layer, snapshot in as_found.items():
             layout.edited[layer].restore(snapshot)
         raise
-    state.found = found if len(found) == len(state.layers) else None
-    logger.info("Resumed %d edits in %d batches", state.n_edits, state.n_batches)

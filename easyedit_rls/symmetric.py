@@ -1,6 +1,7 @@
 """Symmetric matrices held by half: the lower triangle, in panels of rows."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,41 @@ _DEVICE_ROWS = 4096  # the same on an accelerator, where each panel costs launch
 _STRIP = 64  # rows of a strip in `to_vector`
 
 
+class Term:
+    """``sign · G Gᵀ``, (n, n), to be added to a `PackedSymmetric`. It knows how much of the matrix has it: a pass may break off anywhere.
+
+    Args:
+        G: (n, u).
+        sign: 1 or -1.
+    """
+
+    def __init__(self, G: Tensor, sign: float) -> None:
+        self.G, self.sign = G, sign
+        self._panels: list[Tensor] = []  # those that have it, the first ones
+        self._is_whole = False
+
+    @property
+    def is_in(self) -> bool:
+        """Whether the whole matrix has it."""
+        return self._is_whole
+
+    def is_in_panel(self, number: int) -> bool:
+        """Whether a panel of the matrix has it."""
+        return len(self._panels) > number
+
+    def add_to(self, panel: Tensor, rows: slice) -> Tensor:
+        """Add it to some rows of a matrix, up to the column of the last of them, in place."""
+        return panel.addmm_(self.G[rows], self.G[: rows.stop].T, alpha=self.sign)
+
+    def bring_in(self, panel: Tensor, rows: slice) -> None:
+        """The same, and remember it. One call into C does both, so that no interrupt and no fault comes between them."""
+        self._panels.extend(map(partial(panel.addmm_, alpha=self.sign), (self.G[rows],), (self.G[: rows.stop].T,)))
+
+    def seal(self) -> None:
+        """From here on, the whole matrix has it."""
+        self._is_whole = True
+
+
 class PackedSymmetric:
     """A symmetric (n, n) matrix by its lower triangle, as the covariance of the recursion is held.
 
@@ -20,7 +56,7 @@ class PackedSymmetric:
     symmetric. On the CPU that is 52 % of the whole matrix at n = 14,336.
 
     >>> C = PackedSymmetric.of(torch.eye(2))
-    >>> C.update_([(torch.tensor([[1.0], [2.0]]), -1.0)], torch.tensor([[1.0, 1.0]]))
+    >>> C.update_([Term(torch.tensor([[1.0], [2.0]]), -1.0)], torch.tensor([[1.0, 1.0]]))
     tensor([[-2., -5.]])
     >>> C.full()
     tensor([[ 0., -2.],
@@ -46,45 +82,68 @@ class PackedSymmetric:
     def clone(self) -> "PackedSymmetric":
         return PackedSymmetric([panel.clone() for panel in self.panels])
 
-    def full(self) -> Tensor:
-        """The whole matrix as a new (n, n) tensor."""
+    def full(self, terms: Sequence[Term] = ()) -> Tensor:
+        """The whole matrix, with some terms that need not be in it yet, as a new (n, n) tensor."""
         M = self.panels[0].new_empty(len(self), len(self))
-        for rows, panel in self._rows():
+        for number, (rows, panel) in enumerate(self._rows()):
+            panel = self._with(terms, number, rows, panel)
             M[rows, : rows.stop] = panel
             M[: rows.start, rows] = panel[:, : rows.start].T
         return M
 
     def update_(
         self,
-        terms: Sequence[tuple[Tensor, float]],  # shape of each: (n, u)
+        terms: Sequence[Term],
         X: Tensor | None = None,  # shape: (m, n)
+        besides: Sequence[Term] = (),
     ) -> Tensor:
         """``C ← C + Σ sign · G Gᵀ`` in place, and ``X C`` with the new C, in one pass over the triangle.
 
-        Each panel is read once, changed, and multiplied. No temporary is larger than a panel's square, and the product depends on C's
-        entries alone, whether a change is brought in at the same time or was before.
+        Each panel is read once, changed, and multiplied. No temporary is larger than a panel, and the product depends on C's entries and on
+        the terms alone: bit for bit, whether a term is brought in, was before, in whole or in part, or is one of those `besides`. A pass
+        that breaks off leaves nothing undone that the next one does not make up for.
 
         Args:
-            terms: pairs (G, sign), sign 1 or -1.
+            terms: to be in C from now on.
             X: what to multiply with; None for nothing.
+            besides: terms that count in the product, but must not be in C yet.
 
         Returns:
-            ``X C`` for the new C, (m, n); without rows if X is None.
+            ``X (C + Σ besides)`` for the new C, (m, n); without rows if X is None.
         """
+        terms = [term for term in terms if not term.is_in]
         X = self.panels[0].new_empty(0, len(self)) if X is None else X
         out = torch.zeros_like(X, memory_format=torch.contiguous_format)
-        for rows, panel in self._rows():
-            for G, sign in terms:
-                panel.addmm_(G[rows], G[: rows.stop].T, alpha=sign)
-            if terms:
+        for number, (rows, panel) in enumerate(self._rows()):
+            for term in terms:
+                if not term.is_in_panel(number):
+                    term.bring_in(panel, rows)
                 symmetrize_(panel[:, rows])
             if len(X):
+                panel = self._with(besides, number, rows, panel)
                 out[:, rows].addmm_(X[:, : rows.stop], panel.T)
                 out[:, : rows.start].addmm_(X[:, rows], panel[:, : rows.start])
+        for term in terms:
+            term.seal()
         return out
 
-    def to_vector(self) -> Tensor:
+    def _with(self, terms: Sequence[Term], number: int, rows: slice, panel: Tensor) -> Tensor:
+        """A panel with the terms that it lacks; itself if it lacks none."""
+        terms = [term for term in terms if not term.is_in]
+        if not terms:
+            return panel
+        panel = panel.clone()
+        for term in terms:
+            if not term.is_in_panel(number):
+                term.add_to(panel, rows)
+            symmetrize_(panel[:, rows])
+        return panel
+
+    def to_vector(self, terms: Sequence[Term] = ()) -> Tensor:
         """The lower triangle in strips of 64 rows cut off behind the strip's last row, the same on every device.
+
+        Args:
+            terms: to be in it, if they aren't yet.
 
         Returns:
             A new vector of about n(n + 64)/2 entries, from which `from_vector` makes the matrix again, bit for bit.
@@ -92,11 +151,10 @@ class PackedSymmetric:
         >>> PackedSymmetric.of(torch.eye(2)).to_vector()
         tensor([1., 0., 0., 1.])
         """
-        strips = [
-            panel[i : i + _STRIP, : rows.start + i + _STRIP].reshape(-1)
-            for rows, panel in self._rows()
-            for i in range(0, len(panel), _STRIP)
-        ]
+        strips = []
+        for number, (rows, panel) in enumerate(self._rows()):
+            panel = self._with(terms, number, rows, panel)
+            strips += [panel[i : i + _STRIP, : rows.start + i + _STRIP].reshape(-1) for i in range(0, len(panel), _STRIP)]
         return torch.cat(strips)
 
     @classmethod

@@ -110,8 +110,9 @@ def model(family):
 
 
 def spoil(solution):
-    """Make a solution's covariance wrong in one entry, by far."""
-    panel = solution._C.panels[0]
+    """Make a solution's covariance wrong in one entry, by far, and let it be looked at anew."""
+    solution.__dict__.pop("_drift", None)
+    panel = solution._parts.C.panels[0]
     panel[0, 1] += 10 * panel.abs().max()
 
 

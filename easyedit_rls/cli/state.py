@@ -1,27 +1,39 @@
 """``easyedit-rls state``: look at a ledger, take edits back, make the edited model again."""
 
 import argparse
+import contextlib
+import functools
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from easyedit_rls.errors import LedgerError, RLSEditError
-from easyedit_rls.history import Entry, replay
 from easyedit_rls.ledger.compact import compact
-from easyedit_rls.ledger.inspect import check_files, debris, layer_figures, log_rows, rebuild_figures, size_on_disk
+from easyedit_rls.ledger.inspect import (
+    LayerFigures,
+    RebuildFigures,
+    check_files,
+    layer_figures,
+    log_rows,
+    rebuild_figures,
+    size_on_disk,
+    unexpected,
+)
 from easyedit_rls.ledger.journal import Journal
-from easyedit_rls.ledger.ledger import Ledger, latest
-from easyedit_rls.ledger.manifest import Manifest
-from easyedit_rls.ledger.snapshot import Snapshot, read_manifest, read_prior, read_state, write_checkpoint
-from easyedit_rls.model.weights import weights_fingerprint
+from easyedit_rls.ledger.ledger import Ledger
+from easyedit_rls.ledger.reading import at_one_moment, journals, latest, settled
+from easyedit_rls.ledger.snapshot import read_manifest, read_moment, read_prior
+from easyedit_rls.moment import Moment
 from easyedit_rls.progress import progress_bar
+from easyedit_rls.state import EditorState
+
+T = TypeVar("T")
 
 _WEIGHT_TOLERANCE = 1e-2  # of the edit's norm; float32 over long streams, see `verify`
 
@@ -38,36 +50,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    journal = _journal(arguments.ledger)
-    manifest, snapshot = read_manifest(journal), _state(journal)
-    layers = []
-    for layer, solution in snapshot.solutions.items():
-        layers.append(layer_figures(read_prior(journal, layer), solution, snapshot.history, layer, manifest))
-    history = snapshot.history
-    summary = {
-        "ledger": str(arguments.ledger),
-        "model": manifest.model,
-        "architecture": manifest.architecture,
-        "dtype": manifest.dtype,
-        "created": manifest.created,
-        "last_change": journal.lines[-1].time,
-        "edits": len(history.live),
-        "edits_ever_made": history.next_id - 1,
-        "batches": history.n_batches,
-        "bytes_on_disk": size_on_disk(arguments.ledger),
-        "objective": manifest.objective,
-        "layers": [figures.to_dict() for figures in layers],
-    }
+    summary = _read(arguments.ledger, lambda journal: _summary(arguments.ledger, journal))
+    layers = [LayerFigures(**figures) for figures in summary["layers"]]
     if arguments.json:
         print(json.dumps(summary, indent=1, ensure_ascii=False))
         return 0
     console = Console()
     console.print(f"[b]{summary['edits']} edits[/b] in {summary['batches']} batches ({summary['edits_ever_made']} ever made)")
-    console.print(f"of {manifest.model or 'a model without a name'} ({manifest.architecture}, {manifest.dtype})")
-    console.print(f"from {manifest.created} to {summary['last_change']}")
-    console.print(f"{_megabytes(size_on_disk(arguments.ledger))} on disk in {arguments.ledger}")
-    settings = ", ".join(f"{key} {manifest.objective[key]}" for key in ("lambda_reg", "mu_reg", "mom2_update_weight", "forgetting_factor"))
-    console.print(f"objective: {settings}")
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say(f"of {summary['model'] or 'a model without a name'} ({summary['architecture']}, {summary['dtype']})")
+    say(f"from {summary['created']} to {summary['last_change']}")
+    say(f"{_megabytes(summary['bytes_on_disk'])} on disk in {arguments.ledger}")
+    settings = (f"{key} {summary['objective'][key]}" for key in ("lambda_reg", "mu_reg", "mom2_update_weight", "forgetting_factor"))
+    say(f"objective: {', '.join(settings)}")
     table = Table("Layer", "d_k × d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", title="Edited layers")
     for f in layers:
         numbers = (f"{f.deviation:.4f}", f"{f.edits_term:.4g}", f"{f.deviation_term:.4g}", f"{f.anchor_term:.4g}", f"{f.drift:.1e}")
@@ -77,9 +72,29 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _summary(folder: Path, journal: Journal) -> dict[str, Any]:
+    """What `show` tells, of one moment."""
+    manifest, moment = read_manifest(journal), _moment(journal)
+    layers = [layer_figures(read_prior(journal, n), solution, moment.history, n, manifest) for n, solution in moment.solutions.items()]
+    return {
+        "ledger": str(folder),
+        "model": manifest.model,
+        "architecture": manifest.architecture,
+        "dtype": manifest.dtype,
+        "created": manifest.created,
+        "last_change": journal.lines[-1].time,
+        "edits": len(moment.history.live),
+        "edits_ever_made": moment.history.next_id - 1,
+        "batches": moment.history.n_batches,
+        "bytes_on_disk": size_on_disk(folder),
+        "objective": manifest.objective,
+        "layers": [figures.to_dict() for figures in layers],
+    }
+
+
 def _log(arguments: argparse.Namespace) -> int:
-    for row in log_rows(_journal(arguments.ledger)):
-        print(json.dumps(row, ensure_ascii=False) if arguments.json else _log_line(row))
+    for row in _read(arguments.ledger, log_rows):
+        print(json.dumps(row, ensure_ascii=False) if arguments.json else visible(_log_line(row)))
     return 0
 
 
@@ -92,48 +107,52 @@ def _log_line(row: dict[str, Any]) -> str:
 
 def _verify(arguments: argparse.Namespace) -> int:
     console = Console()
-    problems = []
-    files = list(check_files(arguments.ledger)) if arguments.ledger.is_dir() else []
-    if not files:
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    if not arguments.ledger.is_dir() or not journals(arguments.ledger):
         raise LedgerError(f"{arguments.ledger} holds no ledger. Give the folder that was state_dir.")
-    for path, problem in files:
-        if problem is not None:
-            problems.append(problem)
-            console.print(f"[red]damaged[/red] {path}: {problem}", soft_wrap=True)
-    console.print(f"{len(files)} files, {len(problems)} damaged")
+    files = settled(arguments.ledger, lambda: list(check_files(arguments.ledger)), lambda found: all(p is None for _, p in found))
+    problems = [(path, problem) for path, problem in files if problem is not None]
+    for path, problem in problems:
+        say(visible(f"damaged {path}: {problem}"))
+    say(f"{len(files)} files, {len(problems)} damaged")
     if problems:
         return 1
-    for path in debris(arguments.ledger):
-        console.print(f"left by an interrupted writer, cleared away by the next: {path}", soft_wrap=True)
-    journal = latest(arguments.ledger)
-    if arguments.files_only or journal is None or journal.is_closed:
+    for found in settled(arguments.ledger, lambda: unexpected(arguments.ledger), lambda found: not found):
+        say(visible(f"has no place here, set aside by the next editor: {found}"))
+    newest = latest(arguments.ledger)
+    if arguments.files_only or newest is None or newest.is_closed:
         return 0
-    snapshot = _state(journal)
+    figures = _read(arguments.ledger, lambda journal: _all_rebuild_figures(journal))
     table = Table("Layer", "C symmetric", "C positive definite", "Drift of C", "W against a rebuild", title="The state, in float64")
     is_sound = True
-    for layer in snapshot.solutions:
-        f = rebuild_figures(journal, snapshot, layer)
+    for f in figures:
         error = "–" if f.weight_error is None else f"{f.weight_error:.1e}"
-        table.add_row(str(layer), *("yes" if fine else "NO" for fine in (f.is_symmetric, f.is_positive_definite)), f"{f.drift:.1e}", error)
+        table.add_row(
+            str(f.layer), *("yes" if fine else "NO" for fine in (f.is_symmetric, f.is_positive_definite)), f"{f.drift:.1e}", error
+        )
         is_sound &= f.is_symmetric and f.is_positive_definite and (f.weight_error or 0.0) < _WEIGHT_TOLERANCE
     console.print(table)
     if not is_sound:
-        console.print("The recursion has left the batch solution: raise lambda_reg or mom2_update_weight and edit anew from the log.")
+        say("The recursion has left the batch solution: raise lambda_reg or mom2_update_weight and edit anew from the log.")
     return 0 if is_sound else 1
 
 
+def _all_rebuild_figures(journal: Journal) -> list[RebuildFigures]:
+    moment = _moment(journal)
+    return [rebuild_figures(journal, moment, layer) for layer in moment.solutions]
+
+
 def _retract(arguments: argparse.Namespace) -> int:
-    with _Held(arguments.ledger) as (_, journal, manifest):
-        snapshot = _state(journal)
-        wanted = snapshot.history.check(arguments.edit_ids)
-        texts = [snapshot.history.live[edit_id].request for edit_id in wanted]
-        entry = Entry("retract", removed=tuple(wanted))
-        replay(snapshot.solutions, entry, snapshot.history, lambda layer: read_prior(journal, layer).solution)
-        journal.append_entry(replace(entry, weights=_fingerprint(snapshot, manifest)), {})
-        write_checkpoint(journal, snapshot.solutions)
+    with _held(arguments.ledger) as (ledger, journal):
+        state = EditorState(ledger, ledger.place())
+        state.now = _moment(journal)
+        wanted = state.history.check(arguments.edit_ids)
+        texts = [state.history.live[edit_id].request for edit_id in wanted]
+        state.retract(wanted, getattr(torch, read_manifest(journal).dtype))
+        state.checkpoint(1)
     for edit_id, request in zip(wanted, texts):
-        print(f"retracted {edit_id}: {request.prompt} -> {request.target}")
-    print(f"{len(snapshot.history.live)} edits stand. An editor's next start brings the model up to date; `state replay` saves it.")
+        print(visible(f"retracted {edit_id}: {request.prompt} -> {request.target}"))
+    print(f"{state.n_edits} edits stand. An editor's next start brings the model up to date; `state replay` saves it.")
     return 0
 
 
@@ -142,83 +161,96 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     from easyedit_rls.ledger.export import write_weights
 
-    journal = _journal(arguments.ledger)
-    manifest = read_manifest(journal)
-    with progress_bar(len(journal.lines), "replay", "event", None) as bar:
-        snapshot = read_state(journal, from_start=arguments.from_start, progress=bar)
+    _refuse_same_folder(arguments.out, arguments.model, "the unedited model would be lost")
+    _refuse_inside(arguments.out, arguments.ledger)
+    manifest, moment = _read(arguments.ledger, lambda journal: (read_manifest(journal), _moment(journal, arguments.from_start)))
     try:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, manifest.dtype))
     except OSError as exc:
         raise LedgerError(
             f"{arguments.model} can't be loaded: {str(exc).splitlines()[0]}. Give the unedited model's folder or name."
         ) from exc
-    write_weights(model, manifest, snapshot)
+    write_weights(model, manifest, moment)
     model.save_pretrained(arguments.out)
     try:
         AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.out)
     except (OSError, ValueError):
         print(f"{arguments.model} has no tokenizer; none was saved", file=sys.stderr)
-    print(f"{len(snapshot.history.live)} edits written into {arguments.model}, saved as {arguments.out}")
+    print(f"{len(moment.history.live)} edits written into {arguments.model}, saved as {arguments.out}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from easyedit_rls.ledger.export import write_adapter
 
-    journal = _journal(arguments.ledger)
-    report = write_adapter(arguments.lora, read_manifest(journal), _state(journal), arguments.rank)
+    _refuse_inside(arguments.lora, arguments.ledger)
+    manifest, moment = _read(arguments.ledger, lambda journal: (read_manifest(journal), _moment(journal)))
+    report = write_adapter(arguments.lora, manifest, moment, arguments.rank)
     table = Table("Layer", "‖ΔW − BA‖/‖ΔW‖", title=f"LoRA adapter of rank {report.rank}, {_megabytes(report.n_bytes)}")
     for layer, error in report.errors.items():
         table.add_row(str(layer), f"{error:.1e}")
     console = Console()
     console.print(table)
-    console.print(f"Written to {arguments.lora}: adapter_config.json, adapter_model.safetensors", soft_wrap=True)
+    console.print(f"Written to {arguments.lora}: adapter_config.json, adapter_model.safetensors", soft_wrap=True, markup=False)
     return 0
 
 
 def _compact(arguments: argparse.Namespace) -> int:
-    with _Held(arguments.ledger) as (ledger, journal, _):
+    with _held(arguments.ledger) as (ledger, journal):
         before = size_on_disk(arguments.ledger)
-        compact(ledger, journal, _state(journal))
+        compact(ledger, journal, _moment(journal))
     print(f"{_megabytes(before)} before, {_megabytes(size_on_disk(arguments.ledger))} after")
     return 0
 
 
-class _Held:
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[tuple[Ledger, Journal]]:
     """A ledger that is locked while the block runs."""
-
-    def __init__(self, folder: Path) -> None:
-        _journal(folder)  # so that a mistyped folder is not made
-        self._ledger = Ledger(folder)
-
-    def __enter__(self) -> tuple[Ledger, Journal, Manifest]:
-        journal = self._ledger.open()
-        if journal is None:
-            self._ledger.close()
-            raise LedgerError(f"All edits in {self._ledger.folder} were forgotten (reset); there is nothing to do.")
-        return self._ledger, journal, read_manifest(journal)
-
-    def __exit__(self, *_: object) -> None:
-        self._ledger.close()
+    _read(folder, lambda journal: journal)  # so that a mistyped folder is not made
+    ledger = Ledger(folder)
+    try:
+        journal = ledger.open()
+        assert journal is not None
+        yield ledger, journal
+    finally:
+        ledger.close()
 
 
-def _journal(folder: Path) -> Journal:
-    journal = latest(folder) if folder.is_dir() else None
-    if journal is None:
+def _read(folder: Path, read: Callable[[Journal], T]) -> T:
+    """What a function reads of the journal in use, all of one moment."""
+
+    def look(journal: Journal) -> T:
+        if journal.is_closed:
+            raise LedgerError(f"All edits in {folder} were forgotten (reset) at {journal.lines[-1].time}. There is nothing to look at.")
+        return read(journal)
+
+    if not folder.is_dir():
         raise LedgerError(f"{folder} holds no ledger. Give the folder that was state_dir.")
-    if journal.is_closed:
-        raise LedgerError(f"All edits in {folder} were forgotten (reset) at {journal.lines[-1].time}. There is nothing to look at.")
-    return journal
+    return at_one_moment(folder, look)
 
 
-def _state(journal: Journal) -> Snapshot:
+def _moment(journal: Journal, from_start: bool = False) -> Moment:
     with progress_bar(len(journal.lines), "ledger", "event", None) as bar:
-        return read_state(journal, progress=bar)
+        return read_moment(journal, from_start=from_start, progress=bar)
 
 
-def _fingerprint(snapshot: Snapshot, manifest: Manifest) -> str:
-    dtype = getattr(torch, manifest.dtype)
-    return weights_fingerprint({layer: solution.weight.to(dtype) for layer, solution in snapshot.solutions.items()})
+def _refuse_same_folder(out: Path, other: str, why: str) -> None:
+    if out.exists() and Path(other).exists() and out.samefile(other):
+        raise LedgerError(f"{out} is {other}: {why}. Give another folder to write to.")
+
+
+def _refuse_inside(out: Path, ledger: Path) -> None:
+    if ledger.resolve() in (out.resolve(), *out.resolve().parents):
+        raise LedgerError(f"{out} lies within the ledger, where nothing else has a place. Give another folder to write to.")
+
+
+def visible(text: str) -> str:
+    r"""A text on one line, with control characters written out: what a terminal would obey is shown instead.
+
+    >>> print(visible("red \x1b[31m"))
+    red \x1b[31m
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _megabytes(n_bytes: int) -> str:

@@ -47,7 +47,7 @@ def _missed(editor: RLSEditor) -> float:
     if not history.live:
         return 0.0
     total = torch.zeros(())
-    for layer, (K, V, D) in history.tensors(history.live, solutions).items():
+    for layer, (K, V, D) in history.tensors(history.live, list(solutions)).items():
         W: Tensor = solutions[layer].weight
         total += (D.to(W)[..., None] * (K.to(W) @ W - V.to(W)).square()).sum().cpu()
     return float(total)

@@ -35,12 +35,13 @@ class _Kept:
 def forgotten(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Iterator[None]:
     """Forget all edits of this model, so that its weights as they are now count as unedited; but only if the block succeeds."""
     kept: dict[str, _Kept] = model.__dict__.pop(_ATTRIBUTE, {})
-    ledgers = [old.state.ledger for old in kept.values() if old.state.ledger is not None]
+    ledgers = {old.state.ledger: old.state.now.place for old in kept.values() if old.state.ledger is not None}
     ours = next((ledger for ledger in ledgers if hparams.state_dir is not None and ledger.is_at(hparams.state_dir)), None)
     try:
         if hparams.state_dir is not None:
             ledger = Ledger(Path(hparams.state_dir)) if ours is None else ours
-            _keep(model, hparams, EditorState(ledger=ledger))  # has no journal, so the first batch begins one
+            place = ledger.place() if ours is None else ledgers[ours]
+            _keep(model, hparams, EditorState(ledger, place))  # knows no edits, so the first batch begins a new journal
         yield
     except BaseException:
         failed: dict[str, _Kept] = model.__dict__.pop(_ATTRIBUTE, {})
@@ -112,7 +113,7 @@ def _keep(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorStat
 
 def _is_empty(model: PreTrainedModel, kept: _Kept) -> bool:
     try:
-        kept.state.follow(find_layout(model, kept.hparams).edited)
+        kept.state.sync_with_weights(find_layout(model, kept.hparams).edited)
     except StateMismatchError:  # the weights were edited since, but may come back to what the state knows
         return False
     return kept.state.n_edits == 0

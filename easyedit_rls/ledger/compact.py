@@ -1,66 +1,71 @@
 """A ledger without what no longer counts: edits that were taken back, roll-backs, old checkpoints, old journals."""
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from easyedit_rls.history import Entry
+from easyedit_rls.ledger.journal import MANIFEST, Event, Journal, entry_event
+from easyedit_rls.ledger.ledger import Ledger
+from easyedit_rls.ledger.snapshot import checkpoint_event, prior_files, read_prior
+from easyedit_rls.moment import Moment
 
-from easyedit_rls.errors import LedgerError
-from easyedit_rls.files import PARTIAL
-from easyedit_rls.history import Edit, Entry, History
-from easyedit_rls.ledger.journal import MANIFEST, Journal
-from easyedit_rls.ledger.ledger import Ledger, journals
-from easyedit_rls.ledger.snapshot import Snapshot, prior_files, read_prior, write_checkpoint
+_AT_ONCE = 1 << 26  # bytes that are written in one go
 
 
-def compact(ledger: Ledger, journal: Journal, snapshot: Snapshot) -> Journal:
+def compact(ledger: Ledger, journal: Journal, moment: Moment) -> Moment:
     """Write the journal anew, then remove the older ones. The state stays bit for bit the same: it is checkpointed.
+
+    The last change stays as it is, so that it can be rolled back.
 
     Args:
         ledger: held by the caller.
         journal: the one in use.
-        snapshot: its state.
+        moment: its state.
 
     Returns:
-        The new journal.
+        The same moment in the new journal.
 
     Raises:
         LedgerError: the disk is full, read only or failing; the old journals are then still there.
     """
-    old = journals(ledger.folder)
-    layers = list(snapshot.solutions)
-    files = {MANIFEST: journal.read(MANIFEST), **prior_files({layer: read_prior(journal, layer) for layer in layers})}
-    partial = ledger.reserve()
-    try:
-        fresh = Journal.create(partial, files, snapshot.history.next_id)
-        for entry, data in _standing(snapshot.history, layers):
-            fresh.append_entry(entry, data)
-        write_checkpoint(fresh, snapshot.solutions)
-        new = ledger.publish(partial)
-        for folder in old:  # under a name that is cleared away, so that no half journal can be met
-            gone = folder.with_name(folder.name + PARTIAL)
-            folder.rename(gone)
-            shutil.rmtree(gone)
-    except BaseException as exc:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(exc, OSError) and not isinstance(exc, LedgerError):
-            raise LedgerError(f"The ledger in {ledger.folder} can't be written: {exc.strerror or exc}. Make room, then try again.") from exc
-        raise
-    return new
+    files = {MANIFEST: journal.read(MANIFEST), **prior_files({layer: read_prior(journal, layer) for layer in moment.solutions})}
+    kept = list(_standing(moment))
+    known = {entry.weights for entry, _ in kept}
+    dropped = [entry.weights for entry in moment.history.entries if entry.weights not in known]
+    beginning = {
+        "next_id": moment.history.next_id,
+        "n_batches": moment.history.n_batches - sum(entry.kind == "edit" for entry, _ in kept),
+        "fingerprints": list(dict.fromkeys([*moment.history.fingerprints, *dropped])),
+    }
+    place, _ = ledger.begin(moment.place, files, beginning, _parts(kept, moment))
+    assert place.folder is not None
+    ledger.remove(keep=place.folder)
+    return replace(moment, place=place)
 
 
-def _standing(history: History, layers: list[int]) -> Iterator[tuple[Entry, Mapping[str, Tensor]]]:
-    """The entries with the edits that stand, and their tensors. Adopted weights depend on all that came before: then nothing goes."""
-    if any(entry.kind == "adopt" for entry in history.entries):
-        yield from ((entry, entry.data()) for entry in history.entries)
-        return
+def _standing(moment: Moment) -> Iterator[tuple[Entry, list[int] | None]]:
+    """The entries with the edits that stand, and their rows in the tensors; the last change whole. Adopted weights depend on all that came
+    before: then nothing goes."""
+    history = moment.history if moment.before is None else moment.before.history
     for entry in history.entries:
         kept = [edit for edit in entry.edits if edit.edit_id in history.live]
-        if not kept and all(factor == 1.0 for factor in entry.factors.values()):
-            continue
+        fades = any(factor != 1.0 for factor in entry.factors.values())
+        if history.is_adopted:
+            yield entry, None
+        elif kept or fades:
+            edits = tuple(replace(edit, row=row) for row, edit in enumerate(kept))
+            yield replace(entry, edits=edits, removed=(), rebuilt=()), [edit.row for edit in kept]
+    if moment.before is not None:
+        yield moment.history.entries[-1], None
+
+
+def _parts(kept: Sequence[tuple[Entry, list[int] | None]], moment: Moment) -> Iterator[list[Event]]:
+    """All events of the new journal, some at a time."""
+    events: list[Event] = []
+    for entry, rows in kept:
         data = entry.data()
-        rows = [edit.row for edit in kept]
-        edits = tuple(Edit(edit.edit_id, edit.request, row) for row, edit in enumerate(kept))
-        names = ["importance", *(f"{kind}.{layer}" for layer in layers for kind in "KV")]
-        yield replace(entry, edits=edits, removed=()), {name: data[name][rows] for name in names}
+        events.append(entry_event(entry, data if rows is None else {name: tensor[rows] for name, tensor in data.items()}))
+        if sum(len(event.data or b"") for event in events) > _AT_ONCE:
+            yield events
+            events = []
+    yield [*events, checkpoint_event(moment, 1 + len(kept))]

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from easyedit_rls.errors import LedgerError, StateMismatchError
 from easyedit_rls.ledger.manifest import Manifest
-from easyedit_rls.ledger.snapshot import Snapshot
 from easyedit_rls.model.weights import EditedWeight, fingerprint
+from easyedit_rls.moment import Moment
 
 _TOLERANCE = 1e-3  # of the edit's norm: what an adapter may leave out unless a rank is given
 
@@ -31,7 +31,7 @@ class AdapterReport:
     n_bytes: int
 
 
-def write_weights(model: PreTrainedModel, manifest: Manifest, snapshot: Snapshot) -> None:
+def write_weights(model: PreTrainedModel, manifest: Manifest, moment: Moment) -> None:
     """Write a ledger's weights into the unedited model it was made with.
 
     Raises:
@@ -55,23 +55,23 @@ def write_weights(model: PreTrainedModel, manifest: Manifest, snapshot: Snapshot
     }
     differences = [f"{name}: the ledger has {ours!r}, the model {theirs!r}" for name, (ours, theirs) in here.items() if ours != theirs]
     if not any(text.startswith("widths") for text in differences):
-        changed = [layer for layer, weight in edited.items() if not weight.holds(snapshot.unedited[layer])]
+        changed = [layer for layer, weight in edited.items() if not weight.holds(moment.unedited[layer])]
         differences += [f"weights of layers {changed} are not the unedited ones"] if changed else []
     if differences:
         raise StateMismatchError(
             f"This is not the unedited model that the ledger was made with ({manifest.model}): {'; '.join(differences)}. Give that one."
         )
     for layer, weight in edited.items():
-        weight.write(snapshot.solutions[layer].weight)
+        weight.write(moment.weight(layer))
 
 
-def write_adapter(folder: Path, manifest: Manifest, snapshot: Snapshot, rank: int | None) -> AdapterReport:
+def write_adapter(folder: Path, manifest: Manifest, moment: Moment, rank: int | None) -> AdapterReport:
     """Write the edit as a PEFT LoRA adapter: the best approximation of that rank (Eckart & Young 1936).
 
     Args:
         folder: for adapter_config.json and adapter_model.safetensors.
         manifest: of the ledger.
-        snapshot: its state.
+        moment: its state.
         rank: of the adapter; None takes the smallest that leaves out no more than 1e-3 of the edit's norm.
 
     Raises:
@@ -82,7 +82,7 @@ def write_adapter(folder: Path, manifest: Manifest, snapshot: Snapshot, rank: in
     except ImportError as exc:
         raise LedgerError("PEFT is missing. Install it: pip install 'easyedit-rls[lora]'.") from exc
     dtype = getattr(torch, manifest.dtype)
-    deltas = {layer: (s.weight.to(dtype).double() - snapshot.unedited[layer].double()) for layer, s in snapshot.solutions.items()}
+    deltas = {layer: (s.weight.to(dtype).double() - moment.unedited[layer].double()) for layer, s in moment.solutions.items()}
     parts = {layer: torch.linalg.svd(delta, full_matrices=False) for layer, delta in deltas.items()}
     if rank is None:
         rank = max(_needed(S) for _, S, _ in parts.values())

@@ -1,24 +1,28 @@
 """Looking at a ledger: is every file what it should be, and what do the edits cost the objective?"""
 
-from collections.abc import Iterator
+import contextlib
+import stat
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from easyedit_rls.errors import NumericalError, RLSEditError
-from easyedit_rls.files import PARTIAL
-from easyedit_rls.forgetting import ForgettingLeastSquares
-from easyedit_rls.history import History, Solution, rebuild
-from easyedit_rls.ledger.journal import HEAD, INDEX, Journal
-from easyedit_rls.ledger.ledger import journals
+from easyedit_rls.history import History
+from easyedit_rls.ledger.files import read_part
+from easyedit_rls.ledger.journal import ENTRIES, HEAD, INDEX, Journal
 from easyedit_rls.ledger.manifest import Manifest
-from easyedit_rls.ledger.snapshot import Snapshot, read_prior
-from easyedit_rls.linalg import cholesky, spd_inverse
+from easyedit_rls.ledger.reading import POINTER, journals, newest, read_pointer
+from easyedit_rls.ledger.snapshot import read_prior
+from easyedit_rls.ledger.tidy import leftovers, tails
+from easyedit_rls.linalg import cholesky
+from easyedit_rls.moment import Moment
 from easyedit_rls.priors import Prior
-
-_ROWS = 512  # edits whose tensors are held at once
+from easyedit_rls.rebuild import batch_solution
+from easyedit_rls.solution import LayerSolution
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class RebuildFigures:
         is_symmetric: whether C is, exactly.
         is_positive_definite: whether C is.
         drift: relative error of the covariance, seen through probes.
-        weight_error: ‖W − W_batch‖/‖W_batch − W_0‖; None where other people's weights were adopted or edits fade.
+        weight_error: ‖W − W_batch‖/‖W_batch − W_0‖, the edits that stand counted as far as they have not faded; None where other people's
+            weights were adopted.
     """
 
     layer: int
@@ -75,6 +80,9 @@ class RebuildFigures:
 
 def check_files(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """Every file of a ledger with what is wrong with it, None for nothing."""
+    pointer = folder / POINTER
+    if pointer.exists() or pointer.is_symlink():
+        yield pointer, _problem(lambda: (read_pointer(folder), newest(folder)))
     for journal_folder in journals(folder):
         try:
             journal = Journal(journal_folder)
@@ -84,32 +92,30 @@ def check_files(folder: Path) -> Iterator[tuple[Path, str | None]]:
         yield journal_folder / INDEX, None
         yield journal_folder / HEAD, None
         for name, stamp in journal.stamps().items():
-            try:
-                journal.read(name, stamp)
-                yield journal_folder / name, None
-            except RLSEditError as exc:
-                yield journal_folder / name, str(exc)
+            yield journal_folder / name, _problem(partial(journal.read, name, stamp))
+        records = [line.record for line in journal.lines if line.record is not None]
+        found = (_problem(partial(read_part, journal_folder / ENTRIES, *at)) for at in records)
+        if records:
+            yield journal_folder / ENTRIES, next((problem for problem in found if problem is not None), None)
 
 
-def debris(folder: Path) -> list[Path]:
-    """Files that an interrupted writer left behind; the next editor clears them away."""
-    left = [path for path in folder.glob(f"*{PARTIAL}")]
-    for journal_folder in journals(folder):
-        known = {INDEX, HEAD, *Journal(journal_folder).stamps()}
-        left += [path for path in journal_folder.iterdir() if path.name not in known]
-    return sorted(left)
+def unexpected(folder: Path) -> list[str]:
+    """What has no place in a ledger, or lies behind the last event that counts; the next editor sets it aside."""
+    in_use = newest(folder)
+    behind = [] if in_use is None else [f"{path} from byte {n_bytes} on" for path, n_bytes in tails(in_use)]
+    return [*map(str, leftovers(folder, in_use)), *behind]
 
 
-def layer_figures(prior: Prior, solution: Solution, history: History, layer: int, manifest: Manifest) -> LayerFigures:
+def layer_figures(prior: Prior, solution: LayerSolution, history: History, layer: int, manifest: Manifest) -> LayerFigures:
     """Deviation and the three terms of the paper's objective at the weight as it is."""
     lambda_reg, mu_reg = float(manifest.objective["lambda_reg"]), float(manifest.objective["mu_reg"])
     W, W_0, W_p = (tensor.double() for tensor in (solution.weight, prior.unedited, prior.solution.weight))
     missed = 0.0
-    for ids in _chunks(sorted(history.live)):
-        K, V, D = (tensor.double() for tensor in history.tensors(ids, [layer])[layer])
+    for part in history.standing([layer]):
+        K, V, D = (tensor.double() for tensor in part[layer])
         missed += float((D[..., None] * (K @ W - V).square()).sum())
     deviation = float((W - W_0).square().sum())
-    A = _prior_information(prior.solution)
+    A = prior.beginning.information(torch.device("cpu"))
     if prior.anchor_energy is None:  # V_0 = K_0 W_0: the quadratic form of what moved
         anchor = float(((W - W_0) * (A @ (W - W_0))).sum()) - lambda_reg**2 * deviation
     else:
@@ -121,9 +127,9 @@ def layer_figures(prior: Prior, solution: Solution, history: History, layer: int
     return LayerFigures(layer, d_k, d_v, relative, missed, lambda_reg**2 * deviation, max(anchor, 0.0), solution.drift())
 
 
-def rebuild_figures(journal: Journal, snapshot: Snapshot, layer: int) -> RebuildFigures:
-    """Hold the state of one layer against a rebuild from its prior and the edits that stand; costs O(d_k³)."""
-    solution, prior = snapshot.solutions[layer], read_prior(journal, layer)
+def rebuild_figures(journal: Journal, moment: Moment, layer: int) -> RebuildFigures:
+    """Hold the state of one layer against the batch problem of the edits that stand; costs O(d_k³)."""
+    solution, prior = moment.solutions[layer], read_prior(journal, layer)
     C = solution.covariance()
     try:
         cholesky(C.double(), f"Covariance of layer {layer}")
@@ -131,11 +137,10 @@ def rebuild_figures(journal: Journal, snapshot: Snapshot, layer: int) -> Rebuild
     except NumericalError:
         is_definite = False
     error = None
-    is_comparable = not isinstance(solution, ForgettingLeastSquares) and all(e.kind != "adopt" for e in snapshot.history.entries)
-    if is_comparable:
-        exact = rebuild(prior.solution, solution, snapshot.history, layer).weight.double()
-        size = float((exact - prior.solution.weight.double()).norm())
-        error = float((solution.weight.double() - exact).norm()) / size if size > 0 else float((solution.weight.double() - exact).norm())
+    if not moment.history.is_adopted:
+        _, _, exact, _ = batch_solution(prior.beginning, moment.history, layer, torch.device("cpu"))
+        missing, size = (float((exact - W.double()).norm()) for W in (solution.weight, prior.solution.weight))
+        error = missing / size if size > 0 else missing
     return RebuildFigures(layer, torch.equal(C, C.T), is_definite, solution.drift(), error)
 
 
@@ -143,16 +148,16 @@ def log_rows(journal: Journal) -> list[dict[str, Any]]:
     """A row each edit and each other change, in order, with what became of the edits since."""
     rows: list[dict[str, Any]] = []
     of_edit: dict[int, dict[str, Any]] = {}
-    history, entries = History(), iter(journal.entries())
+    n_batches, last = int(journal.lines[0].entry.get("n_batches", 0)), None
     for line in journal.lines:
-        if line.kind == "rollback":
-            dropped = history.drop_last()
-            for edit_id, status in [*((e.edit_id, "rolled back") for e in dropped.edits), *((i, "stands") for i in dropped.removed)]:
+        if line.kind == "rollback" and last is not None:
+            for edit_id, status in [*((e.edit_id, "rolled back") for e in last.edits), *((i, "stands") for i in last.removed)]:
                 of_edit[edit_id]["status"] = status
-            rows.append({"time": line.time, "kind": "rollback", "edits": [edit.edit_id for edit in dropped.edits]})
+            n_batches -= last.kind == "edit"
+            rows.append({"time": line.time, "kind": "rollback", "edits": [edit.edit_id for edit in last.edits]})
         elif line.kind == "entry":
-            entry = next(entries)
-            history.add(entry)
+            entry = last = journal.entry(line)
+            n_batches += entry.kind == "edit"
             common = {"time": entry.time, "kind": entry.kind, "version": entry.version}
             for edit_id in entry.removed:
                 of_edit[edit_id]["status"] = "retracted" if entry.kind == "retract" else "superseded"
@@ -163,7 +168,7 @@ def log_rows(journal: Journal) -> list[dict[str, Any]]:
                     **common,
                     "id": edit.edit_id,
                     "status": "stands",
-                    "batch": history.n_batches,
+                    "batch": n_batches,
                     "prompt": edit.request.prompt,
                     "subject": edit.request.subject,
                     "target_new": edit.request.target,
@@ -176,12 +181,17 @@ def log_rows(journal: Journal) -> list[dict[str, Any]]:
 
 def size_on_disk(folder: Path) -> int:
     """Bytes of all files of a ledger."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a writer removed it meanwhile
+            found = path.lstat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
-def _prior_information(solution: Solution) -> torch.Tensor:
-    return spd_inverse(solution.covariance().double(), f"Prior covariance of {solution.name}", "Mend the ledger.")
-
-
-def _chunks(ids: list[int]) -> Iterator[list[int]]:
-    return (ids[i : i + _ROWS] for i in range(0, len(ids), _ROWS))
+def _problem(look: Callable[[], object]) -> str | None:
+    try:
+        look()
+    except RLSEditError as exc:
+        return str(exc)
+    return None

@@ -1,38 +1,44 @@
-"""One journal: an append-only index, a file for each change, checkpoints, and the head that says how far all that counts.
+"""One journal: an append-only index, the tensors of all changes, checkpoints, and the head that says how far all that counts.
 
-    index.jsonl                          a line each event, with the SHA-256 and size of the files it brought
-    head.json                            how many lines count, their length and SHA-256: the commit point
+    index.jsonl                          a line each event, with the SHA-256 and size of what it brought
+    entries.bin                          keys, targets, importances of all changes, a safetensors record each, one behind the other
+    head.json                            format, how many lines count, their length and SHA-256: the commit point
     manifest.json                        whose state it is (see `manifest`)
     unedited-layer-3.safetensors         the weight before the first edit
-    prior-layer-3.safetensors            the state before the first edit
-    entry-000001.safetensors             keys, targets, importances of a change; its text in the metadata
-    checkpoint-000040-layer-3.safetensors  the state after 40 lines of the index
+    prior-layer-3.safetensors            the state before the first edit, and what a rebuild begins with
+    checkpoint-000040-layer-3.safetensors  the state after 40 lines of the index; the last two checkpoints are kept
 
 An event counts from the moment the new head is renamed into place. Whatever lies behind it on disk, whole or torn, was never reported
-as done: it is ignored, and cleared away by the next writer.
+as done: it is ignored, and set aside by the next writer. In format 1 each change had a file of its own, ``entry-000001.safetensors``.
 """
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from easyedit_rls.errors import LedgerError
-from easyedit_rls.files import Stamp, write_all, write_file
+from easyedit_rls.files import Stamp, sync_folder, write_all, write_file
 from easyedit_rls.history import Entry
-from easyedit_rls.ledger.files import pack, read_file, unpack
+from easyedit_rls.ledger.files import canonical, is_file_name, open_regular, pack, parsed, read_file, read_part, read_small, unpack
 
-logger = logging.getLogger(__name__)
+FORMAT = 2
+INDEX, ENTRIES, HEAD, MANIFEST = "index.jsonl", "entries.bin", "head.json", "manifest.json"
+SPARE = "head.json.before"
+_KINDS = ("begin", "entry", "rollback", "checkpoint", "reset")
+_LONGEST_LINE = 1 << 28  # bytes
 
-INDEX, HEAD, MANIFEST = "index.jsonl", "head.json", "manifest.json"
-_SPARE = "head.json.before"
+
+def now() -> str:
+    """ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -42,30 +48,82 @@ class Line:
     Attributes:
         kind: 'begin', 'entry', 'rollback', 'checkpoint' or 'reset'.
         files: name -> stamp of the files it brought.
-        entry: for 'entry', what `Entry.to_dict` gave; else empty.
+        record: where its tensors are in `ENTRIES`: offset and stamp; None if there are none, or they are in a file.
+        entry: for 'entry', what `Entry.to_dict` gave; for 'begin', what the history begins with; else empty.
         time: ISO 8601, UTC.
     """
 
     kind: str
-    files: Mapping[str, Stamp]
-    entry: Mapping[str, Any]
-    time: str
+    files: Mapping[str, Stamp] = field(default_factory=dict)
+    record: tuple[int, Stamp] | None = None
+    entry: Mapping[str, Any] = field(default_factory=dict)
+    time: str = field(default_factory=now)
 
     def encode(self) -> bytes:
         """The line as bytes."""
         files = {name: [stamp.sha256, stamp.n_bytes] for name, stamp in self.files.items()}
-        return _canonical({"kind": self.kind, "time": self.time, "files": files, "entry": self.entry})
+        values: dict[str, Any] = {"kind": self.kind, "time": self.time, "files": files, "entry": self.entry}
+        if self.record is not None:
+            values["record"] = [self.record[0], self.record[1].sha256, self.record[1].n_bytes]
+        return canonical(values)
 
     @classmethod
     def decode(cls, raw: bytes) -> "Line":
-        """The line that `encode` gave."""
+        """The line that `encode` gave.
+
+        Raises:
+            ValueError: it is no such line.
+        """
         values = json.loads(raw)
-        files = {name: Stamp(sha256, n_bytes) for name, (sha256, n_bytes) in values["files"].items()}
-        return cls(values["kind"], files, values["entry"], values["time"])
+        files = {name: _stamp(sha256, n_bytes) for name, (sha256, n_bytes) in values["files"].items()}
+        foreign = [name for name in files if not is_file_name(name)]
+        if foreign or values["kind"] not in _KINDS:
+            raise ValueError(f"{(foreign or [values['kind']])[0]!r} has no place in a ledger")
+        record = None
+        if "record" in values:
+            offset, sha256, n_bytes = values["record"]
+            record = (_size(offset), _stamp(sha256, n_bytes))
+        return cls(values["kind"], files, record, values["entry"], str(values["time"]))
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a journal goes: all that its writer must know to go on.
+
+    Attributes:
+        head: bytes of the head.
+        digest: SHA-256 of the index so far.
+        n_lines: events.
+        n_index: bytes of the index.
+        n_data: bytes of the tensors.
+        since_checkpoint: events since the last checkpoint, or since the beginning.
+        checkpoints: files of the last checkpoints, the last one at the end.
+        is_closed: whether all edits were forgotten: what comes next begins a new journal.
+    """
+
+    head: bytes = b""
+    digest: Any = field(default_factory=hashlib.sha256, compare=False)
+    n_lines: int = 0
+    n_index: int = 0
+    n_data: int = 0
+    since_checkpoint: int = 0
+    checkpoints: tuple[tuple[str, ...], ...] = ()
+    is_closed: bool = False
+
+    def after(self, line: Line, encoded: bytes) -> "Position":
+        """The position one line further on."""
+        digest = self.digest.copy()
+        digest.update(encoded)
+        n_lines, n_index = self.n_lines + 1, self.n_index + len(encoded)
+        n_data = self.n_data if line.record is None else line.record[0] + line.record[1].n_bytes
+        since = 0 if line.kind in ("begin", "checkpoint") else self.since_checkpoint + 1
+        checkpoints = (*self.checkpoints, tuple(line.files)) if line.kind == "checkpoint" else self.checkpoints
+        head = _head_of(n_lines, n_index, digest.hexdigest())
+        return Position(head, digest, n_lines, n_index, n_data, since, checkpoints[-3:], line.kind == "reset")
 
 
 class Journal:
-    """One journal on disk. Reading needs no lock; writing does (see `Ledger`).
+    """One journal on disk as it is at one moment. Reading needs no lock; writing does (see `Ledger`).
 
     Args:
         folder: of the journal.
@@ -73,53 +131,45 @@ class Journal:
     Attributes:
         folder: of the journal.
         lines: the events that count.
+        position: how far it goes.
 
     Raises:
-        LedgerError: index or head are missing or damaged.
+        LedgerError: index or head are missing or damaged, or of a later version.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        raw, head = self._read_head()
-        content = _read(folder / INDEX)[: head["index_bytes"]]
-        self._digest = hashlib.sha256(content)
-        if len(content) != head["index_bytes"] or self._digest.hexdigest() != head["index_sha256"]:
-            raise LedgerError(f"{folder / INDEX} is damaged: it is not what {HEAD} says. Put both back from a backup.")
-        self.lines = [Line.decode(line) for line in content.splitlines()]
+        if folder.is_symlink():
+            raise LedgerError(f"{folder} is a link. The journals of a ledger must be its own: put the folder itself there.")
+        raw, head = read_head(folder)
+        self.lines: list[Line] = []
+        self.position = Position()
+        path, n_bytes = folder / INDEX, head["index_bytes"]
+        try:
+            with open(open_regular(path), "rb") as index:
+                while self.position.n_index < n_bytes:
+                    encoded = index.readline(min(n_bytes - self.position.n_index, _LONGEST_LINE))
+                    if not encoded.endswith(b"\n"):
+                        break
+                    line = parsed(path, partial(Line.decode, encoded))
+                    self.lines.append(line)
+                    self.position = self.position.after(line, encoded)
+        except LedgerError:
+            raise
+        except OSError as exc:
+            raise LedgerError(f"{path} can't be read: {exc.strerror}. Put it back from a backup, or mend the permissions.") from exc
+        if self.position.n_index != n_bytes or self.position.digest.hexdigest() != head["index_sha256"]:
+            raise LedgerError(f"{path} is damaged: it is not what {HEAD} says. Put both back from a backup.")
         if len(self.lines) != head["lines"]:
-            raise LedgerError(
-                f"{folder / HEAD} is damaged: it counts {head['lines']} lines of {len(self.lines)}. Put it back from a backup."
-            )
-        self._n_bytes = len(content)
-        self._head = raw
-        self._is_broken = False
-        self._broken_files: Collection[str] = ()
-
-    @classmethod
-    def create(cls, folder: Path, files: Mapping[str, bytes], next_id: int = 1) -> "Journal":
-        """Write a new journal into a folder that nobody knows of yet.
-
-        Args:
-            folder: to be made.
-            files: manifest and prior.
-            next_id: number of the first edit to come.
-        """
-        folder.mkdir()
-        stamps = {name: write_file(folder / name, content) for name, content in files.items()}
-        index = Line("begin", stamps, {"next_id": next_id}, datetime.now(timezone.utc).isoformat(timespec="seconds")).encode()
-        write_file(folder / INDEX, index)
-        write_file(folder / HEAD, _head_of(1, len(index), hashlib.sha256(index).hexdigest()))
-        return cls(folder)
-
-    @property
-    def n_entries(self) -> int:
-        """Changes ever made, those that were rolled back too."""
-        return sum(line.kind == "entry" for line in self.lines)
+            raise LedgerError(f"{folder / HEAD} is damaged: it counts {head['lines']} lines of {len(self.lines)}. {_BACKUP}")
+        if [line.kind for line in self.lines].count("begin") != 1 or self.lines[0].kind != "begin":
+            raise LedgerError(f"{path} is damaged: it does not begin as a journal does. {_BACKUP}")
+        self.position = replace(self.position, head=raw)
 
     @property
     def is_closed(self) -> bool:
         """Whether all edits were forgotten: what comes next begins a new journal."""
-        return self.lines[-1].kind == "reset"
+        return self.position.is_closed
 
     def stamps(self) -> dict[str, Stamp]:
         """Files that must be there: all but those of checkpoints before the last."""
@@ -127,136 +177,187 @@ class Journal:
         kept = (line for i, line in enumerate(self.lines) if line.kind != "checkpoint" or i == last)
         return {name: stamp for line in kept for name, stamp in line.files.items()}
 
+    def known_names(self) -> set[str]:
+        """Every name in the folder that this package gave."""
+        names = {name for line in self.lines for name in line.files}
+        return {INDEX, ENTRIES, HEAD, SPARE, *names}
+
     def read(self, name: str, stamp: Stamp | None = None) -> bytes:
-        """The content of a file that the index knows, checked."""
-        return read_file(self.folder / name, self.stamps()[name] if stamp is None else stamp)
+        """The content of a file that the beginning brought, checked."""
+        if stamp is None and name not in self.lines[0].files:
+            raise LedgerError(f"{self.folder / INDEX} names no {name}. {_BACKUP}")
+        return read_file(self.folder / name, self.lines[0].files[name] if stamp is None else stamp)
 
     def load(self, name: str, stamp: Stamp | None = None, device: Any = "cpu") -> dict[str, Tensor]:
-        """The tensors of a file that the index knows, checked."""
+        """The tensors of a file, checked."""
         return unpack(self.folder / name, self.read(name, stamp), device)
 
+    def entry(self, line: Line) -> Entry:
+        """The change that a line tells of; its tensors stay on disk until they are asked for."""
+        return entry_of(self.folder, line)
+
     def entries(self) -> list[Entry]:
-        """Every change ever made, in order; its tensors stay on disk until they are asked for."""
-        return [self._entry(line) for line in self.lines if line.kind == "entry"]
+        """Every change ever made, in order."""
+        return [self.entry(line) for line in self.lines if line.kind == "entry"]
 
-    def append_entry(self, entry: Entry, data: Mapping[str, Tensor]) -> Entry:
-        """Add a change; returns it with its tensors on disk."""
-        name, content = _entry_file(self.n_entries + 1, entry, data)
-        return self._entry(self.append(Line("entry", {}, entry.to_dict(), entry.time), {name: content}))
 
-    def append(self, line: Line, files: Mapping[str, bytes] | None = None) -> Line:
-        """Add an event with its files: when this returns it is on disk, and if it raises the journal is as before.
+def entry_of(folder: Path, line: Line) -> Entry:
+    """The change that a line of a journal tells of."""
+    return parsed(folder / INDEX, lambda: Entry.from_dict(line.entry, partial(_load, folder, line)))
 
-        Raises:
-            LedgerError: the disk is full, read only or failing.
-        """
-        if self._is_broken:
-            self._undo(self._broken_files)
-            if self._is_broken:
-                raise LedgerError(f"The ledger in {self.folder} still can't be written. Make room or mend the permissions, then try again.")
-        files = files or {}
-        before = self._digest, self._n_bytes, self._head, len(self.lines)
+
+def _load(folder: Path, line: Line) -> dict[str, Tensor]:
+    """The tensors of a change."""
+    if line.record is not None:
+        offset, stamp = line.record
+        return unpack(folder / ENTRIES, read_part(folder / ENTRIES, offset, stamp))
+    found: dict[str, Tensor] = {}
+    for name, stamp in line.files.items():  # format 1
+        found |= unpack(folder / name, read_file(folder / name, stamp))
+    return found
+
+
+def create(folder: Path, files: Mapping[str, bytes], beginning: Mapping[str, Any]) -> tuple[Position, list[Line]]:
+    """Write a new journal into a folder that nobody knows of yet; its head is the caller's affair.
+
+    Args:
+        folder: to be made.
+        files: manifest and prior.
+        beginning: what the history begins with.
+    """
+    folder.mkdir()
+    return prepare(folder, Position(), [Event(Line("begin", entry=beginning), files)])
+
+
+@dataclass(frozen=True)
+class Event:
+    """What is to be written down.
+
+    Attributes:
+        line: the event; stamps are put in when it is written.
+        files: name -> content of the files that it brings.
+        data: its tensors, packed; None for none.
+    """
+
+    line: Line
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    data: bytes | None = None
+
+
+def prepare(folder: Path, at: Position, events: Sequence[Event]) -> tuple[Position, list[Line]]:
+    """Write all that events bring, but for the head: nothing of it counts yet.
+
+    Returns:
+        Where the journal is to be, and the lines as they were written.
+    """
+    lines, encoded, data, end = [], [], [], at
+    for event in events:
+        files = {name: write_file(folder / name, content) for name, content in event.files.items()}
+        record = None
+        if event.data is not None:
+            record = (end.n_data, Stamp(hashlib.sha256(event.data).hexdigest(), len(event.data)))
+            data.append(event.data)
+        line = replace(event.line, files=files, record=record)
+        encoded.append(line.encode())
+        lines.append(line)
+        end = end.after(line, encoded[-1])
+    if data:
+        _write_behind(folder / ENTRIES, at.n_data, b"".join(data))
+    _write_behind(folder / INDEX, at.n_index, b"".join(encoded))
+    return end, lines
+
+
+def put_back(folder: Path, at: Position) -> None:
+    """Make a journal end where it ended, whatever came behind."""
+    if read_small(folder / HEAD) != at.head:
+        restore(folder / HEAD, folder / SPARE, at.head)
+    for name, n_bytes in ((INDEX, at.n_index), (ENTRIES, at.n_data)):
+        if tail_of(folder / name, n_bytes):
+            _write_behind(folder / name, n_bytes, b"")
+
+
+def tail_of(path: Path, n_bytes: int) -> int:
+    """Bytes of a file behind the first `n_bytes`; 0 where there is no file."""
+    return max(0, path.stat().st_size - n_bytes) if path.exists() else 0
+
+
+def commit_file(path: Path, spare: Path, content: bytes, before: bytes | None) -> None:
+    """Replace a small file in one moment, its content before kept under a second name: to go back takes no room on a full disk."""
+    spare.unlink(missing_ok=True)
+    if before is not None:
         try:
-            stamps = {name: write_file(self.folder / name, content) for name, content in files.items()}
-            line = Line(line.kind, stamps, line.entry, line.time)
-            encoded = line.encode()
-            digest = self._digest.copy()
-            digest.update(encoded)
-            self._append_to_index(encoded)
-            head = _head_of(len(self.lines) + 1, self._n_bytes + len(encoded), digest.hexdigest())
-            self._keep_spare_head()
-            write_file(self.folder / HEAD, head)
-            (self.folder / _SPARE).unlink(missing_ok=True)
-            self._digest, self._n_bytes, self._head = digest, self._n_bytes + len(encoded), head
-            self.lines.append(line)
-        except BaseException as exc:
-            self._digest, self._n_bytes, self._head, n_lines = before
-            del self.lines[n_lines:]
-            self._undo(list(files))
-            if isinstance(exc, OSError):
-                raise LedgerError(
-                    f"The ledger in {self.folder} can't be written: {exc.strerror or exc}. Nothing was changed; make room or mend the "
-                    "permissions, then edit again."
-                ) from exc
-            raise
-        return line
-
-    def clear_debris(self) -> None:
-        """Remove what an interrupted writer left behind the head. Only for the holder of the lock."""
-        with open(self.folder / INDEX, "r+b") as handle:
-            handle.truncate(self._n_bytes)
-        known = {INDEX, HEAD, *self.stamps()}
-        for path in self.folder.iterdir():
-            if path.name not in known:
-                path.unlink()
-
-    def remove_old_checkpoints(self) -> None:
-        """Remove the files of all checkpoints but the last."""
-        for name in {name for line in self.lines for name in line.files} - self.stamps().keys():
-            (self.folder / name).unlink(missing_ok=True)
-
-    def _append_to_index(self, encoded: bytes) -> None:
-        handle = os.open(self.folder / INDEX, os.O_WRONLY)
-        try:
-            os.lseek(handle, self._n_bytes, os.SEEK_SET)  # over whatever a failed append may have left
-            write_all(handle, encoded)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def _keep_spare_head(self) -> None:
-        """A second name for the head that counts now: to go back to it takes no room on a full disk."""
-        (self.folder / _SPARE).unlink(missing_ok=True)
-        try:
-            os.link(self.folder / HEAD, self.folder / _SPARE)
+            os.link(path, spare)
         except OSError:  # a file system without hard links
-            write_file(self.folder / _SPARE, self._head)
+            write_file(spare, before)
+    write_file(path, content)
 
-    def _undo(self, files: Collection[str]) -> None:
-        """Back to the last head; where the disk doesn't allow even that, it is tried again before the next event."""
-        self._is_broken, self._broken_files = True, files
-        try:
-            if (self.folder / HEAD).read_bytes() != self._head:
-                os.replace(self.folder / _SPARE, self.folder / HEAD)
-            (self.folder / _SPARE).unlink(missing_ok=True)
-            os.truncate(self.folder / INDEX, self._n_bytes)
-            for name in files:
-                (self.folder / name).unlink(missing_ok=True)
-            self._is_broken = False
-        except OSError as exc:
-            logger.warning("The ledger in %s could not be put back: %s", self.folder, exc)
 
-    def _entry(self, line: Line) -> Entry:
-        ((name, stamp),) = line.files.items()
-        return Entry.from_dict(line.entry, lambda: self.load(name, stamp))
+def restore(path: Path, spare: Path, content: bytes) -> None:
+    """Undo `commit_file`."""
+    if spare.exists() and read_small(spare) == content:
+        os.replace(spare, path)
+        sync_folder(path.parent)
+    else:
+        write_file(path, content)
 
-    def _read_head(self) -> tuple[bytes, dict[str, Any]]:
-        path = self.folder / HEAD
-        raw = _read(path)
-        try:
-            head = json.loads(raw)
-            if raw == _head_of(head["lines"], head["index_bytes"], head["index_sha256"]):
-                return raw, head
-        except (ValueError, KeyError, TypeError):
-            pass
+
+def entry_event(entry: Entry, data: Mapping[str, Tensor]) -> Event:
+    """A change, to be written down with its tensors if it has any."""
+    text = entry.to_dict()
+    return Event(Line("entry", entry=text, time=entry.time), data=pack(data, {"entry": json.dumps(text)}) if data else None)
+
+
+def read_head(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """The head of a journal, as bytes and as values.
+
+    Raises:
+        LedgerError: it is missing or damaged, or of a later version.
+    """
+    path = folder / HEAD
+    raw = read_small(path)
+    head = parsed(path, lambda: json.loads(raw))
+    if isinstance(head, dict) and isinstance(head.get("format", 1), int) and head.get("format", 1) > FORMAT:
+        raise LedgerError(f"{path} has format {head['format']}; this version reads up to {FORMAT}. Use the package that wrote it.")
+    if not isinstance(head, dict) or raw not in _heads_like(head):
         raise LedgerError(f"{path} is damaged. Put it back from a backup.")
+    return raw, head
 
 
-def _entry_file(number: int, entry: Entry, data: Mapping[str, Tensor]) -> tuple[str, bytes]:
-    text = json.dumps(entry.to_dict())
-    return f"entry-{number:06d}.safetensors", pack(data, {"entry": text})
+def _heads_like(head: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """What a head with these values looks like, in this format and in the first."""
+    try:
+        values = _size(head["lines"]), _size(head["index_bytes"]), str(head["index_sha256"])
+    except (KeyError, ValueError):
+        return ()
+    old = canonical({"lines": values[0], "index_bytes": values[1], "index_sha256": values[2]})
+    return (_head_of(*values), old)
 
 
 def _head_of(n_lines: int, n_bytes: int, sha256: str) -> bytes:
-    return _canonical({"lines": n_lines, "index_bytes": n_bytes, "index_sha256": sha256})
+    return canonical({"format": FORMAT, "lines": n_lines, "index_bytes": n_bytes, "index_sha256": sha256})
 
 
-def _canonical(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
-
-
-def _read(path: Path) -> bytes:
+def _write_behind(path: Path, offset: int, content: bytes) -> None:
+    handle = open_regular(path, os.O_RDWR | os.O_CREAT)
     try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise LedgerError(f"{path} can't be read: {exc.strerror}. Put it back from a backup, or mend the permissions.") from exc
+        os.truncate(handle, offset)
+        os.lseek(handle, offset, os.SEEK_SET)
+        write_all(handle, content)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _stamp(sha256: object, n_bytes: object) -> Stamp:
+    if not isinstance(sha256, str):
+        raise ValueError("a checksum is no text")
+    return Stamp(sha256, _size(n_bytes))
+
+
+def _size(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 60:
+        raise ValueError("a size is no number")
+    return value
+
+
+_BACKUP = "Put it back from a backup."

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from easyedit_rls.anchors import AnchorPairs
 from easyedit_rls.errors import LedgerError
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.ledger.journal import FORMAT
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import fingerprint
 
-FORMAT = 1
-_INFORMATION = ("created", "version", "model", "templates", "settings")  # not compared
+_INFORMATION = ("format", "created", "version", "model", "templates", "settings")  # not compared
 _ADDED_LATER = ("nullspace_weight", "nullspace_threshold", "keys")  # settings whose defaults are what there was before them
 
 
@@ -67,8 +67,8 @@ class Manifest:
             LedgerError: it was written by a later version of the package.
         """
         values = json.loads(content)
-        if values.get("format") != FORMAT:
-            raise LedgerError(f"{where} has format {values.get('format')}; this version reads {FORMAT}. Use the package that wrote it.")
+        if not 1 <= int(values["format"]) <= FORMAT:
+            raise LedgerError(f"{where} has format {values['format']}; this version reads up to {FORMAT}. Use the package that wrote it.")
         before = {f.name: f.default for f in fields(RLSEditHyperParams) if f.name in _ADDED_LATER}
         return cls(**{f.name: values[f.name] for f in fields(cls)} | {"objective": {**before, **values["objective"]}})
 

@@ -1,22 +1,26 @@
-"""States to files and back, bit for bit: the prior before the first edit, and checkpoints."""
+"""Moments to files and back, bit for bit: the prior before the first edit, and checkpoints."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from easyedit_rls.errors import LedgerError
+from easyedit_rls.errors import LedgerError, RequestError, RLSEditError
 from easyedit_rls.forgetting import ForgettingLeastSquares
-from easyedit_rls.history import History, Solution, replay
-from easyedit_rls.ledger.files import pack
-from easyedit_rls.ledger.journal import MANIFEST, Journal, Line
+from easyedit_rls.history import History
+from easyedit_rls.ledger.files import pack, parsed
+from easyedit_rls.ledger.journal import INDEX, MANIFEST, Event, Journal, Line
+from easyedit_rls.ledger.ledger import Ledger, Place
 from easyedit_rls.ledger.manifest import Manifest
+from easyedit_rls.moment import Moment
 from easyedit_rls.priors import Prior
+from easyedit_rls.rebuild import Beginning, replayed
 from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.solution import LayerSolution
+from easyedit_rls.symmetric import PackedSymmetric
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -24,19 +28,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What a journal holds.
+class StoredBeginnings(Mapping[int, Beginning]):
+    """What rebuilds begin with, read from a journal when it is asked for.
 
-    Attributes:
-        solutions: layer -> the state after the last event.
-        unedited: layer -> W_0.
-        history: the edits.
+    Args:
+        journal: on disk.
+        layers: that it has.
     """
 
-    solutions: dict[int, Solution]
-    unedited: dict[int, Tensor]
-    history: History
+    def __init__(self, journal: Journal, layers: Iterator[int] | Mapping[int, Any]) -> None:
+        self._journal, self._layers = journal, tuple(layers)
+
+    def __getitem__(self, layer: int) -> Beginning:
+        if layer not in self._layers:
+            raise KeyError(layer)
+        return read_prior(self._journal, layer).beginning
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def prior_files(priors: Mapping[int, Prior]) -> dict[str, bytes]:
@@ -48,58 +60,78 @@ def prior_files(priors: Mapping[int, Prior]) -> dict[str, bytes]:
             del tensors["W"]  # as good as always: only anchors with values of their own move it
         if prior.anchor_energy is not None:
             tensors["anchor_energy"] = torch.tensor([prior.anchor_energy], dtype=torch.float64)
+        if prior.beginning.gram is not None:
+            tensors["gram"] = prior.beginning.gram.to_vector()
+        if prior.beginning.C_0 is None:
+            tensors["regularisers"] = torch.tensor([prior.beginning.lambda_reg, prior.beginning.mu_reg], dtype=torch.float64)
         files |= {_prior_name(layer): pack(tensors, {}), _unedited_name(layer): pack({"W": prior.unedited}, {})}
     return files
 
 
 def read_manifest(journal: Journal) -> Manifest:
     """Whose state the journal holds."""
-    return Manifest.decode(journal.read(MANIFEST), str(journal.folder / MANIFEST))
+    return parsed(journal.folder / MANIFEST, lambda: Manifest.decode(journal.read(MANIFEST), str(journal.folder / MANIFEST)))
 
 
 def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu") -> Prior:
     """One layer before the first edit."""
-    tensors = journal.load(_prior_name(layer), device=device)
+    name = _prior_name(layer)
+    tensors = journal.load(name, device=device)
     unedited = read_unedited(journal, layer, device)
-    energy = tensors.pop("anchor_energy", None)
-    solution = _solution({"W": unedited.clone(), **tensors}, layer)
-    return Prior(solution, unedited, None if energy is None else float(energy))
+    energy, gram, regularisers = (tensors.pop(key, None) for key in ("anchor_energy", "gram", "regularisers"))
+    solution, _ = _solutions({"W": unedited.clone(), **tensors}, layer)
+    lambda_reg, mu_reg = (0.0, 0.0) if regularisers is None else regularisers.tolist()
+    packed = None if gram is None else PackedSymmetric.from_vector(gram, len(unedited))
+    C_0 = PackedSymmetric.of(solution.covariance()) if regularisers is None else None  # a ledger of the first format
+    beginning = Beginning(packed, C_0, lambda_reg, mu_reg, solution.weight, solution.watch)
+    return Prior(solution, unedited, beginning, None if energy is None else float(energy))
 
 
 def read_unedited(journal: Journal, layer: int, device: torch.device | str = "cpu") -> Tensor:
     """W_0 of one layer, (d_k, d_v), float32."""
-    return journal.load(_unedited_name(layer), device=device)["W"]
+    tensors = journal.load(_unedited_name(layer), device=device)
+    return parsed(journal.folder / _unedited_name(layer), lambda: tensors["W"])
 
 
-def write_checkpoint(journal: Journal, solutions: Mapping[int, Solution]) -> None:
-    """Write the state as it is now, so that coming back needs no older entry; older checkpoints go."""
-    number = len(journal.lines)
-    files = {f"checkpoint-{number:06d}-layer-{layer}.safetensors": pack(s.tensors(), {}) for layer, s in solutions.items()}
-    journal.append(Line("checkpoint", {}, {}, datetime.now(timezone.utc).isoformat(timespec="seconds")), files)
-    journal.remove_old_checkpoints()
+def write_checkpoint(ledger: Ledger, moment: Moment) -> Moment:
+    """Store the whole state, so that coming back needs no older entry; all but the last two checkpoints go."""
+    place, _ = ledger.record(moment.place, checkpoint_event(moment, moment.place.position.n_lines))
+    assert place.folder is not None
+    for files in place.position.checkpoints[:-2]:
+        for name in files:
+            try:
+                (place.folder / name).unlink(missing_ok=True)
+            except OSError as exc:  # as good as there: it is not read any more
+                logger.warning("An old checkpoint could not be removed: %s", exc)
+    return replace(moment, place=place)
 
 
-def lines_since_checkpoint(journal: Journal) -> int:
-    """Events after the last checkpoint, or after the beginning."""
-    kinds = [line.kind for line in journal.lines]
-    return next(i for i, kind in enumerate(reversed(kinds)) if kind in ("checkpoint", "begin"))
+def checkpoint_event(moment: Moment, number: int) -> Event:
+    """The whole state, to be written down as the line of that number."""
+    before = {} if moment.before is None else moment.before.solutions
+    files = {
+        f"checkpoint-{number:06d}-layer-{layer}.safetensors": pack(solution.tensors(before.get(layer)), {})
+        for layer, solution in moment.solutions.items()
+    }
+    return Event(Line("checkpoint"), files)
 
 
 def read_history(journal: Journal) -> History:
     """The edits, without touching a tensor."""
-    history = _fresh_history(journal)
-    entries = iter(journal.entries())
-    for line in journal.lines:
-        if line.kind == "entry":
-            history.add(next(entries))
-        elif line.kind == "rollback":
-            history.drop_last()
-    return history
+    return parsed_history(journal, len(journal.lines))[0]
 
 
-def read_state(
+def parsed_history(journal: Journal, n_lines: int) -> tuple[History, History | None]:
+    """The edits after some lines of the index, and those that a roll-back would lead to."""
+    history, before = _beginning(journal), None
+    for line in journal.lines[:n_lines]:
+        history, before = _stepped(journal, line, history, before)
+    return history, before
+
+
+def read_moment(
     journal: Journal, devices: Mapping[int, torch.device] | None = None, *, from_start: bool = False, progress: "tqdm[Any] | None" = None
-) -> Snapshot:
+) -> Moment:
     """The state after the last event, bit for bit: the last checkpoint, then every change after it once more.
 
     Args:
@@ -109,42 +141,99 @@ def read_state(
         progress: a bar to advance by the changes made.
 
     Raises:
-        LedgerError: a file is damaged.
+        LedgerError: a file is damaged, or does not hold what it should.
     """
+    try:
+        return _read(journal, devices, from_start, progress)
+    except torch.OutOfMemoryError:
+        raise
+    except RequestError as exc:
+        raise LedgerError(f"{journal.folder} is damaged: {exc.problem} {_BACKUP}") from exc
+    except RLSEditError:
+        raise
+    except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as exc:
+        what = f"{type(exc).__name__}: {str(exc)[:80]}"
+        raise LedgerError(f"{journal.folder} holds tensors that do not belong together ({what}). {_BACKUP}") from exc
+
+
+def _read(journal: Journal, devices: Mapping[int, torch.device] | None, from_start: bool, progress: "tqdm[Any] | None") -> Moment:
+    manifest = read_manifest(journal)
     if devices is None:
-        devices = {int(layer): torch.device("cpu") for layer in read_manifest(journal).widths}
+        devices = {int(layer): torch.device("cpu") for layer in manifest.widths}
     unedited = {layer: read_unedited(journal, layer, device) for layer, device in devices.items()}
-    solutions: dict[int, Solution] = {}
-    start = 1 if from_start else len(journal.lines) - lines_since_checkpoint(journal)
+    place = Place(journal.folder, journal.position)
+    beginnings = StoredBeginnings(journal, devices)
+    start = 1 if from_start else len(journal.lines) - journal.position.since_checkpoint
+    history, history_before = parsed_history(journal, start)
+    before: Mapping[int, LayerSolution] | None = None
     if journal.lines[start - 1].kind == "checkpoint":
+        pairs = {}
         for name, stamp in journal.lines[start - 1].files.items():
             layer = int(name.rsplit("-", 1)[1].split(".")[0])
-            solutions[layer] = _solution(journal.load(name, stamp, devices[layer]), layer)
+            pairs[layer] = _solutions(journal.load(name, stamp, devices[layer]), layer)
+        solutions: Mapping[int, LayerSolution] = {layer: pairs[layer][0] for layer in devices}
+        found = {layer: pair[1] for layer, pair in pairs.items() if pair[1] is not None}
+        before = found if len(found) == len(devices) and history_before is not None else None
     else:
         solutions = {layer: read_prior(journal, layer, device).solution for layer, device in devices.items()}
-    history = _fresh_history(journal)
-    entries = iter(journal.entries())
-    for i, line in enumerate(journal.lines):
-        if line.kind == "entry" and i < start:
-            history.add(next(entries))
-        elif line.kind == "entry":
-            replay(solutions, next(entries), history, lambda layer: read_prior(journal, layer, devices[layer]).solution)
-        elif line.kind == "rollback":
-            history.drop_last()
-            for solution in solutions.values() if i >= start else ():
-                solution.rollback()
+    moment = Moment(solutions, unedited, beginnings, tuple(manifest.templates), history, None, place)
+    if before is not None and history_before is not None:
+        moment = replace(moment, before=replace(moment, solutions=before, history=history_before))
+    if progress is not None:
+        progress.update(start)
+    for line in journal.lines[start:]:
+        moment = _replayed(journal, line, moment)
         if progress is not None:
             progress.update()
-    return Snapshot(solutions, unedited, history)
+    if any(solution.n_edits != len(moment.history.live) for solution in moment.solutions.values()):
+        raise LedgerError(f"{journal.folder} is damaged: its state and its list of edits do not hold the same number of them. {_BACKUP}")
+    return moment
 
 
-def _fresh_history(journal: Journal) -> History:
-    history = History()
-    history.next_id = journal.lines[0].entry.get("next_id", 1)
-    return history
+def _replayed(journal: Journal, line: Line, moment: Moment) -> Moment:
+    """One event more."""
+    if line.kind == "entry":
+        entry = journal.entry(line)
+        solutions, history = replayed(moment.solutions, entry, moment.history, moment.beginnings)
+        return moment.changed(solutions, history, moment.place, is_final=entry.is_final)
+    if line.kind == "rollback":
+        if moment.before is None:
+            raise LedgerError(f"{journal.folder / INDEX} is damaged: it rolls back what can't be. {_BACKUP}")
+        return moment.rolled_back(moment.place)
+    return moment
 
 
-def _solution(tensors: Mapping[str, Tensor], layer: int) -> Solution:
+def _stepped(journal: Journal, line: Line, history: History, before: History | None) -> tuple[History, History | None]:
+    """One event more, in the history alone."""
+    if line.kind == "entry":
+        entry = journal.entry(line)
+        return history.plus(entry), None if entry.is_final else history
+    if line.kind == "rollback":
+        if before is None:
+            raise LedgerError(f"{journal.folder / INDEX} is damaged: it rolls back what can't be. {_BACKUP}")
+        return before.using(history.next_id), None
+    if line.kind == "checkpoint":
+        return history.using(max(history.next_id, _first_id(journal))), None if _is_loose(journal, line) else before
+    return history, before
+
+
+def _beginning(journal: Journal) -> History:
+    values = journal.lines[0].entry
+    return History(n_batches=int(values.get("n_batches", 0)), fingerprints=tuple(map(str, values.get("fingerprints", ()))))
+
+
+def _first_id(journal: Journal) -> int:
+    """Number of the first edit that came after the journal was begun; compaction puts edits with lower ones before that."""
+    return int(journal.lines[0].entry.get("next_id", 1))
+
+
+def _is_loose(journal: Journal, line: Line) -> bool:
+    """Whether a checkpoint's last change may be another one than the last entry: so it was after compaction in the first format."""
+    first = next(other for other in journal.lines if other.kind == "checkpoint")
+    return line is first and _first_id(journal) > 1 and "n_batches" not in journal.lines[0].entry
+
+
+def _solutions(tensors: Mapping[str, Tensor], layer: int) -> tuple[LayerSolution, LayerSolution | None]:
     kind = ForgettingLeastSquares if "P" in tensors else RecursiveLeastSquares
     try:
         return kind.from_tensors(tensors, f"layer {layer}")
@@ -158,3 +247,6 @@ def _prior_name(layer: int) -> str:
 
 def _unedited_name(layer: int) -> str:
     return f"unedited-layer-{layer}.safetensors"
+
+
+_BACKUP = "Put it back from a backup."

@@ -18,7 +18,7 @@ from easyedit_rls.model.capture import form_of, record_outputs, skip_layers
 from easyedit_rls.model.forward import positions_follow_mask
 from easyedit_rls.model.outlet import Outlet, find_outlet
 from easyedit_rls.model.structure import obstacle
-from easyedit_rls.model.weights import EditedWeight
+from easyedit_rls.model.weights import EditedWeight, shared_with
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,20 @@ class Layout:
     layers: list[nn.Module]
     n_lower: int
     loss_layer: nn.Module
+
+    def refuse_if_replaced(self) -> None:
+        """See that the edited modules are still the model's.
+
+        Raises:
+            LayoutError: one was replaced since they were looked up.
+        """
+        for weight in self.edited.values():
+            try:
+                module = self.model.get_submodule(weight.parameter_name.rpartition(".")[0])
+            except AttributeError:
+                module = None
+            if module is not weight.module:
+                raise LayoutError(f"The module of {weight.parameter_name} was replaced or removed since. Make a new editor of the model.")
 
     @property
     def lower_layers(self) -> list[nn.Module]:
@@ -102,6 +116,13 @@ def find_layout(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Layout:
         raise LayoutError(f"{'; '.join(refused)}.")
     names = {layer: hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers}
     edited = {layer: EditedWeight(model.get_submodule(name), name) for layer, name in names.items()}
+    for layer, weight in edited.items():
+        other = shared_with(model, weight)
+        if other is not None:
+            raise LayoutError(
+                f"Weight {weight.parameter_name} is also {other}: what is edited into layer {layer} would change that too. "
+                "Edit other layers, or give each a copy of its own."
+            )
     if not positions_follow_mask(model):
         raise LayoutError(
             f"{type(model).__name__} takes no position_ids and counts padding as text, so prompts of unlike lengths can't run together."

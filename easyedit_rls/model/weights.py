@@ -30,6 +30,12 @@ class EditedWeight:
             raise LayoutError(
                 f"Module {name} is a {type(module).__name__}; only Linear and Conv1D can be edited. Check rewrite_module_tmp."
             )
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            raise LayoutError(
+                f"Weight {name}.weight is no parameter of its own but computed from others before each pass "
+                "(a parametrization, weight_norm, spectral_norm or prune): what is written there is lost. Make it permanent first "
+                "(remove_parametrizations, remove_weight_norm, remove_spectral_norm, prune.remove)."
+            )
         if not module.weight.is_floating_point() or module.weight.dim() != 2:
             raise LayoutError(f"Weight {name}.weight is quantised ({module.weight.dtype}). Load the model in float32, bfloat16 or float16.")
         self.module = module
@@ -77,6 +83,26 @@ class EditedWeight:
         """Write a snapshot back, bit for bit."""
         with torch.no_grad():
             self.parameter.copy_(snapshot)
+
+
+def shared_with(model: nn.Module, weight: EditedWeight) -> str | None:
+    """Another name of the model's for an edited parameter, or for one that lies in the same memory; None if it stands alone."""
+    start, end = _range(weight.parameter)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in module._parameters.items():
+            full = f"{path}.{name}"
+            if tensor is None or full == weight.parameter_name:
+                continue
+            other_start, other_end = _range(tensor)
+            if tensor is weight.parameter or (tensor.device == weight.parameter.device and other_start < end and start < other_end):
+                return full
+    return None
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last one; an empty range where there is no memory (meta device)."""
+    start = 0 if tensor.device.type == "meta" else tensor.data_ptr()
+    return start, start + (tensor.numel() * tensor.element_size() if start else 0)
 
 
 def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:

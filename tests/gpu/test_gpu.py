@@ -51,7 +51,7 @@ def test_the_recursion_equals_the_batch_solution():
     A, B = 4 * eye.double(), 4 * W.double()
     for _ in range(5):
         K, V = torch.randn(10, 300, generator=g, device="cuda"), torch.randn(10, 40, generator=g, device="cuda")
-        state.update(K, V)
+        state = state.update(K, V)
         A, B = A + K.double().T @ K.double(), B + K.double().T @ V.double()
     true = torch.linalg.solve(A, B)
     assert float((state.weight.double() - true).norm() / true.norm()) < FLOAT32

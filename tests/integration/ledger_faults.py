@@ -30,9 +30,8 @@ from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from easyedit_rls import RLSEditor, files
-from easyedit_rls.ledger import compact as compact_module
-from easyedit_rls.ledger import journal, ledger
-from easyedit_rls.ledger.ledger import latest
+from easyedit_rls.ledger import journal, ledger, tidy
+from easyedit_rls.ledger.reading import latest
 from tests.conftest import tiny_llama, tiny_settings
 
 CHILD_LIMIT_S = 300.0  # a child takes a second or two
@@ -81,7 +80,7 @@ class KillingOs:
 
 
 def watch(killing):
-    for module in (files, journal, ledger, compact_module):
+    for module in (files, journal, ledger, tidy):
         if hasattr(module, "os"):
             module.os = killing
 

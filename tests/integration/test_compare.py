@@ -23,8 +23,8 @@ from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Plan
 from easyedit_rls.compare.progress import write_progress
 from easyedit_rls.ledger.inspect import layer_figures
-from easyedit_rls.ledger.ledger import latest
-from easyedit_rls.ledger.snapshot import read_manifest, read_prior, read_state
+from easyedit_rls.ledger.reading import latest
+from easyedit_rls.ledger.snapshot import read_manifest, read_moment, read_prior
 from tests.conftest import REPOSITORY, tiny_llama, tiny_settings
 
 ARGUMENTS = [
@@ -87,7 +87,7 @@ def test_the_objective_is_the_ledgers(tok, requests, tmp_path):
         editor.edit(requests[2:])
         found = objective.terms(editor)
     journal = latest(tmp_path)
-    snapshot, manifest = read_state(journal), read_manifest(journal)
+    snapshot, manifest = read_moment(journal), read_manifest(journal)
     layers = [layer_figures(read_prior(journal, n), solution, snapshot.history, n, manifest) for n, solution in snapshot.solutions.items()]
     assert found["edits"] == pytest.approx(sum(layer.edits_term for layer in layers), rel=1e-3)
     assert found["deviation"] == pytest.approx(sum(layer.deviation_term for layer in layers), rel=1e-3)

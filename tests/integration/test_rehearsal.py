@@ -91,7 +91,7 @@ def test_nothing_to_rehearse(model, tok, hparams):
 def history_of(*requests):
     history = History()
     for number, request in enumerate(parse_requests(list(requests)), 1):
-        history.add(Entry("edit", (Edit(number, request, 0),)))
+        history = history.plus(Entry("edit", (Edit(number, request, 0),)))
     return history
 
 
@@ -102,7 +102,7 @@ def test_each_has_its_turn():
     for n_batches in range(5, 8):
         assert history.n_batches == n_batches
         turns.append([edit.edit_id for edit in due_edits(history, 2)])
-        history.add(Entry("edit"))
+        history = history.plus(Entry("edit"))
     assert turns == [[1, 2], [3, 4], [5, 1]]
     assert [edit.edit_id for edit in due_edits(history, 9, besides=[2, 3])] == [1, 4, 5]
     assert due_edits(history, 0) == due_edits(History(), 3) == []

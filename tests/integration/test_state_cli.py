@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from easyedit_rls import RLSEditor
 from easyedit_rls.cli.main import main
-from easyedit_rls.ledger.ledger import Ledger, journals, latest
+from easyedit_rls.ledger.ledger import Ledger
+from easyedit_rls.ledger.reading import journals, latest
 from easyedit_rls.ledger.snapshot import read_history
 from tests.conftest import FAMILIES
 from tests.tolerances import FLOAT32
@@ -112,8 +113,7 @@ def test_verify_finds_damage_and_names_it(ledger, capsys):
 
 def test_verify_tells_a_state_that_left_the_batch_solution(ledger, capsys, tok, settings):
     editor = RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, settings(), state_dir=ledger)
-    editor.state.layers[1].commit()
-    editor.state.layers[1]._W += 0.1
+    editor.state.layers[1].weight.add_(0.1)
     editor.state.checkpoint(0)
     editor.state.ledger.close()
     status, out, _ = run(capsys, "verify", ledger)

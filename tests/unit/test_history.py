@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,17 +22,28 @@ def batch(first, *names, removed=(), factor=1.0):
     n = len(names)
     data = {"importance": torch.arange(1.0, n + 1), "K.3": torch.full((n, 4), float(first)), "V.3": torch.arange(2.0 * n).reshape(n, 2)}
     edits = tuple(Edit(first + i, request(name), i) for i, name in enumerate(names))
-    return Entry("edit", edits, removed, {3: factor}, data=lambda: data)
+    return Entry("edit", edits, removed, factors={3: factor}, data=lambda: data)
+
+
+CHANGES = [
+    batch(1, "A", "B"),
+    batch(3, "C", factor=0.5),
+    Entry("retract", removed=(2,)),
+    batch(4, "A", removed=(1,), factor=0.5),
+]
+
+
+def after(n):
+    """The history after some of the changes."""
+    history = History()
+    for entry in CHANGES[:n]:
+        history = history.plus(entry)
+    return history
 
 
 @pytest.fixture
 def history():
-    history = History()
-    history.add(batch(1, "A", "B"))
-    history.add(batch(3, "C", factor=0.5))
-    history.add(Entry("retract", removed=(2,)))
-    history.add(batch(4, "A", removed=(1,), factor=0.5))
-    return history
+    return after(4)
 
 
 def test_what_stands(history):
@@ -45,13 +57,21 @@ def test_what_stands(history):
             history.check(unknown)
 
 
-def test_dropping_the_last_brings_back_what_it_removed(history):
-    history.drop_last()
-    assert sorted(history.live) == [1, 3]
-    assert history.conflicts([request("A")]) == [1]
-    history.drop_last()
-    assert sorted(history.live) == [1, 2, 3]
-    assert history.next_id == 5  # a number is never used twice
+def test_a_change_leaves_the_history_before_it_as_it_was(history):
+    earlier = after(3)
+    later = earlier.plus(CHANGES[3])
+    assert list(earlier.live) == [1, 3]
+    assert earlier.conflicts([request("A")]) == [1]
+    assert list(later.live) == list(history.live) == [3, 4]
+    again = earlier.using(5).plus(batch(5, "D"))  # a number is never used twice
+    assert list(again.live) == [1, 3, 5]
+    with pytest.raises(RequestError, match="number 4 was used before; the next is 5"):
+        earlier.using(5).plus(batch(4, "D"))
+
+
+def test_taking_out_what_does_not_stand_is_refused(history):
+    with pytest.raises(RequestError, match="no such edit: 1"):
+        history.plus(Entry("retract", removed=(1,)))
 
 
 def test_tensors_are_in_order_and_faded(history):
@@ -59,16 +79,19 @@ def test_tensors_are_in_order_and_faded(history):
     assert K[:, 0].tolist() == [3.0, 4.0]
     assert V.tolist() == [[0.0, 1.0], [0.0, 1.0]]
     assert D.tolist() == [0.5, 1.0]
-    history.drop_last()
-    history.drop_last()
-    assert history.tensors([2, 3], [3])[3][2].tolist() == [1.0, 1.0]  # of importance 2, faded by half; of importance 1
+    assert after(2).tensors([2, 3], [3])[3][2].tolist() == [1.0, 1.0]  # of importance 2, faded by half; of importance 1
 
 
-def test_a_copy_shares_entries_and_nothing_else(history):
-    twin = copy.deepcopy(history)
-    twin.drop_last()
-    assert sorted(history.live) == [3, 4]
-    assert twin.entries[0] is history.entries[0]
+def test_every_entry_is_read_once(history):
+    reads = []
+    counted = [replace(entry, data=lambda entry=entry: reads.append(1) or entry.data()) for entry in CHANGES]
+    history = History().plus(counted[0]).plus(counted[1])
+    history.tensors(history.live, [3])
+    assert len(reads) == 2
+
+
+def test_a_copy_shares_entries(history):
+    assert copy.deepcopy(history).entries[0] is history.entries[0]
 
 
 def test_an_entry_survives_json(history):

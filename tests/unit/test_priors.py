@@ -46,5 +46,5 @@ def test_alphaedit_is_the_limit(moment):
     expected = torch.linalg.solve(P @ K.T @ K + torch.eye(D_K, dtype=torch.float64), P @ K.T @ R)
     hp = tiny_settings("llama", mom2_update_weight=0.0, lambda_reg=1.0, nullspace_weight=1e8, nullspace_threshold=0.02)
     solution = RecursiveLeastSquares(W, _moment_gram(mean, hp), lambda_reg=1.0, mu_reg=1.0)
-    solution.update(K, K @ W + R)
+    solution = solution.update(K, K @ W + R)
     assert torch.allclose(solution.weight - W, expected, rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from easyedit_rls.symmetric import PackedSymmetric
+from easyedit_rls.symmetric import PackedSymmetric, Term
 from tests.tolerances import FLOAT64
 
 SIZES = [1, 63, 64, 65, 200, 512, 1100]
@@ -38,7 +38,7 @@ def test_an_update_equals_the_dense_one(n):
     M = symmetric(n)
     G, H, X = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n, 3), (n, 2), (4, n)))
     packed = PackedSymmetric.of(M)
-    product = packed.update_([(G, -1.0), (H, 1.0)], X)
+    product = packed.update_([Term(G, -1.0), Term(H, 1.0)], X)
     expected = M - G @ G.T + H @ H.T
     torch.testing.assert_close(packed.full(), expected, rtol=0, atol=FLOAT64 * n)
     torch.testing.assert_close(product, X @ expected, rtol=0, atol=FLOAT64 * n)
@@ -48,7 +48,7 @@ def test_an_update_equals_the_dense_one(n):
 def test_without_anything_to_multiply_only_the_matrix_changes():
     packed, G = PackedSymmetric.of(symmetric(600)), torch.ones(600, 1, dtype=torch.float64)
     twin = packed.clone()
-    assert packed.update_([(G, 1.0)]).shape == (0, 600)
+    assert packed.update_([Term(G, 1.0)]).shape == (0, 600)
     assert torch.equal(packed.full(), symmetric(600) + 1)
     assert torch.equal(twin.full(), symmetric(600))
 

@@ -1,0 +1,127 @@
+"""The least-squares problem of one layer from its beginning: what the soft constraints say, and all edits summed anew in float64.
+
+The recursion never needs it while float32 holds what it must. It does where the covariance or the weight has drifted, or where edits
+are to be taken out that were nearly all the state knew of their keys: no downdate can tell then what would be left.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from easyedit_rls.forgetting import ForgettingLeastSquares
+from easyedit_rls.history import Entry, History
+from easyedit_rls.linalg import spd_inverse
+from easyedit_rls.recursion import RecursiveLeastSquares, information
+from easyedit_rls.solution import LayerSolution, flat_rows
+from easyedit_rls.symmetric import PackedSymmetric
+from easyedit_rls.watch import WeightWatch, widest_dtype
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """One layer's problem before the first edit, so that A_0 can be had again.
+
+    Attributes:
+        gram: ``K_0ᵀK_0`` by half, or None for no anchor term. In states of earlier versions None, with `C_0` instead.
+        C_0: the covariance before the first edit by half, where nothing else is known.
+        lambda_reg: λ.
+        mu_reg: μ.
+        W_p: the weight that the soft constraints alone give, (d_k, d_v).
+        watch: of the weight, before the first edit.
+    """
+
+    gram: PackedSymmetric | None
+    C_0: PackedSymmetric | None
+    lambda_reg: float
+    mu_reg: float
+    W_p: Tensor
+    watch: WeightWatch | None
+
+    def information(self, device: torch.device) -> Tensor:
+        """A_0, (d_k, d_k), in the widest dtype of the device."""
+        wide = widest_dtype(device)
+        if self.C_0 is not None:
+            return spd_inverse(self.C_0.full().to(device, wide), "Prior covariance", "Mend the ledger.")
+        gram = None if self.gram is None else self.gram.full().to(device)
+        return information(len(self.W_p), gram, self.lambda_reg, self.mu_reg, device)
+
+
+def batch_solution(beginning: Beginning, history: History, layer: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A, C, W and the rows of the batch problem of all edits that stand, as far as they have not faded; float64 where the device has it.
+
+    Raises:
+        NumericalError: A is not positive definite.
+    """
+    A = beginning.information(device)
+    W_p = beginning.W_p.to(A)
+    right = torch.zeros_like(W_p)
+    for part in history.standing([layer], device=device):
+        K, V, D = flat_rows(*(tensor.to(A) for tensor in part[layer]))
+        A.addmm_(K.T, D[:, None] * K)
+        right.addmm_(K.T, D[:, None] * (V - K @ W_p))
+    C = spd_inverse(A, f"Information matrix of layer {layer}", "Raise lambda_reg.")
+    return A, C, W_p + C @ right, len(history.live)
+
+
+def rebuilt(beginning: Beginning, current: LayerSolution, history: History, layer: int, removed: Sequence[int] = ()) -> LayerSolution:
+    """The solution of one layer summed anew, in float64 where the device has it, from where on it stays in float64.
+
+    Args:
+        beginning: of the layer.
+        current: the solution as the recursion has it. Where somebody else's weights were adopted, its weight is what to go on from.
+        history: the edits, `removed` still among them.
+        layer: the layer's number.
+        removed: edits that are to be taken out.
+
+    Raises:
+        NumericalError: the information matrix is not positive definite.
+    """
+    if isinstance(current, ForgettingLeastSquares):  # it carries A itself, in float64
+        device = current.weight.device
+        return current.retract(*history.tensors(removed, [layer], device)[layer]) if removed else current
+    device = current.weight.device
+    rest = history.plus(Entry("retract", removed=tuple(removed))) if removed else history
+    A, C, W, n_edits = batch_solution(beginning, rest, layer, device)
+    if history.is_adopted:
+        W = current.weight.to(A)
+        if removed:
+            K, V, D = flat_rows(*(tensor.to(A) for tensor in history.tensors(removed, [layer], device)[layer]))
+            W = W - C @ (K.T @ (D[:, None] * (V - K @ W)))
+    watch = None if beginning.watch is None else beginning.watch.to(device).rebuilt(A, W)
+    return RecursiveLeastSquares.assemble(C, W, A, watch, n_edits, current.name)
+
+
+def replayed(
+    solutions: Mapping[int, LayerSolution], entry: Entry, history: History, beginnings: "Mapping[int, Beginning]"
+) -> tuple[dict[int, LayerSolution], History]:
+    """The state after one change more, bit for bit as the editor made it.
+
+    Args:
+        solutions: layer -> the state before it.
+        entry: the change.
+        history: what came before it.
+        beginnings: layer -> its beginning; looked up only where a layer is rebuilt.
+    """
+    layers = list(solutions)
+    device = next(iter(solutions.values())).weight.device
+    again = layers if entry.kind == "rebuild" else entry.rebuilt
+    by_step = [layer for layer in layers if layer not in again]
+    gone = history.tensors(entry.removed, by_step, device) if entry.removed and by_step else {}
+    has_tensors = entry.edits or entry.kind == "adopt" or any(factor != 1.0 for factor in entry.factors.values())
+    data = entry.data() if has_tensors else {}
+    after: dict[int, LayerSolution] = {}
+    for layer, solution in solutions.items():
+        is_begun = False
+        if layer in again:
+            solution, is_begun = rebuilt(beginnings[layer], solution, history, layer, entry.removed), True
+        elif entry.removed:
+            solution, is_begun = solution.retract(*gone[layer]), True
+        if f"K.{layer}" in data:
+            K, V, D = (data[name].to(device) for name in (f"K.{layer}", f"V.{layer}", "importance"))
+            solution = solution.update(K, V, D, joins_last=is_begun, factor=entry.factors[layer])
+        if entry.kind == "adopt":
+            solution = solution.adopt(data[f"W.{layer}"].to(device))
+        after[layer] = solution
+    return after, history.plus(entry)
