@@ -55,7 +55,7 @@ class Change:
         """
         self.removed = tuple(removed)
         for layer, solution in self.solutions.items():
-            if solution.drift() > DRIFT_TOLERANCE or solution.weight_error() > WEIGHT_TOLERANCE:
+            if solution.can_drift and (solution.drift() > DRIFT_TOLERANCE or solution.weight_error() > WEIGHT_TOLERANCE):
                 logger.warning(
                     "Layer %d has drifted (covariance %.1e, weight %.1e): it is summed anew in float64, and stays in it",
                     layer,

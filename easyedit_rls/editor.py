@@ -214,14 +214,14 @@ class RLSEditor:
 
     def _edit(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit] = ()) -> EditReport:
         """Edit, in passes as long as memory allows: nothing has happened when it runs out, so the batch begins anew with shorter ones."""
-        given = self.hparams.batch_tokens
+        given, history = self.hparams.batch_tokens, self.state.history
         while True:
             try:
                 report = self._edit_once(requests, superseded, due)
                 break
             except torch.OutOfMemoryError:
-                if self.hparams.batch_tokens <= _LEAST_TOKENS:
-                    raise
+                if self.hparams.batch_tokens <= _LEAST_TOKENS or self.state.history is not history:
+                    raise  # the latter: the batch is done, and its report ran out of memory
                 self.hparams = replace(self.hparams, batch_tokens=self.hparams.batch_tokens // 2)
             torch.cuda.empty_cache()
         if self.hparams.batch_tokens < given:

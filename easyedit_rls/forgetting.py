@@ -61,12 +61,13 @@ class _Parts:
 
     Attributes:
         prior: shared.
-        A: information, (d_k, d_k), without the steps of the last change; the solution before shares it.
+        A: information, (d_k, d_k); the solution before shares it, or the one after.
         steps: of the last change.
         W: weight, (d_k, d_v).
         n_edits: edits in it.
         surprise: sum of tr(Eᵀ S^-1 E), and edits summed over.
         drift: relative error of the last solve.
+        is_whole: whether the steps are in A.
     """
 
     prior: _Prior
@@ -76,6 +77,7 @@ class _Parts:
     n_edits: int
     surprise: tuple[float, float]
     drift: float
+    is_whole: bool = False
 
 
 class ForgettingLeastSquares(LayerSolution):
@@ -97,6 +99,8 @@ class ForgettingLeastSquares(LayerSolution):
     Raises:
         NumericalError: ``A_0`` is not positive definite or not finite.
     """
+
+    can_drift = False  # A is carried, and factored for each batch
 
     def __init__(
         self,
@@ -137,7 +141,7 @@ class ForgettingLeastSquares(LayerSolution):
     def information(self) -> Tensor:
         """A_t as a new (d_k, d_k) tensor, float64 where the device has it."""
         A = self._parts.A.clone()
-        for step in self._parts.steps:
+        for step in () if self._parts.is_whole else self._parts.steps:
             self._apply_(A, step)
         return A
 
@@ -271,8 +275,9 @@ class ForgettingLeastSquares(LayerSolution):
         W = row_major(W, self.weight)
         if not bool(torch.isfinite(W).all()):
             raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
-        if not joins_last and self._parts.steps:  # the same in another form, so that both solutions share one A
-            self._parts = replace(self._parts, A=self.information(), steps=())
-        steps = (*self._parts.steps, step)
-        new = replace(self._parts, steps=steps, W=W, n_edits=self.n_edits + n_edits, surprise=surprise, drift=drift)
-        return self._of(new, self.name, step.gamma)
+        if not joins_last and not self._parts.is_whole:  # the same in another form, so that both solutions share one A
+            self._parts = replace(self._parts, A=self.information(), is_whole=True)
+        parts = replace(self._parts, W=W, n_edits=self.n_edits + n_edits, surprise=surprise, drift=drift)
+        if joins_last:
+            return self._of(replace(parts, steps=(*parts.steps, step)), self.name, step.gamma)
+        return self._of(replace(parts, steps=(step,), is_whole=False), self.name, step.gamma)

@@ -11,6 +11,7 @@ from torch import Tensor
 from easyedit_rls._version import __version__
 from easyedit_rls.errors import RequestError
 from easyedit_rls.requests import EditRequest
+from easyedit_rls.watch import widest_dtype
 
 Data: TypeAlias = Callable[[], Mapping[str, Tensor]]
 
@@ -189,8 +190,9 @@ class History:
         for index in sorted(rows):
             data = self.entries[index].data()
             names = {layer: (f"K.{layer}", f"V.{layer}", "importance") for layer in layers}
-            found = {layer: [data[name][rows[index]].to(device) for name in names[layer]] for layer in layers}
-            yield {layer: [K, V, D * left[layer][index]] for layer, (K, V, D) in found.items()}
+            found = {layer: [data[name][rows[index]] for name in names[layer]] for layer in layers}
+            faded = {layer: _faded(D, left[layer][index], device) for layer, (_, _, D) in found.items()}
+            yield {layer: [K.to(device), V.to(device), faded[layer]] for layer, (K, V, _) in found.items()}
 
     def tensors(self, edit_ids: Iterable[int], layers: Sequence[int], device: torch.device | None = None) -> dict[int, list[Tensor]]:
         """The same in one piece: layer -> [K, V, D]."""
@@ -204,3 +206,10 @@ class History:
             for index in range(len(self.entries) - 1, 0, -1):
                 shares[index - 1] = shares[index] * self.entries[index].factors.get(layer, 1.0)
         return left
+
+
+def _faded(importance: Tensor, left: float, device: torch.device | None) -> Tensor:
+    """What is left of importances; in the widest dtype, since what fades in float64 has to be taken out to the last digit."""
+    if left == 1.0:
+        return importance.to(device)
+    return (importance.double() * left).to(device, widest_dtype(device or importance.device))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ class LayerSolution(ABC):
     Attributes:
         name: of the layer, for messages.
         gamma: forgetting factor of the batch that made it; 1 where nothing fades.
+        can_drift: whether rounding piles up in it from batch to batch.
     """
 
     name: str
     gamma: float = 1.0
+    can_drift: ClassVar[bool] = True
 
     @property
     def watch(self) -> WeightWatch | None:

@@ -66,20 +66,53 @@ def tap(
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients to parameters, no autograd; every flag is put back, also after an exception."""
-    training = [(module, module.training) for module in model.modules()]
-    wants_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Evaluation mode, no gradients to parameters, no autograd; every flag is put back, and after an exception every hook too.
+
+    What is hung onto modules inside takes itself off again, but an interrupt can come in the middle of that.
+    """
+    found = _Found(model)
     try:
         model.eval()
-        for parameter, _ in wants_grad:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         with torch.inference_mode(False), torch.no_grad():
             yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in wants_grad:
+        found.put_flags_back()
+    except BaseException:
+        found.put_flags_back()
+        found.put_hooks_back()
+        raise
+
+
+class _Found:
+    """Flags and hooks of a model as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, module.training, module.__dict__.get("forward")) for module in model.modules()]
+        self._wants_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._hooks = [
+            (hooks, dict(hooks))
+            for module, _, _ in self._modules
+            for name, hooks in module.__dict__.items()
+            if name.startswith(("_forward_hooks", "_forward_pre_hooks"))
+        ]
+
+    def put_flags_back(self) -> None:
+        for module, is_training, _ in self._modules:
+            module.training = is_training
+        for parameter, flag in self._wants_grad:
             parameter.requires_grad_(flag)
+
+    def put_hooks_back(self) -> None:
+        for hooks, before in self._hooks:
+            if hooks.keys() != before.keys():
+                hooks.clear()
+                hooks.update(before)
+        for module, _, forward in self._modules:
+            if module.__dict__.get("forward") is not forward:
+                module.__dict__.pop("forward", None)
+                if forward is not None:
+                    module.__dict__["forward"] = forward
 
 
 @contextmanager

@@ -155,3 +155,16 @@ def test_faults_change_nothing():
     with pytest.raises(NumericalError, match="Target outputs of layer 0 hold NaN"):
         feed(state, problem, 4, 8)
     assert torch.equal(state.weight, weight)
+
+
+def test_a_change_that_came_to_nothing_leaves_what_is_stored_as_it_was():
+    from tests.property.test_recursion import Problem
+
+    problem = Problem(0, 12, "both", False, "moments")
+    before = feed(forgetting(problem, 0.9), problem, 0, 4)
+    now = feed(before, problem, 4, 8)
+    stored = {name: tensor.clone() for name, tensor in now.tensors(before).items()}
+    feed(now, problem, 8, 12)
+    again = now.tensors(before)
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in stored.items())
