@@ -11,20 +11,21 @@ import re
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from easyedit_rls.errors import LedgerError, RequestError
+from easyedit_rls.errors import LedgerError, RequestError, RLSEditError
 from easyedit_rls.files import NO_FOLLOW, Stamp
 
 T = TypeVar("T")
 
 CURE = "Put it back from a backup; `easyedit-rls state verify` lists all damage."
 MOST_SMALL = 1 << 16  # bytes of a head or a pointer, at most
+MOST_TEXT = 1 << 26  # of a manifest, or of a record's header
 
 _JOURNAL = re.compile(r"journal-(\d{4,9})")
 _FILE = re.compile(
@@ -82,8 +83,11 @@ def read_small(path: Path) -> bytes:
         return content
 
 
-def read_part(path: Path, offset: int, stamp: Stamp) -> bytes:
+def read_part(path: Path, offset: int, stamp: Stamp, *, holds_tensors: bool = True) -> bytes:
     """A part of a file that is what its stamp says.
+
+    Whoever made the ledger made the stamp too. So it takes no memory before the checksum is right, and no time before the header of
+    the tensors is.
 
     Raises:
         LedgerError: it is missing, unreadable, not a regular file, or damaged; names the file.
@@ -92,17 +96,32 @@ def read_part(path: Path, offset: int, stamp: Stamp) -> bytes:
         n_bytes = os.fstat(handle.fileno()).st_size
         if n_bytes < offset + stamp.n_bytes:
             raise LedgerError(f"{path} is damaged: it has {n_bytes} bytes instead of {offset + stamp.n_bytes}. {CURE}")
+        if not _is_plausible(handle, offset, stamp.n_bytes) if holds_tensors else stamp.n_bytes > MOST_TEXT:
+            raise LedgerError(f"{path} is damaged: it does not hold what it should. {CURE}")
         handle.seek(offset)
-        digest, content = hashlib.sha256(), bytearray()
-        while len(content) < stamp.n_bytes:
-            chunk = handle.read(min(_CHUNK, stamp.n_bytes - len(content)))
-            if not chunk:
-                break
+        digest, left = hashlib.sha256(), stamp.n_bytes
+        while left and (chunk := handle.read(min(_CHUNK, left))):
             digest.update(chunk)
-            content += chunk
-    if digest.hexdigest() != stamp.sha256:
-        raise LedgerError(f"{path} is damaged: its SHA-256 is not the one in the index. {CURE}")
-    return bytes(content)
+            left -= len(chunk)
+        if digest.hexdigest() != stamp.sha256:
+            raise LedgerError(f"{path} is damaged: its SHA-256 is not the one in the index. {CURE}")
+        handle.seek(offset)
+        content: bytes = handle.read(stamp.n_bytes)
+        return content
+
+
+def _is_plausible(handle: IO[bytes], offset: int, n_bytes: int) -> bool:
+    """Whether a safetensors file of that size begins there: the size of its header, then the header with the extent of each tensor."""
+    handle.seek(offset)
+    n_header = int.from_bytes(handle.read(8), "little")
+    if not 2 <= n_header <= min(n_bytes - 8, MOST_TEXT):
+        return False
+    try:
+        header = json.loads(handle.read(n_header))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return 8 + n_header + max(ends, default=0) == n_bytes
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return False
 
 
 def read_file(path: Path, stamp: Stamp) -> bytes:
@@ -115,7 +134,7 @@ def read_file(path: Path, stamp: Stamp) -> bytes:
         n_bytes = os.fstat(handle.fileno()).st_size
     if n_bytes != stamp.n_bytes:
         raise LedgerError(f"{path} is damaged: it has {n_bytes} bytes instead of {stamp.n_bytes}. {CURE}")
-    return read_part(path, 0, stamp)
+    return read_part(path, 0, stamp, holds_tensors=path.suffix == ".safetensors")
 
 
 def _reading(path: Path) -> Any:
@@ -130,18 +149,22 @@ def _reading(path: Path) -> Any:
 
 
 def parsed(path: Path, read: Callable[[], T]) -> T:
-    """What a function makes of a ledger's text, whatever somebody wrote there.
+    """What a function makes of a ledger's texts and tensors, whatever somebody put there.
 
     Raises:
-        LedgerError: it can't be made; names the file.
+        LedgerError: it can't be made; names the file or folder.
     """
     try:
         return read()
-    except (LedgerError, RequestError):
+    except torch.OutOfMemoryError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as exc:
-        what = f"{type(exc).__name__}: {str(exc)[:80]}"
-        raise LedgerError(f"{path} is damaged, or no version of this package wrote it ({what}). {CURE}") from exc
+    except RequestError as exc:
+        raise LedgerError(f"{path} is damaged: {exc.problem} {CURE}") from exc
+    except RLSEditError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError, RuntimeError) as exc:
+        what = f"{type(exc).__name__}: {' '.join(str(exc).split())[:80]}"
+        raise LedgerError(f"{path} is damaged, or holds what does not belong together ({what}). {CURE}") from exc
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

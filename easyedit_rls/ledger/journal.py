@@ -33,7 +33,7 @@ FORMAT = 2
 INDEX, ENTRIES, HEAD, MANIFEST = "index.jsonl", "entries.bin", "head.json", "manifest.json"
 SPARE = "head.json.before"
 _KINDS = ("begin", "entry", "rollback", "checkpoint", "reset")
-_LONGEST_LINE = 1 << 28  # bytes
+_LONGEST_LINE = 1 << 26  # bytes
 
 
 def now() -> str:
@@ -208,12 +208,15 @@ def entry_of(folder: Path, line: Line) -> Entry:
 
 def _load(folder: Path, line: Line) -> dict[str, Tensor]:
     """The tensors of a change."""
+    found: dict[str, Tensor] = {}
     if line.record is not None:
         offset, stamp = line.record
-        return unpack(folder / ENTRIES, read_part(folder / ENTRIES, offset, stamp))
-    found: dict[str, Tensor] = {}
+        found = unpack(folder / ENTRIES, read_part(folder / ENTRIES, offset, stamp))
     for name, stamp in line.files.items():  # format 1
         found |= unpack(folder / name, read_file(folder / name, stamp))
+    rows = [edit["row"] for edit in line.entry["edits"]]
+    if any(not 0 <= row < len(tensor) for row in rows for name, tensor in found.items() if not name.startswith("W.")):
+        raise LedgerError(f"{folder / INDEX} is damaged: it tells of more edits than {folder / ENTRIES} holds. {_BACKUP}")
     return found
 
 

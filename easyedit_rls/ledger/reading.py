@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,7 +80,7 @@ def at_one_moment(folder: Path, read: Callable[[Journal], T]) -> T:
             journal = latest(folder)
             if journal is None:
                 raise LedgerError(f"{folder} holds no ledger. Give the folder that was state_dir.")
-            return read(journal)
+            return parsed(journal.folder, partial(read, journal))
         except LedgerError:
             if _moment(folder) == before:
                 raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from easyedit_rls.errors import LedgerError, RequestError, RLSEditError
+from easyedit_rls.errors import LedgerError
 from easyedit_rls.forgetting import ForgettingLeastSquares
 from easyedit_rls.history import History
 from easyedit_rls.ledger.files import pack, parsed
@@ -143,17 +143,7 @@ def read_moment(
     Raises:
         LedgerError: a file is damaged, or does not hold what it should.
     """
-    try:
-        return _read(journal, devices, from_start, progress)
-    except torch.OutOfMemoryError:
-        raise
-    except RequestError as exc:
-        raise LedgerError(f"{journal.folder} is damaged: {exc.problem} {_BACKUP}") from exc
-    except RLSEditError:
-        raise
-    except (RuntimeError, KeyError, ValueError, IndexError, TypeError) as exc:
-        what = f"{type(exc).__name__}: {str(exc)[:80]}"
-        raise LedgerError(f"{journal.folder} holds tensors that do not belong together ({what}). {_BACKUP}") from exc
+    return parsed(journal.folder, lambda: _read(journal, devices, from_start, progress))
 
 
 def _read(journal: Journal, devices: Mapping[int, torch.device] | None, from_start: bool, progress: "tqdm[Any] | None") -> Moment:

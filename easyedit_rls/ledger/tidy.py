@@ -10,6 +10,7 @@ import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
+from easyedit_rls.errors import LedgerError
 from easyedit_rls.files import PARTIAL, make_folder, sync_folder, write_file
 from easyedit_rls.ledger.files import is_file_name, journal_number, open_regular
 from easyedit_rls.ledger.journal import ENTRIES, HEAD, INDEX, SPARE, Journal, tail_of
@@ -48,6 +49,8 @@ def tidy(folder: Path, in_use: Path | None) -> None:
     Raises:
         OSError: it can't be moved.
     """
+    if (folder / SET_ASIDE).is_symlink():
+        raise LedgerError(f"{folder / SET_ASIDE} is a link. What is set aside must stay in the ledger: put a folder there.")
     aside = folder / SET_ASIDE / datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S-%f")
     moved = []
     for path in leftovers(folder, in_use):
