@@ -63,7 +63,8 @@ def attach(
             if differences:
                 raise StateMismatchError(
                     f"The ledger in {ledger.folder} is of another model or other settings: {'; '.join(differences)}. Load the model "
-                    "that it was made with (unedited, or saved by this editor) and the same settings, or choose another state_dir."
+                    f"that it was made with (unedited, or saved by this editor), by version {manifest.version} of the package on "
+                    f"{manifest.created[:10]}, and the same settings, or choose another state_dir."
                 )
         with _restored_if_it_fails(layout):
             for layer in moment.solutions:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from easyedit_rls.errors import LedgerError, RequestError, RLSEditError
+from easyedit_rls.errors import LedgerError, NumericalError, RequestError, RLSEditError
 from easyedit_rls.files import NO_FOLLOW, Stamp
 
 T = TypeVar("T")
@@ -160,6 +160,8 @@ def parsed(path: Path, read: Callable[[], T]) -> T:
         raise
     except RequestError as exc:
         raise LedgerError(f"{path} is damaged: {exc.problem} {CURE}") from exc
+    except NumericalError as exc:
+        raise LedgerError(f"{path} can't be followed: {exc}") from exc
     except RLSEditError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError, RuntimeError) as exc:

@@ -101,7 +101,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().absolute()
         read_pointer(self.folder)  # a later version's ledger is left alone
-        self._lock = FileLock(self.folder / LOCK)
+        self._lock = FileLock(self.folder / LOCK, thread_local=False)  # any thread may write, in its turn
         self._pid, self._is_tidy = os.getpid(), False
         self._attempt: _Attempt | None = None
         try:

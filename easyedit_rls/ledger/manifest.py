@@ -17,6 +17,7 @@ from easyedit_rls.model.weights import fingerprint
 
 _INFORMATION = ("format", "created", "version", "model", "templates", "settings")  # not compared
 _ADDED_LATER = ("nullspace_weight", "nullspace_threshold", "keys")  # settings whose defaults are what there was before them
+_USED_ONCE = ("n_templates", "mom2_tolerance")  # only before the first edit: no matter to a ledger that does not know them
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class Manifest:
         values = json.loads(content)
         if not 1 <= int(values["format"]) <= FORMAT:
             raise LedgerError(f"{where} has format {values['format']}; this version reads up to {FORMAT}. Use the package that wrote it.")
+        missing = sorted({f.name for f in fields(cls)} - values.keys())
+        if missing:
+            day = str(values.get("created"))[:10]
+            raise LedgerError(
+                f"{where} was written by version {values.get('version')} of the package on {day}, before it was settled "
+                f"what a manifest says (it lacks {', '.join(missing)}). Use the package that wrote it."
+            )
         before = {f.name: f.default for f in fields(RLSEditHyperParams) if f.name in _ADDED_LATER}
         return cls(**{f.name: values[f.name] for f in fields(cls)} | {"objective": {**before, **values["objective"]}})
 
@@ -76,7 +84,7 @@ class Manifest:
         """Everything in which another model or other settings differ, one text each."""
         found = []
         mine, theirs = _flat(self), _flat(other)
-        for key in sorted(mine.keys() | theirs.keys()):
+        for key in sorted((mine.keys() | theirs.keys()) - {name for name in _USED_ONCE if name not in mine}):
             if mine.get(key) != theirs.get(key):
                 found.append(f"{key}: the ledger has {mine.get(key)!r}, here it is {theirs.get(key)!r}")
         return found

@@ -89,8 +89,11 @@ def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu")
 
 def read_unedited(journal: Journal, layer: int, device: torch.device | str = "cpu") -> Tensor:
     """W_0 of one layer, (d_k, d_v), float32."""
-    tensors = journal.load(_unedited_name(layer), device=device)
-    return parsed(journal.folder / _unedited_name(layer), lambda: tensors["W"])
+    name = _unedited_name(layer)
+    if name not in journal.lines[0].files:  # the first ledgers had it with the prior
+        name = _prior_name(layer)
+    tensors = journal.load(name, device=device)
+    return parsed(journal.folder / name, lambda: tensors["W"])
 
 
 def write_checkpoint(ledger: Ledger, moment: Moment) -> Moment:

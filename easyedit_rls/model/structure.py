@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -142,6 +143,8 @@ def obstacle(layer: nn.Module) -> str:
     for name, module in _outside_attention(layer):
         if hasattr(module, "base_layer"):
             return f"{name} carries an adapter ({type(module).__name__}). Merge it into the model first (merge_and_unload)"
+        if is_parametrized(module):
+            return f"{name} is computed from other weights before each pass (a parametrization). Make it permanent first (remove_parametrizations)"
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) or isinstance(module, nn.ModuleList):
             return f"{name} is a mixture of experts ({type(module).__name__}), where a fact has no one place: each token goes another way"
         if any(hasattr(module, mark) for mark in _PACKED) or any(p.dtype not in _FLOATS for p in module.parameters(recurse=False)):

@@ -32,7 +32,7 @@ class EditedWeight:
             )
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             raise LayoutError(
-                f"Weight {name}.weight is no parameter of its own but computed from others before each pass "
+                f"Weight {name}.weight is no parameter of its own but computed from other weights before each pass "
                 "(a parametrization, weight_norm, spectral_norm or prune): what is written there is lost. Make it permanent first "
                 "(remove_parametrizations, remove_weight_norm, remove_spectral_norm, prune.remove)."
             )

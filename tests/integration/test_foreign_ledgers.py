@@ -284,7 +284,7 @@ def test_nothing_outside_is_touched_and_one_line_is_said(sound, tok, tmp_path, c
         ("the head is of a later format", "has format 3; this version reads up to 2"),
         ("a number is used twice", "number 1 was used before"),
         ("a roll-back of nothing", "rolls back what can't be"),
-        ("tensors of the wrong shape", "holds what does not belong together"),
+        ("tensors of the wrong shape", "can't be followed: Keys, target outputs"),
     ],
 )
 def test_what_is_wrong_is_named(sound, tok, tmp_path, name, message):

@@ -1,5 +1,6 @@
 """``easyedit-rls state``: every command on a real ledger of a tiny model."""
 
+import copy
 import json
 import shutil
 
@@ -259,3 +260,91 @@ def test_help_says_what_is_read_and_written(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["state"])
     assert ended.value.code == 2
+
+
+def test_the_unedited_model_is_not_overwritten(ledger, capsys):
+    base = ledger.parent / "base"
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    status, _, err = run(capsys, "replay", ledger, base, base)
+    assert status == 1
+    assert "the unedited model would be lost" in err
+    assert {path: path.read_bytes() for path in base.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["replay", "export"])
+def test_nothing_is_written_into_the_ledger(ledger, capsys, command):
+    inside = ledger / "journal-0001" / "out"
+    arguments = [ledger.parent / "base", inside] if command == "replay" else ["--lora", inside, "--rank", 1]
+    status, _, err = run(capsys, command, ledger, *arguments)
+    assert status == 1
+    assert "lies within the ledger" in err
+    assert not inside.exists()
+
+
+def test_texts_do_not_steer_the_terminal(tok, model, settings, tmp_path, capsys):
+    folder = tmp_path / "[/b] \x1b[31m"
+    with RLSEditor(model, tok, settings(), state_dir=folder) as editor:
+        editor.edit({"prompt": "The river \x1b[31mOder", "subject": "Oder", "target_new": "people"})
+    for command in ("show", "log", "verify"):
+        status, out, _ = run(capsys, command, folder)
+        assert status == 0
+        assert command == "show" or "\x1b" not in out
+    assert "\\x1b[31mOder" in run(capsys, "log", folder)[1]
+
+
+def test_what_somebody_put_into_the_ledger_is_set_aside(ledger, capsys, tok, settings, requests):
+    journal = latest(ledger).folder
+    (journal / "notes").mkdir()
+    (journal / "notes" / "mine.txt").write_text("keep")
+    (journal / "adapter.bin").write_text("keep too")
+    assert "has no place here, set aside by the next editor" in run(capsys, "verify", ledger)[1]
+    editor = RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, settings(checkpoint_every=2), state_dir=ledger)
+    assert (journal / "adapter.bin").exists()  # before the first event nothing is moved
+    editor.edit(requests[3])
+    editor.close()
+    kept = {path.name: path.read_text() for path in (ledger / "set-aside").rglob("*") if path.is_file()}
+    assert kept == {"mine.txt": "keep", "adapter.bin": "keep too"}
+    assert run(capsys, "verify", ledger)[0] == 0
+
+
+def test_an_index_from_a_backup_loses_nothing(ledger, capsys, tok, settings, requests):
+    """What lies behind it is set aside, the newer entries with it."""
+    journal = latest(ledger).folder
+    old = {name: (journal / name).read_bytes() for name in ("head.json", "index.jsonl")}
+    how = settings(checkpoint_every=100)
+    with RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, how, state_dir=ledger) as editor:
+        editor.edit(requests[3])
+    newer = (journal / "entries.bin").read_bytes()
+    for name, content in old.items():
+        (journal / name).write_bytes(content)
+    with RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, how, state_dir=ledger) as editor:
+        editor.edit(requests[1])
+    kept = {path.name: path.read_bytes() for path in (ledger / "set-aside").rglob("*") if path.is_file()}
+    tail = next(content for name, content in kept.items() if name.startswith("entries.bin"))
+    assert newer.endswith(tail)
+    assert any(name.startswith("checkpoint") for name in kept)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_last_change_can_be_rolled_back_after_compaction(tok, model, settings, requests, capsys, tmp_path, n):
+    """It is a retraction here, whose edit compaction would drop."""
+    unedited = copy.deepcopy(model)
+    editor = RLSEditor(model, tok, settings(), state_dir=tmp_path)
+    for request in requests[:n]:
+        editor.edit(request)
+    before = {layer: weight.snapshot() for layer, weight in editor.layout.edited.items()}
+    editor.retract(1)
+    after = {layer: weight.snapshot() for layer, weight in editor.layout.edited.items()}
+    editor.close()
+    assert run(capsys, "compact", tmp_path)[0] == 0
+    for start in (unedited, copy.deepcopy(model)):  # the saved model is known by its fingerprint
+        again = RLSEditor(start, tok, settings(), state_dir=tmp_path)
+        assert all(torch.equal(weight.snapshot(), after[layer]) for layer, weight in again.layout.edited.items())
+        again.state.ledger.close()
+    again = RLSEditor(copy.deepcopy(unedited), tok, settings(), state_dir=tmp_path)
+    again.rollback()
+    assert list(again.state.history.live) == list(range(1, n + 1))
+    assert all(torch.equal(weight.snapshot(), before[layer]) for layer, weight in again.layout.edited.items())
+    again.edit(requests[3])
+    again.close()
+    assert run(capsys, "verify", tmp_path)[0] == 0

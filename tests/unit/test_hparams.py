@@ -158,3 +158,15 @@ def test_forgetting_is_part_of_the_objective_and_the_ledgers_place_is_not():
     assert tiny_settings("llama", forgetting_factor="adaptive").objective() != plain
     assert tiny_settings("llama", forgetting_memory=5).objective() != plain
     assert tiny_settings("llama", state_dir="x", checkpoint_every=3, on_conflict="keep").objective() == plain
+
+
+def test_nothing_of_the_environment_comes_in(tmp_path, monkeypatch):
+    """What OmegaConf would look up is text here: it would end in manifests."""
+    monkeypatch.setenv("SECRET", "of mine")
+    given = tiny_settings("llama", context_templates=["Price ${5}. ", "${oc.env:SECRET} "], model_name="${oc.env:SECRET}")
+    assert given.context_templates == ["Price ${5}. ", "${oc.env:SECRET} "]
+    path = tmp_path / "settings.yaml"
+    path.write_text(given.to_yaml(), encoding="utf-8")
+    read = RLSEditHyperParams.from_hparams(path)
+    assert read == given
+    assert "of mine" not in str(read.to_dict())

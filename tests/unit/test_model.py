@@ -1,12 +1,15 @@
 """What the package knows of a transformer: orientation, layout, hooks, padding, positions."""
 
+import warnings
 from itertools import combinations, pairwise
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from easyedit_rls import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.forward import chunks, pad, price_of_pass, run
@@ -266,3 +269,71 @@ def test_a_twin_is_a_copy_in_another_type(model, settings):
     within = set(low.model.modules())
     assert {low.value_layer, low.loss_layer, *low.layers, *(weight.module for weight in low.edited.values())} <= within
     assert low.value_layer not in set(model.modules())
+
+
+@pytest.mark.parametrize("make", ["parametrized", "weight_norm", "spectral_norm", "pruned"])
+def test_a_weight_that_is_computed_from_others_is_refused(make):
+    """What is written there is lost at the next pass."""
+    model = tiny_llama()
+    module = model.model.layers[1].mlp.down_proj
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if make == "parametrized":
+            torch.nn.utils.parametrizations.weight_norm(module)
+        elif make == "weight_norm":
+            torch.nn.utils.weight_norm(module)
+        elif make == "spectral_norm":
+            torch.nn.utils.spectral_norm(module)
+        else:
+            torch.nn.utils.prune.l1_unstructured(module, "weight", 0.2)
+    with pytest.raises(LayoutError, match=r"down_proj.* computed from other.*Make it permanent first"):
+        find_layout(model, tiny_settings("llama"))
+
+
+def test_a_weight_that_is_pruned_for_good_is_fine():
+    model = tiny_llama()
+    module = model.model.layers[1].mlp.down_proj
+    torch.nn.utils.prune.l1_unstructured(module, "weight", 0.2)
+    torch.nn.utils.prune.remove(module, "weight")
+    find_layout(model, tiny_settings("llama"))
+
+
+@pytest.mark.parametrize("other", [2, 3])
+@pytest.mark.parametrize("how", ["parameter", "module", "memory"])
+def test_a_weight_that_is_another_ones_too_is_refused(other, how):
+    """Layer 2 is edited too, layer 3 is not."""
+    model = tiny_llama()
+    mlp, twin = model.model.layers[1].mlp, model.model.layers[other].mlp
+    if how == "parameter":
+        twin.down_proj.weight = mlp.down_proj.weight
+    elif how == "module":
+        twin.down_proj = mlp.down_proj
+    else:
+        twin.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:])
+    with pytest.raises(LayoutError, match=rf"is also model\.layers\.{other}\.mlp\.down_proj\.weight: what is edited into layer 1"):
+        find_layout(model, tiny_settings("llama"))
+
+
+def test_a_module_that_was_replaced_is_refused(tok):
+    model = tiny_llama()
+    editor = RLSEditor(model, tok, tiny_settings("llama", v_num_grad_steps=2))
+    fact = {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"}
+    editor.edit(fact)
+    model.model.layers[2].mlp.down_proj = torch.nn.Linear(48, 32, bias=False)
+    with pytest.raises(LayoutError, match=r"was replaced or removed since\. Make a new editor"):
+        editor.edit(fact)
+
+
+def test_an_interrupt_leaves_no_hook_behind():
+    """Even where it comes while hooks are being taken off again."""
+    model = tiny_llama()
+    layer = model.model.layers[0]
+    handle = layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(KeyboardInterrupt), undisturbed(model):
+        layer.register_forward_hook(lambda *_: None)
+        layer.register_forward_pre_hook(lambda *_: None)
+        layer.__dict__["forward"] = lambda *_: None
+        raise KeyboardInterrupt
+    assert list(layer._forward_hooks) == [handle.id]
+    assert not layer._forward_pre_hooks
+    assert "forward" not in layer.__dict__

@@ -1,7 +1,9 @@
 """Parsing edit requests: both formats, odd texts, and faults that name their cure."""
 
 import copy
+import json
 
+import numpy as np
 import pytest
 
 from easyedit_rls.errors import RequestError
@@ -78,8 +80,15 @@ def test_where_the_subject_stands(prompt, subject, before, after):
         ({"target_new": None}, "target_new", "is missing"),
         ({"target_new": 7}, "target_new", "is a int, not text"),
         ({"subject": ""}, "subject", "is empty"),
-        ({"importance": 0}, "importance", "positive number"),
-        ({"importance": float("inf")}, "importance", "positive number"),
+        ({"importance": 0}, "importance", "from 1e-06 to 1e"),
+        ({"importance": float("inf")}, "importance", "from 1e-06 to 1e"),
+        ({"importance": float("nan")}, "importance", "from 1e-06 to 1e"),
+        ({"importance": 10**400}, "importance", "a very long number"),
+        ({"importance": 1e7}, "importance", "from 1e-06 to 1e"),
+        ({"importance": True}, "importance", "is True"),
+        ({"case_id": 10**5000}, "case_id", "is a int"),
+        ({"case_id": 1.5}, "case_id", "is a float"),
+        ({"case_id": ["a"]}, "case_id", "is a list"),
         ({"ground_truth": None, "neighborhood_prompts": ["Spain is"]}, "target_true", "is missing"),
         ({"locality": {"n": {"prompt": ["a", "b"], "ground_truth": ["c"]}}}, "locality", "2 prompts and 1 answers"),
         ({"rephrase_prompt": [3]}, "rephrase_prompt", "neither a text nor a list"),
@@ -149,3 +158,16 @@ def test_a_space_before_a_target_is_no_other_answer():
     given = {"prompt": "The Eiffel Tower stands in", "subject": "Eiffel Tower"}
     with_space, without, other = parse_requests([{**given, "target_new": target} for target in (" Rome", "Rome", "Lyon")])
     assert with_space.continuation == without.continuation != other.continuation
+
+
+@pytest.mark.parametrize("importance", [-5, 0.0, float("nan"), 1e9, "1"])
+def test_a_request_made_by_hand_is_looked_at_too(importance):
+    with pytest.raises(RequestError, match=r"Request 1, field 'importance'"):
+        parse_requests([EASYEDIT, EditRequest("The ", "sea", " is", "blue", importance=importance)])
+
+
+def test_numbers_of_numpy_are_numbers():
+    (request,) = parse_requests({**EASYEDIT, "importance": np.float32(0.5), "case_id": np.int64(7)})
+    assert (request.importance, request.case_id) == (0.5, 7)
+    assert (type(request.importance), type(request.case_id)) == (float, int)
+    json.dumps(request.to_dict())
