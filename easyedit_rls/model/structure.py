@@ -144,7 +144,8 @@ def obstacle(layer: nn.Module) -> str:
         if hasattr(module, "base_layer"):
             return f"{name} carries an adapter ({type(module).__name__}). Merge it into the model first (merge_and_unload)"
         if is_parametrized(module):
-            return f"{name} is computed from other weights before each pass (a parametrization). Make it permanent first (remove_parametrizations)"
+            cure = "Make it permanent first (remove_parametrizations)"
+            return f"{name} is computed from other weights before each pass (a parametrization). {cure}"
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) or isinstance(module, nn.ModuleList):
             return f"{name} is a mixture of experts ({type(module).__name__}), where a fact has no one place: each token goes another way"
         if any(hasattr(module, mark) for mark in _PACKED) or any(p.dtype not in _FLOATS for p in module.parameters(recurse=False)):
