@@ -3,7 +3,8 @@
     python benchmarks/long_stream.py --model models/smollm2-135m --edits 10000
 
 Only the tokenizer is the model's: the model that is edited has four layers, of width 32, and random weights, so that what grows with the
-number of edits is not hidden behind the values. Facts are made up, all of unlike subjects. Each batch is in a ledger before the next begins.
+number of edits is not hidden behind the values. Facts are made up, all of unlike subjects. Each batch is in a ledger before the next
+begins.
 """
 
 import gc

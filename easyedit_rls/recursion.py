@@ -52,6 +52,7 @@ class _Parts:
     Attributes:
         C: covariance without the terms that are not in it yet; solutions of one stream share it.
         W: weight, (d_k, d_v).
+        Z: probes, (d_k, p).
         Y: ``A Z``, (d_k, p), for the drift.
         watch: of the weight; None in states of earlier versions.
         n_edits: edits in it.
@@ -64,6 +65,7 @@ class _Parts:
 
     C: PackedSymmetric
     W: Tensor
+    Z: Tensor
     Y: Tensor
     watch: WeightWatch | None
     n_edits: int
@@ -112,8 +114,9 @@ class RecursiveLeastSquares(LayerSolution):
     ) -> None:
         A, C, W = prior(W_0, gram, lambda_reg=lambda_reg, mu_reg=mu_reg, anchor_cross=anchor_cross, name=name)
         self.name = name
-        Y = (A @ probes(A)).to(W_0.dtype)
-        self._parts = _Parts(PackedSymmetric.of(C, W_0.dtype), W.to(W_0.dtype).clone(), Y, WeightWatch.begin(C, W), 0)
+        Z = probes(W_0)
+        Y = (A @ Z.to(A)).to(W_0.dtype)
+        self._parts = _Parts(PackedSymmetric.of(C, W_0.dtype), W.to(W_0.dtype).clone(), Z, Y, WeightWatch.begin(C, W), 0)
 
     @classmethod
     def _of(cls, parts: _Parts, name: str) -> "RecursiveLeastSquares":
@@ -133,8 +136,9 @@ class RecursiveLeastSquares(LayerSolution):
             n_edits: edits that are in it.
             name: of the layer, for messages.
         """
-        Y = (A @ probes(A)).to(W.dtype)
-        return cls._of(_Parts(PackedSymmetric.of(C, W.dtype), W.contiguous(), Y, watch, n_edits), name)
+        Z = probes(W)
+        Y = (A @ Z.to(A)).to(W.dtype)
+        return cls._of(_Parts(PackedSymmetric.of(C, W.dtype), W.contiguous(), Z, Y, watch, n_edits), name)
 
     @property
     def weight(self) -> Tensor:
@@ -228,7 +232,7 @@ class RecursiveLeastSquares(LayerSolution):
         for term in (*p.previous, *p.last):
             if not term.is_in:
                 out = torch.addmm(out, p.Y.T @ term.G, term.G.T, alpha=term.sign)
-        return information_drift(out.T, probes(p.Y))
+        return information_drift(out.T, p.Z)
 
     def weight_error(self) -> float:
         """What W lacks of the least-squares solution, as a share of the edit, or more (`watch`); 0 where it is not watched."""
@@ -309,7 +313,7 @@ class RecursiveLeastSquares(LayerSolution):
         W = torch.addmm(self.weight, term.G, step, alpha=-term.sign, out=out)
         if not bool(torch.isfinite(W.sum())):  # one number holds every NaN and infinity
             raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
-        Y = torch.addmm(parts.Y, K.T, D[:, None] * (K @ probes(parts.Y)))
+        Y = torch.addmm(parts.Y, K.T, D[:, None] * (K @ parts.Z))
         watch = None if parts.watch is None else parts.watch.after(K, V, D)
         new = replace(parts, W=W, Y=Y, watch=watch, n_edits=self.n_edits + n_edits, last=(*parts.last, term))
         return self._of(new, self.name)
@@ -322,7 +326,7 @@ def _plain(parts: _Parts) -> dict[str, Tensor]:
 
 
 def _from_plain(C: PackedSymmetric, stored: Mapping[str, Tensor]) -> _Parts:
-    return _Parts(C, stored["W"], stored["Y"], WeightWatch.from_tensors(stored), int(stored["n_edits"]))
+    return _Parts(C, stored["W"], probes(stored["W"]), stored["Y"], WeightWatch.from_tensors(stored), int(stored["n_edits"]))
 
 
 def prior(

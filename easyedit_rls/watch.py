@@ -28,12 +28,14 @@ class WeightWatch:
         Y: (d_k, p).
         R: (p, d_v).
         start: ``Uᵀ W_p``, (p, d_v), for the size of what was edited.
+        U: (d_k, p).
     """
 
     Z: Tensor
     Y: Tensor
     R: Tensor
     start: Tensor
+    U: Tensor
 
     FIXED: ClassVar = ("watch.Z", "watch.start")  # tensors that no edit changes
 
@@ -41,7 +43,7 @@ class WeightWatch:
     def begin(cls, C_0: Tensor, W_p: Tensor) -> "WeightWatch":
         """Before the first edit; both in the widest dtype."""
         U = probes(C_0)
-        return cls(C_0 @ U, U, U.T @ W_p, U.T @ W_p)
+        return cls(C_0 @ U, U.clone(), U.T @ W_p, U.T @ W_p, U)
 
     def after(self, K: Tensor, V: Tensor, D: Tensor) -> "WeightWatch":
         """With edits more, or less where D is negative: K (u, d_k), V (u, d_v), D (u,)."""
@@ -52,7 +54,7 @@ class WeightWatch:
     def to(self, device: torch.device) -> "WeightWatch":
         """On another device."""
         wide = widest_dtype(device)
-        return WeightWatch(*(tensor.to(device, wide) for tensor in (self.Z, self.Y, self.R, self.start)))
+        return WeightWatch(*(tensor.to(device, wide) for tensor in (self.Z, self.Y, self.R, self.start, self.U)))
 
     def adopted(self, W: Tensor) -> "WeightWatch":
         """With a weight that somebody else wrote, (d_k, d_v), as the solution so far."""
@@ -66,7 +68,7 @@ class WeightWatch:
     def error(self, W: Tensor) -> float:
         """``‖R − YᵀW‖ / ‖Uᵀ(W − W_p)‖``: what W, (d_k, d_v), lacks of the solution, as a share of the whole edit."""
         missing = float((self.R - self._times(self.Y, W)).norm())
-        return missing / max(float((self._times(probes(self.Z), W) - self.start).norm()), torch.finfo(torch.float32).tiny)
+        return missing / max(float((self._times(self.U, W) - self.start).norm()), torch.finfo(torch.float32).tiny)
 
     def tensors(self) -> dict[str, Tensor]:
         """For a file."""
@@ -77,7 +79,8 @@ class WeightWatch:
         """What `tensors` gave; None if the file was written by a version that had no watch."""
         if "watch.Y" not in stored:
             return None
-        return cls(stored["watch.Z"], stored["watch.Y"], stored["watch.R"], stored["watch.start"])
+        Z, Y, R, start = (stored[f"watch.{name}"] for name in ("Z", "Y", "R", "start"))
+        return cls(Z, Y, R, start, probes(Z))
 
     def _times(self, left: Tensor, W: Tensor) -> Tensor:
         """``leftᵀ W``, (p, d_v), without a copy of W in float64."""
