@@ -196,19 +196,30 @@ class Ledger:
         if self._attempt is None or self._attempt.mark == place.mark:
             return
         try:
+            self._check_writer()
+            if self._found() not in (place.mark, self._attempt.mark):
+                raise self._foreign()
             with deferred_interrupts():
                 self._undo(place, self._attempt)
         except (OSError, LedgerError) as exc:
             logger.warning("The ledger in %s could not be put back: %s", self.folder, exc)
 
     def remove(self, keep: Path) -> None:
-        """Remove all journals but one, of which each was made of the others."""
+        """Remove the journals before one that holds all that counts of them.
+
+        Raises:
+            LedgerError: the disk doesn't allow it. They don't count any more.
+        """
         self._check_writer()
-        for path in journals(self.folder):
-            if path != keep:
-                gone = path.with_name(path.name + PARTIAL)  # so that no half journal can be met
-                path.rename(gone)
-                shutil.rmtree(gone)
+        older = [path for path in journals(self.folder) if (journal_number(path.name) or 0) < (journal_number(keep.name) or 0)]
+        try:
+            for path in older:
+                if path.is_dir() and not path.is_symlink():
+                    gone = path.with_name(path.name + PARTIAL)  # so that no half journal can be met
+                    path.rename(gone)
+                    shutil.rmtree(gone)
+        except OSError as exc:
+            raise LedgerError(f"Journals before {keep} can't be removed: {exc.strerror or exc}. They count no more: remove them.") from exc
 
     def close(self) -> None:
         """Let other editors have it. In a forked process nothing happens: the lock is the parent's."""

@@ -197,3 +197,22 @@ def test_readers_beside_a_writer(tok, tmp_path, capsys):
     editor.close()
     assert set(statuses) == {0}, capsys.readouterr().err
     assert len(statuses) > 50
+
+
+def test_what_somebody_else_wrote_is_not_undone(editor, tok, tmp_path, monkeypatch):
+    """A change that failed and could not be put back, then another writer, then a change: the other's stands."""
+    state = tmp_path / "state"
+    with monkeypatch.context() as patch:
+        real = editor.state.ledger.__class__.record
+        patch.setattr(editor.state.ledger.__class__, "put_back", lambda *_: None)
+        patch.setattr(editor.state.ledger.__class__, "record", lambda *args: real(*args) and (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            editor.edit(FACTS[2])
+    editor.state.ledger._lock.release()
+    other = make_editor(tok, state)
+    other.edit(FACTS[4])
+    reported = edited(state)
+    with pytest.raises(LedgerError):
+        editor.edit(FACTS[6])
+    assert edited(state) == reported
+    other.close()
