@@ -4,9 +4,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from easyedit_rls.errors import PrecisionError
+from easyedit_rls.errors import NumericalError, PrecisionError
 from easyedit_rls.history import Edit, Entry
 from easyedit_rls.moment import Moment
 from easyedit_rls.rebuild import rebuilt
@@ -104,7 +105,14 @@ class Change:
 
 
 def adopted(moment: Moment, weights: Mapping[int, Tensor]) -> Change:
-    """The change to weights that somebody else wrote, layer -> (d_k, d_v)."""
+    """The change to weights that somebody else wrote, layer -> (d_k, d_v).
+
+    Raises:
+        NumericalError: one of them is not finite.
+    """
+    for layer, W in weights.items():
+        if not bool(torch.isfinite(W).all()):
+            raise NumericalError(f"The weight of layer {layer} holds NaN or infinite entries. Put a sound one there, then adopt it.")
     change = Change(moment, "adopt", data={f"W.{layer}": W for layer, W in weights.items()})
     change.solutions = {layer: solution.adopt(weights[layer]) for layer, solution in moment.solutions.items()}
     return change

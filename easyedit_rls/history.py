@@ -62,6 +62,11 @@ class Entry:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Entry":
         return self
 
+    def loaded(self) -> "Entry":
+        """The same with its tensors in memory."""
+        tensors = self.data()
+        return replace(self, data=lambda: tensors)
+
     @property
     def is_final(self) -> bool:
         """Whether it can't be rolled back."""
@@ -138,6 +143,10 @@ class History:
             questions[edit.request.question] = (*questions.get(edit.request.question, ()), edit.edit_id)
         n_batches = self.n_batches + (entry.kind == "edit")
         return History((*self.entries, entry), live, next_id, n_batches, self.fingerprints, made_by, questions)
+
+    def with_entries(self, others: Mapping[int, Entry]) -> "History":
+        """The same with other entries in the places of some, by their `id`."""
+        return replace(self, entries=tuple(others.get(id(entry), entry) for entry in self.entries))
 
     def using(self, next_id: int) -> "History":
         """The same, with numbers below `next_id` used."""

@@ -39,10 +39,15 @@ class Moment:
     unbegun: Mapping[str, bytes] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Moment":
-        """A moment that stands on its own, without the ledger."""
-        own = copy.deepcopy(dict(self.solutions), memo)
-        before = None if self.before is None else copy.deepcopy(self.before, memo)
-        return replace(self, solutions=own, before=before, beginnings=dict(self.beginnings), place=Place(), unbegun=None)
+        """A moment that stands on its own: what it needs of the ledger is in memory."""
+        before = None if self.before is None else copy.deepcopy(replace(self.before, place=Place()), memo)
+        history = self.history
+        if self.place.folder is not None:
+            loaded = {id(entry): entry.loaded() for entry in history.entries}
+            history = history.with_entries(loaded)
+            before = None if before is None else replace(before, history=before.history.with_entries(loaded))
+        own, beginnings = copy.deepcopy(dict(self.solutions), memo), dict(self.beginnings)
+        return replace(self, solutions=own, history=history, before=before, beginnings=beginnings, place=Place(), unbegun=None)
 
     @property
     def device(self) -> torch.device:

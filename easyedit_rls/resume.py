@@ -69,7 +69,7 @@ def attach(
         with _restored_if_it_fails(layout):
             for layer in moment.solutions:
                 layout.edited[layer].write(moment.weight(layer))
-            state.now, state.ledger = moment, ledger
+            state.now, state.ledger, state.history_found = moment, ledger, moment.history
     except BaseException:
         ledger.close()
         raise

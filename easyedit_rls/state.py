@@ -42,6 +42,7 @@ class EditorState:
     Attributes:
         now: all that is remembered.
         ledger: see above. A deep copy has none: it goes its own way.
+        history_found: what was edited before this state was made or resumed.
         is_closed: whether the ledger was let go: nothing more can be edited.
         mutex: held by whoever works with the state or the weights; others wait.
     """
@@ -49,6 +50,7 @@ class EditorState:
     def __init__(self, ledger: Ledger | None = None, place: Place | None = None) -> None:
         self.now = Moment(place=place or Place())
         self.ledger = ledger
+        self.history_found = self.now.history
         self.is_closed = False
         self.mutex = threading.RLock()
 
@@ -89,9 +91,14 @@ class EditorState:
         return self.now.history.n_batches
 
     @property
+    def has_changed(self) -> bool:
+        """Whether a change was made, or taken back, since the state was made or resumed."""
+        return self.now.history is not self.history_found
+
+    @property
     def is_recorded(self) -> bool:
         """Whether there is a journal that the next change goes to."""
-        return self.ledger is not None and self.now.unbegun is None and self.now.place.is_recorded
+        return self.ledger is not None and bool(self.layers) and self.now.unbegun is None and self.now.place.is_recorded
 
     def begin(self, priors: Mapping[int, Prior], templates: list[str], manifest: Manifest | None) -> None:
         """Take the state before the first edit. Nothing is written before the first batch is.
@@ -213,6 +220,8 @@ class EditorState:
         try:
             if not self.is_closed:
                 self.checkpoint(1)
+                if self.ledger is not None:
+                    self.ledger.settle(self.now.place)
         finally:
             if self.ledger is not None:
                 self.ledger.close()
@@ -229,10 +238,10 @@ class EditorState:
         try:
             yield
         except BaseException:
-            if self.now is start:
+            if self.now.solutions is start.solutions and self.now.history is start.history:  # a checkpoint changes the place alone
                 with deferred_interrupts():
                     if self.ledger is not None:
-                        self.ledger.put_back(start.place)
+                        self.ledger.put_back(self.now.place)
                     for layer, weight in edited.items():
                         weight.write(start.weight(layer))
             raise

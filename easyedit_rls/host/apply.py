@@ -62,7 +62,8 @@ def apply_rls_to_model(
         HyperParamsError: the settings are another method's.
         RequestError: a request is incomplete or contradicts itself.
         StateMismatchError: somebody else changed the edited weights; reset_cache=True starts anew from them.
-        RLSEditError: see `RLSEditor.edit`. Whatever is raised, the weights are as before the call.
+        RLSEditError: see `RLSEditor.edit`. Whatever is raised, weights, state and ledger are as before the call; or, where it came after
+            the edit was done (a warning that was made an error, an interrupt at the very end), all of them as after it.
     """
     if not isinstance(hparams, RLSEditHyperParams):
         raise HyperParamsError(f"The settings are {type(hparams).__name__}; load them with RLSEditHyperParams.from_hparams.")

@@ -7,7 +7,7 @@ model object: two models never share anything, a deep copy of a model gets a dee
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,25 +34,32 @@ class _Kept:
 @contextmanager
 def forgotten(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Iterator[None]:
     """Forget all edits of this model, so that its weights as they are now count as unedited; but only if the block succeeds."""
-    kept: dict[str, _Kept] = model.__dict__.pop(_ATTRIBUTE, {})
+    kept: dict[str, _Kept] = model.__dict__.get(_ATTRIBUTE, {})
     ledgers = {old.state.ledger: old.state.now.place for old in kept.values() if old.state.ledger is not None}
     ours = next((ledger for ledger in ledgers if hparams.state_dir is not None and ledger.is_at(hparams.state_dir)), None)
     try:
+        model.__dict__[_ATTRIBUTE] = {}
         if hparams.state_dir is not None:
             ledger = Ledger(Path(hparams.state_dir)) if ours is None else ours
             place = ledger.place() if ours is None else ledgers[ours]
             _keep(model, hparams, EditorState(ledger, place))  # knows no edits, so the first batch begins a new journal
         yield
     except BaseException:
-        failed: dict[str, _Kept] = model.__dict__.pop(_ATTRIBUTE, {})
-        for one in failed.values():
-            if one.state.ledger not in (None, ours):
-                one.state.ledger.close()
-        if kept:
+        new: dict[str, _Kept] = model.__dict__.get(_ATTRIBUTE, {})
+        if not any(one.state.has_changed for one in new.values()):  # else the edit is done, and what failed came after it
+            for one in new.values():
+                if one.state.ledger not in (None, ours):
+                    one.state.ledger.close()
             model.__dict__[_ATTRIBUTE] = kept
+            raise
+        _let_go(ledgers, ours)
         raise
+    _let_go(ledgers, ours)
+
+
+def _let_go(ledgers: Iterable[Ledger], besides: Ledger | None) -> None:
     for ledger in ledgers:
-        if ledger is not ours:
+        if ledger is not besides:
             ledger.close()
 
 
@@ -94,6 +101,8 @@ def resumed(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorSt
     try:
         yield
     except BaseException:
+        if state.has_changed:  # the edit is done, and what failed came after it
+            raise
         if state.ledger is not None:
             state.ledger.close()
             model.__dict__[_ATTRIBUTE].pop(_key(hparams))

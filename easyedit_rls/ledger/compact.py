@@ -47,16 +47,20 @@ def _standing(moment: Moment) -> Iterator[tuple[Entry, list[int] | None]]:
     """The entries with the edits that stand, and their rows in the tensors; the last change whole. Adopted weights depend on all that came
     before: then nothing goes."""
     history = moment.history if moment.before is None else moment.before.history
+    rebuilt: set[int] = set()  # layers that are in float64 from the next entry on
     for entry in history.entries:
+        rebuilt |= set(moment.solutions if entry.kind == "rebuild" else entry.rebuilt)
         kept = [edit for edit in entry.edits if edit.edit_id in history.live]
         fades = any(factor != 1.0 for factor in entry.factors.values())
         if history.is_adopted:
             yield entry, None
         elif kept or fades:
             edits = tuple(replace(edit, row=row) for row, edit in enumerate(kept))
-            yield replace(entry, edits=edits, removed=(), rebuilt=()), [edit.row for edit in kept]
+            yield replace(entry, edits=edits, removed=(), rebuilt=tuple(sorted(rebuilt))), [edit.row for edit in kept]
+            rebuilt = set()
     if moment.before is not None:
-        yield moment.history.entries[-1], None
+        last = moment.history.entries[-1]
+        yield replace(last, rebuilt=tuple(sorted({*rebuilt, *last.rebuilt}))), None
 
 
 def _parts(kept: Sequence[tuple[Entry, list[int] | None]], moment: Moment) -> Iterator[list[Event]]:

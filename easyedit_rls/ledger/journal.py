@@ -33,7 +33,8 @@ FORMAT = 2
 INDEX, ENTRIES, HEAD, MANIFEST = "index.jsonl", "entries.bin", "head.json", "manifest.json"
 SPARE = "head.json.before"
 _KINDS = ("begin", "entry", "rollback", "checkpoint", "reset")
-_LONGEST_LINE = 1 << 26  # bytes
+_LONGEST_LINE = 1 << 26  # bytes, when read; what is written is far below
+_MOST_TEXT = 1 << 23  # bytes of a change's texts; escaped, as in the record, they are up to six times as long
 
 
 def now() -> str:
@@ -262,6 +263,11 @@ def prepare(folder: Path, at: Position, events: Sequence[Event]) -> tuple[Positi
             data.append(event.data)
         line = replace(event.line, files=files, record=record)
         encoded.append(line.encode())
+        if len(encoded[-1]) > _MOST_TEXT and line.kind == "entry":
+            raise LedgerError(
+                f"The texts of the batch take {len(encoded[-1]) / 1e6:.0f} MB, and a ledger takes {_MOST_TEXT / 1e6:.0f} MB at once. "
+                "Edit fewer facts a batch, or leave out what is for evaluation alone."
+            )
         lines.append(line)
         end = end.after(line, encoded[-1])
     if data:
@@ -342,6 +348,11 @@ def _head_of(n_lines: int, n_bytes: int, sha256: str) -> bytes:
 
 def _write_behind(path: Path, offset: int, content: bytes) -> None:
     handle = open_regular(path, os.O_RDWR | os.O_CREAT)
+    if os.fstat(handle).st_nlink > 1:  # a file under a second name is somebody else's too: this one gets a copy of its own
+        os.close(handle)
+        with open(path, "rb") as whole:
+            write_file(path, whole.read(offset))
+        handle = open_regular(path, os.O_RDWR)
     try:
         os.truncate(handle, offset)
         os.lseek(handle, offset, os.SEEK_SET)

@@ -99,8 +99,15 @@ class Ledger:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder.expanduser().absolute()
-        read_pointer(self.folder)  # a later version's ledger is left alone
+        try:
+            if "\0" in str(folder):
+                raise ValueError("there is a zero byte in its name")
+            self.folder = _whole(folder)
+            read_pointer(self.folder)  # a later version's ledger is left alone
+        except (OSError, ValueError, RuntimeError) as exc:
+            if isinstance(exc, LedgerError):
+                raise
+            raise LedgerError(f"{str(folder)!r} can't be a ledger's folder: {str(exc).rstrip('.')}. Give another state_dir.") from exc
         self._lock = FileLock(self.folder / LOCK, thread_local=False)  # any thread may write, in its turn
         self._pid, self._is_tidy = os.getpid(), False
         self._attempt: _Attempt | None = None
@@ -122,7 +129,10 @@ class Ledger:
 
     def is_at(self, folder: str | Path) -> bool:
         """Whether this is the ledger of that folder."""
-        return self.folder == Path(folder).expanduser().absolute()
+        try:
+            return self.folder == _whole(Path(folder))
+        except RuntimeError:  # a home that nobody has
+            return False
 
     def open(self) -> Journal | None:
         """The journal in use; None before the first batch. Nothing is written, nor cleared away.
@@ -204,6 +214,16 @@ class Ledger:
         except (OSError, LedgerError) as exc:
             logger.warning("The ledger in %s could not be put back: %s", self.folder, exc)
 
+    def settle(self, place: Place) -> None:
+        """The last chance to put back what could not be: an event that was told of as failed must not be found by the next editor.
+
+        Raises:
+            LedgerError: it still can't be.
+        """
+        if self._attempt is not None and self._attempt.mark != place.mark:
+            with self._writing(place):
+                pass
+
     def remove(self, keep: Path) -> None:
         """Remove the journals before one that holds all that counts of them.
 
@@ -269,7 +289,9 @@ class Ledger:
                 f"The ledger in {self.folder} belongs to process {self._pid}, from which this one was forked. Make a new editor here, with "
                 "a state_dir of its own."
             )
-        if not self._lock.is_locked or _identity(self.folder / LOCK) != self._identity:
+        if not self._lock.is_locked:
+            raise LedgerError(f"The ledger in {self.folder} was closed. Make a new editor with the same state_dir.")
+        if _identity(self.folder / LOCK) != self._identity:
             raise LedgerError(
                 f"The lock of the ledger in {self.folder} was taken away ({LOCK} was removed or replaced): another editor may write there. "
                 "Close this editor and make a new one with the same state_dir."
@@ -311,10 +333,15 @@ class Ledger:
         )
 
     def _unwritable(self, exc: OSError) -> LedgerError:
-        return LedgerError(
-            f"The ledger in {self.folder} can't be written: {exc.strerror or exc}. Nothing was changed; make room or mend the permissions, "
-            "then try again."
-        )
+        if self._attempt is None:
+            done = "Nothing was changed; make room or mend the permissions, then try again."
+        else:
+            done = "What was begun can't be taken back either; that is tried again before the next change, and by close(). Mend the disk."
+        return LedgerError(f"The ledger in {self.folder} can't be written: {exc.strerror or exc}. {done}")
+
+
+def _whole(folder: Path) -> Path:
+    return folder.expanduser().absolute()
 
 
 def _refuse_unless_own(path: Path) -> None:

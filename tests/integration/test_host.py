@@ -6,6 +6,7 @@
 import copy
 import gc
 import sys
+import warnings
 import weakref
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -14,7 +15,16 @@ import pytest
 import torch
 
 import easyedit_rls
-from easyedit_rls import HostError, HyperParamsError, LayoutError, RequestError, RLSEditor, RLSEditWarning, StateMismatchError
+from easyedit_rls import (
+    HostError,
+    HyperParamsError,
+    LayoutError,
+    RequestError,
+    RLSEditor,
+    RLSEditWarning,
+    StateMismatchError,
+    UnsaidWarning,
+)
 from easyedit_rls.host import apply_rls_to_model, is_registered
 from easyedit_rls.host.find import easyeditor
 
@@ -295,3 +305,29 @@ def test_reset_cache_begins_a_new_journal(host, model, tok, requests, settings, 
 def test_a_copy_can_not_share_the_ledger(host, model, tok, requests, settings, tmp_path):
     with pytest.raises(HyperParamsError, match=r"copy=True.*state_dir"):
         apply_rls_to_model(model, tok, requests, settings(state_dir=str(tmp_path)), copy=True)
+
+
+def test_a_failing_reset_writes_nothing_into_the_old_journal(host, model, tok, requests, settings, tmp_path, monkeypatch):
+    hp = settings(state_dir=str(tmp_path), checkpoint_every=1)
+    unedited = copy.deepcopy(model)
+    apply_rls_to_model(model, tok, requests[:1], hp)
+    before = weights(model, hp)
+    let_go(model)
+    again = copy.deepcopy(unedited)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("easyedit_rls.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        apply_rls_to_model(again, tok, requests[1:2], hp, reset_cache=True)
+    resumed = RLSEditor(copy.deepcopy(unedited), tok, hp)
+    assert same([weight.snapshot() for weight in resumed.layout.edited.values()], list(before))
+    resumed.close()
+
+
+def test_what_is_raised_behind_the_edit_takes_nothing_back(host, model, tok, requests, settings, tmp_path):
+    hp = settings(state_dir=str(tmp_path), v_num_grad_steps=2)
+    apply_rls_to_model(model, tok, requests[:1], hp)
+    with warnings.catch_warnings(), pytest.raises(UnsaidWarning):
+        warnings.simplefilter("error")
+        apply_rls_to_model(model, tok, requests[1:], hp, reset_cache=True)
+    apply_rls_to_model(model, tok, requests[:1], hp)  # weights, state and ledger are all behind it
+    assert [path.name for path in sorted(tmp_path.glob("journal-*"))] == ["journal-0001", "journal-0002"]
+    let_go(model)

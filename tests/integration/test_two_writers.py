@@ -1,11 +1,11 @@
 """Two writers, however they meet: one is refused, and no edit that was reported is lost. And readers beside a writer."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from easyedit_rls.cli.main import main
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_history, read_moment
 from tests.conftest import REPOSITORY, tiny_llama, tiny_settings
+
+READS = int(os.environ.get("EASYEDIT_RLS_READS", "60"))  # commands beside a writer
 
 FACTS = [
     {"prompt": f"{before} {subject}", "subject": subject, "target_new": target}
@@ -183,9 +185,8 @@ def test_readers_beside_a_writer(tok, tmp_path, capsys):
 
     thread = threading.Thread(target=read)
     thread.start()
-    until = time.monotonic() + 12
-    for i in range(10_000):
-        if time.monotonic() > until:
+    for i in itertools.count():
+        if len(statuses) >= READS:
             break
         editor.edit(FACTS[i % len(FACTS)])
         if i % 10 == 9:
@@ -196,7 +197,6 @@ def test_readers_beside_a_writer(tok, tmp_path, capsys):
     thread.join()
     editor.close()
     assert set(statuses) == {0}, capsys.readouterr().err
-    assert len(statuses) > 50
 
 
 def test_what_somebody_else_wrote_is_not_undone(editor, tok, tmp_path, monkeypatch):
