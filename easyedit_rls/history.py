@@ -122,27 +122,27 @@ class History:
     def __deepcopy__(self, memo: dict[int, Any]) -> "History":
         return self
 
-    def plus(self, entry: Entry) -> "History":
-        """With a change more.
+    def plus(self, *entries: Entry) -> "History":
+        """With changes more, in order.
 
         Raises:
-            RequestError: it takes out an edit that does not stand, or brings in a number that was used.
+            RequestError: one takes out an edit that does not stand, or brings in a number that was used.
         """
-        live, made_by, questions = dict(self.live), dict(self._made_by), dict(self._questions)
-        for edit_id in self.check(entry.removed) if entry.removed else ():
-            question = live.pop(edit_id).request.question
-            del made_by[edit_id]
-            questions[question] = tuple(other for other in questions[question] if other != edit_id)
-            if not questions[question]:
-                del questions[question]
-        next_id = self.next_id
-        for edit in entry.edits:
-            if edit.edit_id < next_id:
-                raise RequestError(f"number {edit.edit_id} was used before; the next is {next_id}.", field="edit_ids")
-            live[edit.edit_id], made_by[edit.edit_id], next_id = edit, len(self.entries), edit.edit_id + 1
-            questions[edit.request.question] = (*questions.get(edit.request.question, ()), edit.edit_id)
-        n_batches = self.n_batches + (entry.kind == "edit")
-        return History((*self.entries, entry), live, next_id, n_batches, self.fingerprints, made_by, questions)
+        live, made_by, questions, next_id = dict(self.live), dict(self._made_by), dict(self._questions), self.next_id
+        for index, entry in enumerate(entries, len(self.entries)):
+            for edit_id in _standing(entry.removed, live) if entry.removed else ():
+                question = live.pop(edit_id).request.question
+                del made_by[edit_id]
+                questions[question] = tuple(other for other in questions[question] if other != edit_id)
+                if not questions[question]:
+                    del questions[question]
+            for edit in entry.edits:
+                if edit.edit_id < next_id:
+                    raise RequestError(f"number {edit.edit_id} was used before; the next is {next_id}.", field="edit_ids")
+                live[edit.edit_id], made_by[edit.edit_id], next_id = edit, index, edit.edit_id + 1
+                questions[edit.request.question] = (*questions.get(edit.request.question, ()), edit.edit_id)
+        n_batches = self.n_batches + sum(entry.kind == "edit" for entry in entries)
+        return History((*self.entries, *entries), live, next_id, n_batches, self.fingerprints, made_by, questions)
 
     def with_entries(self, others: Mapping[int, Entry]) -> "History":
         """The same with other entries in the places of some, by their `id`."""
@@ -171,13 +171,7 @@ class History:
         Raises:
             RequestError: one of them names no edit that stands.
         """
-        wanted = sorted(set(edit_ids))
-        unknown = [edit_id for edit_id in wanted if edit_id not in self.live]
-        if unknown or not wanted:
-            numbers = ", ".join(map(str, unknown)) or "none given"
-            has = f"{len(self.live)} edits stand" + (f", numbers {min(self.live)} to {max(self.live)}" if self.live else "")
-            raise RequestError(f"no such edit: {numbers}; {has}. `easyedit-rls state log` lists them.", field="edit_ids")
-        return wanted
+        return _standing(edit_ids, self.live)
 
     def standing(
         self, layers: Sequence[int], edit_ids: Iterable[int] | None = None, device: torch.device | None = None
@@ -222,3 +216,14 @@ def _faded(importance: Tensor, left: float, device: torch.device | None) -> Tens
     if left == 1.0:
         return importance.to(device)
     return (importance.double() * left).to(device, widest_dtype(device or importance.device))
+
+
+def _standing(edit_ids: Iterable[int], live: Mapping[int, Edit]) -> list[int]:
+    """Numbers in order, each once; all of them must be those of edits that stand."""
+    wanted = sorted(set(edit_ids))
+    unknown = [edit_id for edit_id in wanted if edit_id not in live]
+    if unknown or not wanted:
+        numbers = ", ".join(map(str, unknown)) or "none given"
+        has = f"{len(live)} edits stand" + (f", numbers {min(live)} to {max(live)}" if live else "")
+        raise RequestError(f"no such edit: {numbers}; {has}. `easyedit-rls state log` lists them.", field="edit_ids")
+    return wanted

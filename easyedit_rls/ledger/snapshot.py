@@ -10,7 +10,7 @@ from torch import Tensor
 
 from easyedit_rls.errors import LedgerError
 from easyedit_rls.forgetting import ForgettingLeastSquares
-from easyedit_rls.history import History
+from easyedit_rls.history import Entry, History
 from easyedit_rls.ledger.files import pack, parsed
 from easyedit_rls.ledger.journal import INDEX, MANIFEST, Event, Journal, Line
 from easyedit_rls.ledger.ledger import Ledger, Place
@@ -126,10 +126,23 @@ def read_history(journal: Journal) -> History:
 
 def parsed_history(journal: Journal, n_lines: int) -> tuple[History, History | None]:
     """The edits after some lines of the index, and those that a roll-back would lead to."""
-    history, before = _beginning(journal), None
+    standing: list[Entry] = []
+    can_go_back, next_id = False, 1
     for line in journal.lines[:n_lines]:
-        history, before = _stepped(journal, line, history, before)
-    return history, before
+        if line.kind == "entry":
+            entry = journal.entry(line)
+            standing.append(entry)
+            can_go_back, next_id = not entry.is_final, max([next_id, *(edit.edit_id + 1 for edit in entry.edits)])
+        elif line.kind == "rollback":
+            if not can_go_back:
+                raise LedgerError(f"{journal.folder / INDEX} is damaged: it rolls back what can't be. {_BACKUP}")
+            standing.pop()
+            can_go_back = False
+        elif line.kind == "checkpoint":
+            can_go_back &= not _is_loose(journal, line)
+            next_id = max(next_id, _first_id(journal))
+    before = _beginning(journal).plus(*standing[:-1])
+    return before.plus(*standing[-1:]).using(next_id), before if can_go_back else None
 
 
 def read_moment(
@@ -194,20 +207,6 @@ def _replayed(journal: Journal, line: Line, moment: Moment) -> Moment:
             raise LedgerError(f"{journal.folder / INDEX} is damaged: it rolls back what can't be. {_BACKUP}")
         return moment.rolled_back(moment.place)
     return moment
-
-
-def _stepped(journal: Journal, line: Line, history: History, before: History | None) -> tuple[History, History | None]:
-    """One event more, in the history alone."""
-    if line.kind == "entry":
-        entry = journal.entry(line)
-        return history.plus(entry), None if entry.is_final else history
-    if line.kind == "rollback":
-        if before is None:
-            raise LedgerError(f"{journal.folder / INDEX} is damaged: it rolls back what can't be. {_BACKUP}")
-        return before.using(history.next_id), None
-    if line.kind == "checkpoint":
-        return history.using(max(history.next_id, _first_id(journal))), None if _is_loose(journal, line) else before
-    return history, before
 
 
 def _beginning(journal: Journal) -> History:
