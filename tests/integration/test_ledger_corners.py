@@ -15,6 +15,7 @@ from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.ledger import ledger as ledger_module
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_history, read_moment
+from easyedit_rls.model.weights import EditedWeight
 from tests.conftest import tiny_llama, tiny_settings
 
 FACTS = [
@@ -198,4 +199,20 @@ def test_a_warning_that_is_an_error_comes_after_the_edit(make, tmp_path):
         editor.edit(FACTS)
     assert editor.n_edits == len(read_history(latest(tmp_path)).live) == 3
     editor.edit({**FACTS[0], "target_new": "bread"})
+    editor.close()
+
+
+def test_a_weight_that_does_not_take_what_is_written_is_told(make, tmp_path, monkeypatch):
+    """As where something computes it anew behind the package's back."""
+    editor = make(tmp_path)
+    editor.edit(FACTS[0])
+    before = weights(editor)
+    real = EditedWeight.write
+    with monkeypatch.context() as patch, pytest.raises(NumericalError, match="do not hold what was written"):
+        patch.setattr(EditedWeight, "write", lambda weight, W: real(weight, W * 1.001))
+        editor.edit(FACTS[1])
+    for layer, snapshot in before.items():  # the undoing could not be written either
+        editor.layout.edited[layer].restore(snapshot)
+    assert editor.n_edits == len(read_history(latest(tmp_path)).live) == 1
+    editor.rollback()
     editor.close()
