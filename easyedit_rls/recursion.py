@@ -200,7 +200,7 @@ class RecursiveLeastSquares(LayerSolution):
         Raises:
             NumericalError: the edits are not in the state (``D^-1 − K C Kᵀ`` is far from positive definite).
             PrecisionError: they settle so much of the state that this dtype can't tell what would be left without them. The
-                information that stays has to be summed anew, see `history.rebuild`.
+                information that stays has to be summed anew, see `rebuild.rebuilt`.
         """
         n_edits = len(K)
         K, V, D = self._checked(K, V, importance, self.weight)
