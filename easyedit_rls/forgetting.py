@@ -100,6 +100,7 @@ class ForgettingLeastSquares(LayerSolution):
         NumericalError: ``A_0`` is not positive definite or not finite.
     """
 
+    _parts: _Parts
     can_drift = False  # A is carried, and factored for each batch
 
     def __init__(
@@ -123,16 +124,6 @@ class ForgettingLeastSquares(LayerSolution):
         solution = cls.__new__(cls)
         solution.name, solution._parts, solution.gamma = name, parts, gamma
         return solution
-
-    @property
-    def weight(self) -> Tensor:
-        """W_t, (d_k, d_v). Do not write to it."""
-        return self._parts.W
-
-    @property
-    def n_edits(self) -> int:
-        """Edits taken in and not retracted, faded ones too."""
-        return self._parts.n_edits
 
     def covariance(self) -> Tensor:
         """C_t as a new (d_k, d_k) tensor in the solution's dtype; costs an inversion."""

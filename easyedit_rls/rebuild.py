@@ -48,8 +48,8 @@ class Beginning:
         return information(len(self.W_p), gram, self.lambda_reg, self.mu_reg, device)
 
 
-def batch_solution(beginning: Beginning, history: History, layer: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A, C, W and the rows of the batch problem of all edits that stand, as far as they have not faded; float64 where the device has it.
+def batch_solution(beginning: Beginning, history: History, layer: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A, C and W of the batch problem of all edits that stand, as far as they have not faded; float64 where the device has it.
 
     Raises:
         NumericalError: A is not positive definite.
@@ -62,7 +62,7 @@ def batch_solution(beginning: Beginning, history: History, layer: int, device: t
         A.addmm_(K.T, D[:, None] * K)
         right.addmm_(K.T, D[:, None] * (V - K @ W_p))
     C = spd_inverse(A, f"Information matrix of layer {layer}", "Raise lambda_reg.")
-    return A, C, W_p + C @ right, len(history.live)
+    return A, C, W_p + C @ right
 
 
 def rebuilt(beginning: Beginning, current: LayerSolution, history: History, layer: int, removed: Sequence[int] = ()) -> LayerSolution:
@@ -83,14 +83,14 @@ def rebuilt(beginning: Beginning, current: LayerSolution, history: History, laye
         return current.retract(*history.tensors(removed, [layer], device)[layer]) if removed else current
     device = current.weight.device
     rest = history.plus(Entry("retract", removed=tuple(removed))) if removed else history
-    A, C, W, n_edits = batch_solution(beginning, rest, layer, device)
+    A, C, W = batch_solution(beginning, rest, layer, device)
     if history.is_adopted:
         W = current.weight.to(A)
         if removed:
             K, V, D = flat_rows(*(tensor.to(A) for tensor in history.tensors(removed, [layer], device)[layer]))
             W = W - C @ (K.T @ (D[:, None] * (V - K @ W)))
     watch = None if beginning.watch is None else beginning.watch.to(device).rebuilt(A, W)
-    return RecursiveLeastSquares.assemble(C, W, A, watch, n_edits, current.name)
+    return RecursiveLeastSquares.assemble(C, W, A, watch, len(rest.live), current.name)
 
 
 def replayed(

@@ -102,6 +102,8 @@ class RecursiveLeastSquares(LayerSolution):
         NumericalError: ``A_0`` is not positive definite or not finite.
     """
 
+    _parts: _Parts
+
     def __init__(
         self,
         W_0: Tensor,
@@ -139,16 +141,6 @@ class RecursiveLeastSquares(LayerSolution):
         Z = probes(W)
         Y = (A @ Z.to(A)).to(W.dtype)
         return cls._of(_Parts(PackedSymmetric.of(C, W.dtype), W.contiguous(), Z, Y, watch, n_edits), name)
-
-    @property
-    def weight(self) -> Tensor:
-        """W_t, (d_k, d_v). Do not write to it; it is good until the change after the next."""
-        return self._parts.W
-
-    @property
-    def n_edits(self) -> int:
-        """Edits taken in and not retracted."""
-        return self._parts.n_edits
 
     @property
     def watch(self) -> WeightWatch | None:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from easyedit_rls.linalg import row_major
 from easyedit_rls.watch import WeightWatch
 
 S = TypeVar("S", bound="LayerSolution")
+
+
+class Parts(Protocol):
+    """What every solution consists of, whatever else."""
+
+    @property
+    def W(self) -> Tensor: ...
+
+    @property
+    def n_edits(self) -> int: ...
 
 
 class LayerSolution(ABC):
@@ -26,6 +36,7 @@ class LayerSolution(ABC):
     """
 
     name: str
+    _parts: Parts
     gamma: float = 1.0
     can_drift: ClassVar[bool] = True
 
@@ -35,14 +46,14 @@ class LayerSolution(ABC):
         return None
 
     @property
-    @abstractmethod
     def weight(self) -> Tensor:
-        """W_t, (d_k, d_v). Do not write to it."""
+        """W_t, (d_k, d_v). Do not write to it; it is good until the change after the next."""
+        return self._parts.W
 
     @property
-    @abstractmethod
     def n_edits(self) -> int:
         """Edits taken in and not retracted, faded ones too."""
+        return self._parts.n_edits
 
     @abstractmethod
     def covariance(self) -> Tensor:

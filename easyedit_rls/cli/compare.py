@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from easyedit_rls.cli.command import command, output_folder
+from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
@@ -25,7 +25,7 @@ from easyedit_rls.records import read_records
 @command("compare", "easyedit_rls.conf.streams")
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
-    console = Console()
+    console = plain_console()
     out = output_folder(config)
     plan = make_plan(config, out)
     plan.save(out)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import easyedit_rls
 from easyedit_rls.cli import report
 from easyedit_rls.cli.command import command, output_folder
+from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
@@ -31,7 +32,7 @@ from easyedit_rls.requests import EditRequest, parse_requests
 @command("demo")
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
-    console = Console()
+    console = plain_console()
     if config.hparams is not None:
         RLSEditHyperParams.from_hparams(config.hparams)  # what can't be read fails before the model is loaded
     records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")))

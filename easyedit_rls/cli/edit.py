@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
 from easyedit_rls.cli.command import command, output_folder
+from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import load_model, settings_for
 from easyedit_rls.devices import choose_device
 from easyedit_rls.editor import RLSEditor
@@ -28,7 +28,7 @@ _SHOWN = (
 @command("edit", "easyedit_rls.conf.streams")
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
-    console = Console()
+    console = plain_console()
     if config.data.file is None:
         raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
     records = read_records(config.data.file, config.data.first, config.data.count, joint=config.data.joint)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import load_model, run_command
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.hparams import RLSEditHyperParams
@@ -40,7 +41,7 @@ def _init(arguments: argparse.Namespace) -> None:
     hparams = RLSEditHyperParams.for_model(model, model_name=str(arguments.model))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(f"# Settings of RLSEdit for {arguments.model}, made by `easyedit-rls init`.\n{hparams.to_yaml()}", encoding="utf-8")
-    console = Console()
+    console = plain_console()
     table = Table("Part", "Found", title=f"{type(model).__name__}")
     table.add_row("decoder layers", f"{structure.layers} (0 to {structure.n_layers - 1})")
     table.add_row("edited weight", f"{structure.projection}, {structure.key_width} × {structure.hidden}")

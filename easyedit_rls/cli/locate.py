@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import load_model, run_command
 from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RLSEditError
@@ -41,7 +41,7 @@ def _locate(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "trace.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     _draw(found, arguments.out)
-    console = Console()
+    console = plain_console()
     table = Table("Layer", "MLP", "Hidden state", "Attention", title="Given back at the subject's last token")
     last = PLACES.index("last subject token")
     for layer in range(found.effects["MLP"].shape[1]):

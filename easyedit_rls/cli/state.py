@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from easyedit_rls.cli.console import plain_console, visible
 from easyedit_rls.errors import LedgerError, RLSEditError
 from easyedit_rls.ledger.compact import compact
 from easyedit_rls.ledger.inspect import (
@@ -55,9 +55,9 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(summary, indent=1, ensure_ascii=False))
         return 0
-    console = Console()
-    console.print(f"[b]{summary['edits']} edits[/b] in {summary['batches']} batches ({summary['edits_ever_made']} ever made)")
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    console = plain_console()
+    console.print(f"{summary['edits']} edits in {summary['batches']} batches ({summary['edits_ever_made']} ever made)")
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(f"of {summary['model'] or 'a model without a name'} ({summary['architecture']}, {summary['dtype']})")
     say(f"from {summary['created']} to {summary['last_change']}")
     say(f"{_megabytes(summary['bytes_on_disk'])} on disk in {arguments.ledger}")
@@ -106,8 +106,8 @@ def _log_line(row: dict[str, Any]) -> str:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    console = Console()
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    console = plain_console()
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     if not arguments.ledger.is_dir() or not journals(arguments.ledger):
         raise LedgerError(f"{arguments.ledger} holds no ledger. Give the folder that was state_dir.")
     files = settled(arguments.ledger, lambda: list(check_files(arguments.ledger)), lambda found: all(p is None for _, p in found))
@@ -189,9 +189,9 @@ def _export(arguments: argparse.Namespace) -> int:
     table = Table("Layer", "‖ΔW − BA‖/‖ΔW‖", title=f"LoRA adapter of rank {report.rank}, {_megabytes(report.n_bytes)}")
     for layer, error in report.errors.items():
         table.add_row(str(layer), f"{error:.1e}")
-    console = Console()
+    console = plain_console()
     console.print(table)
-    console.print(f"Written to {arguments.lora}: adapter_config.json, adapter_model.safetensors", soft_wrap=True, markup=False)
+    console.print(f"Written to {arguments.lora}: adapter_config.json, adapter_model.safetensors", soft_wrap=True)
     return 0
 
 
@@ -242,15 +242,6 @@ def _refuse_same_folder(out: Path, other: str, why: str) -> None:
 def _refuse_inside(out: Path, ledger: Path) -> None:
     if ledger.resolve() in (out.resolve(), *out.resolve().parents):
         raise LedgerError(f"{out} lies within the ledger, where nothing else has a place. Give another folder to write to.")
-
-
-def visible(text: str) -> str:
-    r"""A text on one line, with control characters written out: what a terminal would obey is shown instead.
-
-    >>> print(visible("red \x1b[31m"))
-    red \x1b[31m
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _megabytes(n_bytes: int) -> str:

@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import load_model, run_command, settings_for
 from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RequestError
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    console = Console()
+    console = plain_console()
     records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count)]
     text = _text(arguments.text)
     with progress_bar(None, "tuning", "trial", True) as bar:

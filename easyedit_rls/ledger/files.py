@@ -9,7 +9,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -137,9 +138,12 @@ def read_file(path: Path, stamp: Stamp) -> bytes:
     return read_part(path, 0, stamp, holds_tensors=path.suffix == ".safetensors")
 
 
-def _reading(path: Path) -> Any:
+@contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read from; whatever goes wrong is told of it."""
     try:
-        return open(open_regular(path), "rb", buffering=0)
+        with open(open_regular(path), "rb") as handle:
+            yield handle
     except FileNotFoundError as exc:
         raise LedgerError(f"{path} is missing. {CURE}") from exc
     except LedgerError:

@@ -138,7 +138,7 @@ def rebuild_figures(journal: Journal, moment: Moment, layer: int) -> RebuildFigu
         is_definite = False
     error = None
     if not moment.history.is_adopted:
-        _, _, exact, _ = batch_solution(prior.beginning, moment.history, layer, torch.device("cpu"))
+        _, _, exact = batch_solution(prior.beginning, moment.history, layer, torch.device("cpu"))
         missing, size = (float((exact - W.double()).norm()) for W in (solution.weight, prior.solution.weight))
         error = missing / size if size > 0 else missing
     return RebuildFigures(layer, torch.equal(C, C.T), is_definite, solution.drift(), error)

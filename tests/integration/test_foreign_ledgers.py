@@ -125,14 +125,9 @@ def no_manifest_keys(c):
     c.change_file("manifest.json", b'{"format": 2}\n')
 
 
-def other_widths(c):
+def widths(c, found):
     values = json.loads((c.journal / "manifest.json").read_bytes())
-    c.change_file("manifest.json", json.dumps({**values, "widths": {"7": [4, 4]}}).encode())
-
-
-def odd_widths(c):
-    values = json.loads((c.journal / "manifest.json").read_bytes())
-    c.change_file("manifest.json", json.dumps({**values, "widths": {"../x": [4, 4]}}).encode())
+    c.change_file("manifest.json", json.dumps({**values, "widths": found}).encode())
 
 
 def folder_for_head(c):
@@ -206,8 +201,8 @@ CRAFTED = {
     "a roll-back of nothing": lambda c: c.write([c.lines[0], {**c.lines[1], "kind": "rollback", "entry": {}}]),
     "a checkpoint without layers": lambda c: c.write([*c.lines[:3], {**c.lines[3], "files": {}}]),
     "a manifest without keys": no_manifest_keys,
-    "a manifest of other layers": other_widths,
-    "a manifest of odd layers": odd_widths,
+    "a manifest of other layers": lambda c: widths(c, {"7": [4, 4]}),
+    "a manifest of odd layers": lambda c: widths(c, {"../x": [4, 4]}),
     "a prior that is no tensors": lambda c: c.change_file("prior-layer-1.safetensors", b"\xff" * 64),
     "a prior that lacks tensors": lambda c: c.change_file("prior-layer-1.safetensors", save({"n_edits": torch.zeros(1)})),
     "no event at all": lambda c: c.write(raw=b"\n"),

@@ -244,7 +244,7 @@ class Promise(RuleBasedStateMachine):
         for layer, solution in state.layers.items():
             assert solution.n_edits == len(self.live)
             assert self.editor.layout.edited[layer].holds(state.now.weight(layer))
-            _, C, W, _ = batch_solution(state.now.beginnings[layer], state.history, layer, torch.device("cpu"))
+            _, C, W = batch_solution(state.now.beginnings[layer], state.history, layer, torch.device("cpu"))
             assert float((solution.covariance().double() - C).norm() / C.norm()) < COVARIANCE
             if not state.history.is_adopted:
                 size = float((W - state.unedited[layer]).norm())

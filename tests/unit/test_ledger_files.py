@@ -122,3 +122,14 @@ def test_a_later_format_is_refused(tmp_path):
 
 def test_a_stamp_is_of_the_content(tmp_path):
     assert write_file(tmp_path / "a", b"") == Stamp("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", 0)
+
+
+def test_a_disk_that_fails_while_a_file_is_read_is_told(tmp_path, monkeypatch):
+    stamp = write_file(tmp_path / "a", b"content")
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(ledger_files.hashlib, "sha256", fail)
+    with pytest.raises(LedgerError, match=r"a can't be read: Input/output error"):
+        read_file(tmp_path / "a", stamp)
