@@ -209,14 +209,13 @@ class ForgettingLeastSquares(LayerSolution):
             before: the solution that a roll-back goes to, to be stored with it; None for none.
         """
         p = self._parts
-        has_before = isinstance(before, ForgettingLeastSquares)
-        base = before._parts if has_before else p  # type: ignore[union-attr]
-        A = before.information() if has_before else self.information()  # type: ignore[union-attr]
-        numbers = [p.prior.factor or 0.0, p.prior.memory, *base.surprise, base.drift]
+        base = before if isinstance(before, ForgettingLeastSquares) else self
+        A, b = base.information(), base._parts
+        numbers = [p.prior.factor or 0.0, p.prior.memory, *b.surprise, b.drift]
         stored = {key: PackedSymmetric.of(M).to_vector() for key, M in (("P", p.prior.P), ("A", A))}
-        stored |= {"W_p": p.prior.W_p, "W": base.W}
-        stored |= {"n_edits": torch.tensor([base.n_edits]), "numbers": torch.tensor(numbers, dtype=torch.float64)}
-        if has_before:
+        stored |= {"W_p": p.prior.W_p, "W": b.W}
+        stored |= {"n_edits": torch.tensor([b.n_edits]), "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        if base is not self:
             stored |= {"pending.W": p.W, "pending.n_edits": torch.tensor([p.n_edits])}
             stored["pending.numbers"] = torch.tensor([*p.surprise, p.drift], dtype=torch.float64)
             for i, step in enumerate(p.steps):
