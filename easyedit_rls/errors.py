@@ -8,11 +8,15 @@ class RLSEditError(Exception):
     """Base class of every error that this package raises on purpose."""
 
 
-class HyperParamsError(RLSEditError, ValueError):
+class InputError(RLSEditError):
+    """What was given can't be used: settings, requests, a model, a text. Nothing was changed; commands end with status 2."""
+
+
+class HyperParamsError(InputError, ValueError):
     """A setting is unknown, misspelt, of the wrong type, or out of range."""
 
 
-class RequestError(RLSEditError, ValueError):
+class RequestError(InputError, ValueError):
     """An edit request is incomplete or contradicts itself.
 
     Attributes:
@@ -32,11 +36,19 @@ class RequestError(RLSEditError, ValueError):
         return RequestError(self.problem, index=index, field=self.field)
 
 
-class LayoutError(RLSEditError, LookupError):
+class ModelError(InputError, OSError):
+    """A model or its tokenizer can't be loaded, or the two don't belong together."""
+
+
+class LayoutError(InputError, LookupError):
     """A module that the settings name is missing from the model, or is of a kind that can't be edited."""
 
 
-class AnchorError(RLSEditError, ValueError):
+class TextError(InputError, ValueError):
+    """A text file can't be read, is not UTF-8, or is empty."""
+
+
+class AnchorError(InputError, ValueError):
     """Second moments or anchor pairs are missing, unreadable, or of another width."""
 
 

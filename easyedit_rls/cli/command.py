@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from easyedit_rls.cli.loading import failed
 from easyedit_rls.errors import RLSEditError
 
 
@@ -38,7 +39,7 @@ def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[C
             try:
                 function(config)
             except RLSEditError as exc:
-                sys.exit(f"easyedit-rls: {exc}")
+                sys.exit(failed(exc))
 
         main: Callable[[], Any] = hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=config_name)(guarded)
 

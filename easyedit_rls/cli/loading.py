@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.errors import LayoutError, RLSEditError
+from easyedit_rls.cli.console import visible
+from easyedit_rls.errors import InputError, LayoutError, RLSEditError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.layout import find_layout
 
@@ -62,11 +63,16 @@ def settings_for(model: PreTrainedModel, name: str, hparams: str | None, changes
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse, run, and turn our own errors into a line; returns the exit status (0 fine, 1 it failed; wrong usage exits with 2)."""
+    """Parse, run, and turn our own errors into a line; returns the exit status, see `failed` (wrong usage exits with 2)."""
     arguments = parser.parse_args(argv)
     try:
         run(arguments)
     except RLSEditError as exc:
-        print(f"easyedit-rls: {exc}", file=sys.stderr)
-        return 1
+        return failed(exc)
     return 0
+
+
+def failed(error: RLSEditError) -> int:
+    """Say what went wrong, in a line; returns the exit status: 2 where what was given can't be used, 1 where it failed on the way."""
+    print(f"easyedit-rls: {visible(str(error))}", file=sys.stderr)
+    return 2 if isinstance(error, InputError) else 1

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from easyedit_rls.cli.console import plain_console, visible
+from easyedit_rls.cli.loading import failed
 from easyedit_rls.errors import LedgerError, RLSEditError
 from easyedit_rls.ledger.compact import compact
 from easyedit_rls.ledger.inspect import (
@@ -45,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments)
     except RLSEditError as exc:
-        print(f"easyedit-rls: {exc}", file=sys.stderr)
-        return 1
+        return failed(exc)
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from easyedit_rls.cli.loading import failed
 from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.host.moments import write_moments
@@ -23,7 +24,7 @@ data set, and write them where EasyEdit looks before it downloads Wikipedia. Pri
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; exits with 1 and a sentence if it fails, with 2 on wrong usage."""
+    """Run a command; exits with a sentence if it fails, see `failed`, with 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m easyedit_rls.host", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     raw = argparse.RawDescriptionHelpFormatter
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             _moments(args)
     except RLSEditError as exc:
-        parser.exit(1, f"{type(exc).__name__}: {exc}\n")
+        sys.exit(failed(exc))
 
 
 def _moments(args: argparse.Namespace) -> None:

@@ -70,7 +70,7 @@ def test_demo_shows_and_reports(demo):
 )
 def test_errors_are_one_line(tmp_path, arguments, message):
     done = run("demo", *arguments, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
     import re
 

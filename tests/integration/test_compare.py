@@ -292,7 +292,7 @@ def test_the_model_is_of_the_type_that_was_asked_for(folder, done, monkeypatch, 
 def test_faults_name_the_cure(folder, done, changes, problem):
     environment = {**os.environ, "EASYEDIT_HOME": str(folder)}
     failed = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, env=environment)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert problem in failed.stderr
     assert "Traceback" not in failed.stderr or "ended with status" in failed.stderr
     shutil.rmtree(folder / "x", ignore_errors=True)
@@ -340,7 +340,7 @@ def test_settings_of_another_model_are_refused_with_each_difference(folder, comm
         "gpt2-xl": ["layer_module_tmp: no module 'transformer.h.0'", "ln_f_module: no module 'transformer.ln_f'"],
     }["smollm2-135m" if command == "edit" else "gpt2-xl"]
     ran = subprocess.run([sys.executable, "-m", "easyedit_rls.cli.main", *given], cwd=folder, capture_output=True, text=True)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
     assert all(text in ran.stderr for text in [*told, "does not suit model", "easyedit-rls init model"]), ran.stderr
     assert not list((folder / "other").glob("*"))  # hydra makes the folder

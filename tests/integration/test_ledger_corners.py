@@ -13,7 +13,7 @@ from easyedit_rls import LedgerError, NumericalError, RLSEditor, UnsaidWarning
 from easyedit_rls.cli.main import main
 from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.ledger import ledger as ledger_module
-from easyedit_rls.ledger.reading import latest
+from easyedit_rls.ledger.reading import at_one_moment, latest
 from easyedit_rls.ledger.snapshot import read_history, read_moment
 from easyedit_rls.model.weights import EditedWeight
 from tests.conftest import tiny_llama, tiny_settings
@@ -216,3 +216,36 @@ def test_a_weight_that_does_not_take_what_is_written_is_told(make, tmp_path, mon
     assert editor.n_edits == len(read_history(latest(tmp_path)).live) == 1
     editor.rollback()
     editor.close()
+
+
+def test_after_compaction_a_model_saved_before_what_was_dropped_is_still_known(make, tok, tmp_path):
+    """The retracted edit is gone from the ledger; the weights that held it are known by their fingerprint."""
+    with make(tmp_path) as editor:
+        old = copy.deepcopy(editor.model)
+        editor.edit(FACTS[0])
+        old.load_state_dict(editor.model.state_dict())
+        editor.edit(FACTS[1])
+        editor.retract(1)
+        editor.edit(FACTS[2])
+        wanted = weights(editor)
+    assert main(["state", "compact", str(tmp_path)]) == 0
+    with RLSEditor(old, tok, editor.hparams, state_dir=tmp_path) as again:
+        assert same(weights(again), wanted)
+
+
+def test_what_a_reader_found_amiss_while_a_writer_was_at_work_is_read_again(make, tmp_path):
+    """A fault counts only where nothing has changed meanwhile."""
+    reads = []
+    with make(tmp_path) as editor:
+        editor.edit(FACTS[0])
+
+        def read(journal):
+            reads.append(journal)
+            if len(reads) == 1:
+                editor.edit(FACTS[1])
+                raise LedgerError("half of it was of another moment")
+            return read_history(journal)
+
+        assert len(at_one_moment(tmp_path, read).live) == 2
+        with pytest.raises(LedgerError, match="always"):
+            at_one_moment(tmp_path, lambda journal: (_ for _ in ()).throw(LedgerError("always")))

@@ -156,7 +156,7 @@ def test_retract_without_a_model(ledger, capsys, tok, settings, tmp_path):
     assert status == 0
     assert "retracted 4: The river Oder -> water" in out
     status, _, err = run(capsys, "retract", ledger, 4, 9)
-    assert status == 1
+    assert status == 2
     assert "no such edit: 4, 9; 1 edits stand" in err
     editor = RLSEditor(AutoModelForCausalLM.from_pretrained(tmp_path / "edited"), tok, settings(), state_dir=ledger)  # of an earlier batch
     assert editor.n_edits == 1

@@ -185,7 +185,7 @@ def test_init_tune_and_locate_from_nothing(folder, capsys):
     assert "model.layers (0 to 3)" in capsys.readouterr().out
     hp = RLSEditHyperParams.from_hparams(settings)
     assert (hp.layers, hp.model_name) == ([0, 1], model)
-    assert main(["init", model, "--out", str(settings)]) == 1
+    assert main(["init", model, "--out", str(settings)]) == 2
     assert "is there already" in capsys.readouterr().err
     quick = RLSEditHyperParams.from_dict(
         {**hp.to_dict(), "mom2_n_samples": 8, "lambda_reg": 0.1, "v_num_grad_steps": 5, "context_templates": []}
@@ -207,7 +207,7 @@ def test_init_tune_and_locate_from_nothing(folder, capsys):
 
 
 def test_what_is_not_there_is_said_in_a_line(folder, capsys):
-    assert main(["init", "./nowhere"]) == 1
+    assert main(["init", "./nowhere"]) == 2
     assert "There is no folder" in capsys.readouterr().err
     assert main(["tune", str(folder / "model"), "--data", str(folder / "none.json")]) == 1
     assert "none.json" in capsys.readouterr().err
