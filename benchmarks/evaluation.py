@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from common import load, machine, parser, settings_of, spread, versions
 
+from easyedit_rls.data.records import read_records
 from easyedit_rls.evaluation import edit_quality, evaluate
 from easyedit_rls.host.builtin import BuiltinEditor
 from easyedit_rls.host.find import easyeditor
-from easyedit_rls.records import read_records
 
 
 def n_unlike(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> int:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from platformdirs import user_cache_path
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.errors import AnchorError
+from easyedit_rls.arguments import listed
+from easyedit_rls.errors import AnchorError, RequestError
+from easyedit_rls.files import user_path
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.capture import tap, undisturbed
 from easyedit_rls.model.forward import device_of, pad, run
 from easyedit_rls.model.layout import Layout, find_layout
+from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.tokens import encode_all, end_tokens, start_tokens
 from easyedit_rls.model.weights import fingerprint
 from easyedit_rls.moments import Moment, sum_moments
@@ -51,7 +55,7 @@ class AnchorPairs:
 def cache_folder() -> Path:
     """Where moments are cached: ``$EASYEDIT_RLS_CACHE``, or the user's cache folder."""
     given = os.environ.get("EASYEDIT_RLS_CACHE")
-    return Path(given) if given else user_cache_path("easyedit-rls", appauthor=False)
+    return user_path(given) if given else user_cache_path("easyedit-rls", appauthor=False)
 
 
 def moments(
@@ -99,11 +103,17 @@ def anchor_pairs(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
         prompts: texts to keep.
 
     Raises:
-        AnchorError: no prompt, or an empty one.
+        ArgumentError: one prompt was given instead of a list.
+        AnchorError: no prompt, or one that is empty or longer than the model's table of positions.
+        ModelError: a token is none of the model's.
     """
-    rows = [encoded.ids for encoded in encode_all(tok, prompts)]
+    rows = [encoded.ids for encoded in encode_all(tok, listed(prompts, "prompts"))]
     if not rows or not all(rows):
         raise AnchorError("Anchor prompts are missing or empty. Give at least one text, and none without tokens.")
+    try:
+        refuse_unfit(model, tok, rows, n_new=1)
+    except RequestError as exc:
+        raise AnchorError(f"Anchor prompt {exc.index}: {exc.problem}") from exc
     layout = find_layout(model, hparams)
     keys: dict[int, list[Tensor]] = {layer: [] for layer in layout.edited}
     with undisturbed(model):
@@ -128,7 +138,7 @@ def read_npz(path: str | Path, d_k: int) -> Moment:
     try:
         with np.load(path, allow_pickle=False) as stored:
             total, count = torch.from_numpy(stored["mom2.mom2"]), int(stored["mom2.count"])
-    except (OSError, ValueError, KeyError) as exc:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as exc:
         raise AnchorError(f"{Path(path).absolute()} holds no second moments of EasyEdit: {exc}. Delete it or change stats_dir.") from exc
     return _checked(Moment(total / count, count), d_k, Path(path))
 
@@ -141,7 +151,7 @@ def write_npz(path: str | Path, moment: Moment, n_texts: int) -> None:
         moment: what to write.
         n_texts: EasyEdit's sample_size (mom2_n_samples), which it compares.
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
         np.savez(
@@ -159,7 +169,7 @@ def write_npz(path: str | Path, moment: Moment, n_texts: int) -> None:
 def easyedit_files(model: PreTrainedModel, layout: Layout, hparams: RLSEditHyperParams) -> dict[int, Path]:
     """Where EasyEdit caches each layer's moments: ``<stats_dir>/<model>/<dataset>_stats/<module>_<dtype>_mom2_<n_samples>.npz``."""
     model_name = (model.config._name_or_path or hparams.model_name).rstrip("/").rsplit("/")[-1]
-    folder = Path(hparams.stats_dir) / model_name / f"{hparams.mom2_dataset}_stats"
+    folder = user_path(hparams.stats_dir) / model_name / f"{hparams.mom2_dataset}_stats"
     suffix = f"{hparams.mom2_dtype}_mom2_{hparams.mom2_n_samples}.npz"
     return {layer: folder / f"{w.parameter_name.removesuffix('.weight')}_{suffix}" for layer, w in layout.edited.items()}
 
@@ -168,7 +178,7 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
     """Cache file of each layer; its name changes with all that changes the moments."""
     source = hparams.mom2_dataset
     if source.endswith(".txt"):
-        content = Path(source).read_bytes() if Path(source).is_file() else b""
+        content = user_path(source).read_bytes() if user_path(source).is_file() else b""
         identity = f"file {hashlib.sha256(content).hexdigest()} seed {hparams.seed}"
     elif source == "shipped":
         identity = f"file {hashlib.sha256(shipped_text().encode()).hexdigest()} seed {hparams.seed}"
@@ -191,8 +201,11 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
 
 
 def _read_cached(path: Path, d_k: int) -> Moment:
-    with safe_open(path, framework="pt") as stored:
-        moment = Moment(stored.get_tensor("mean"), int(stored.metadata()["n_tokens"]), float(stored.metadata()["error"]))
+    try:
+        with safe_open(path, framework="pt") as stored:
+            moment = Moment(stored.get_tensor("mean"), int(stored.metadata()["n_tokens"]), float(stored.metadata()["error"]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as exc:
+        raise AnchorError(f"{path} holds no second moments, or is damaged: {exc}. Delete it.") from exc
     logger.info("Second moments of %d tokens (relative error about %.3f) read from %s", moment.n_tokens, moment.error, path)
     return _checked(moment, d_k, path)
 

@@ -15,14 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors import AnchorPairs
+from easyedit_rls.arguments import listed
 from easyedit_rls.change import Change
-from easyedit_rls.errors import LayoutError, NumericalError, RequestError, RLSEditWarning
+from easyedit_rls.errors import ArgumentError, RequestError, RLSEditWarning
 from easyedit_rls.history import Edit
 from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.keys import Fact, LayerWalk, locate_facts
+from easyedit_rls.keys import Fact, LayerWalk, locate_facts, refuse_unfit_facts
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.model.sampling import sample_templates
+from easyedit_rls.model.sampling import templates_of
+from easyedit_rls.model.weights import refuse_unsound
 from easyedit_rls.outcome import fact_reports, find_said, refuse_if_off, warn_if_unsaid
 from easyedit_rls.priors import make_priors
 from easyedit_rls.progress import progress_bar
@@ -59,6 +61,7 @@ class RLSEditor:
         state: what is remembered of the edits so far.
 
     Raises:
+        ArgumentError: hparams or anchors are of another kind.
         LayoutError: the settings name a layer or module that the model lacks.
         LedgerError: the ledger is held by another editor, is damaged, or can't be written.
         StateMismatchError: the ledger belongs to another model or other settings; lists every difference.
@@ -75,13 +78,18 @@ class RLSEditor:
         state_dir: str | Path | None = None,
         show_progress: bool | None = None,
     ) -> None:
+        if not isinstance(hparams, RLSEditHyperParams):
+            cure = "Give RLSEditHyperParams: from_hparams reads a file, from_dict takes a mapping, for_model makes them."
+            raise ArgumentError(f"hparams is a {type(hparams).__name__}. {cure}")
+        if not isinstance(anchors, AnchorPairs | None):
+            anchors = listed(anchors, "anchors")
         self.model = model
         self.tok = tok
         self.hparams = hparams
-        self.layout = find_layout(model, hparams)
         self._anchors = anchors
         self._show_progress = show_progress
         self.state = EditorState() if state is None else state
+        self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
         folder = state_dir or hparams.state_dir
         if folder is not None and self.state.ledger is None:
             attach(self.state, folder, model, self.layout, hparams, anchors)
@@ -96,7 +104,9 @@ class RLSEditor:
             What happened to each fact and each layer.
 
         Raises:
-            RequestError: a request is incomplete, contradicts itself, another one, or (on_conflict: error) an earlier edit.
+            RequestError: a request is incomplete, contradicts itself, another one, or (on_conflict: error) an earlier edit;
+                or it is longer than the model's table of positions.
+            ModelError: a token of a request is none of the model's.
             StateMismatchError: somebody else changed the edited weights.
             NumericalError: NaN in the weights, a prior that is not positive definite, or a batch past `max_deviation`.
             AnchorError: the second moments can't be had.
@@ -233,7 +243,7 @@ class RLSEditor:
 
     def _edit_once(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit]) -> EditReport:
         with undisturbed(self.model):
-            locate_facts(self.tok, requests, [])  # bad requests fail here, before the long work
+            self._locate(requests, self.state.now.templates)  # bad requests fail here, before the long work
             clock = [time.perf_counter()]
             self.state.checkpoint(self.hparams.checkpoint_every)
             clock.append(time.perf_counter())
@@ -241,9 +251,9 @@ class RLSEditor:
             requests = [*requests, *(edit.request for edit in lost)]
             removed = sorted({*superseded, *(edit.edit_id for edit in lost)})
             clock.append(time.perf_counter())
-            self._prepare()
+            self._prepare(requests)
             clock.append(time.perf_counter())
-            facts = locate_facts(self.tok, requests, self.state.now.templates, self.hparams.statements)
+            facts = self._locate(requests, self.state.now.templates)
             with self.state.change(self.layout.edited) as change:
                 self._open(change, removed)  # what the new facts contradict, and what was lost, goes first: their values start without it
                 values = self._optimise(facts)
@@ -284,22 +294,21 @@ class RLSEditor:
             raise RequestError(f"the same prompts were edited before, as edits {numbers}. Amend those, or set on_conflict: supersede.")
         return found
 
-    def _prepare(self) -> None:
-        """Before the first batch: context templates, and the prior of each layer."""
+    def _locate(self, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[Fact]:
+        """Tokenise requests, and see that the model can take them."""
+        facts = locate_facts(self.tok, requests, templates, self.hparams.statements)
+        refuse_unfit_facts(self.model, self.tok, facts)
+        return facts
+
+    def _prepare(self, requests: Sequence[EditRequest] = ()) -> None:
+        """Before the first batch: context templates, and the prior of each layer; requests that are too long behind these fail here."""
         if self.state.layers:
             return
         hp = self.hparams
-        for name, parameter in self.model.named_parameters():
-            if parameter.is_meta:
-                raise LayoutError(
-                    f"Weight {name} is offloaded: it can't be edited, nor run fast. Load the model onto devices that hold it whole."
-                )
-            if not bool(torch.isfinite(parameter).all()):
-                raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
+        refuse_unsound(self.model)
         weights = {layer: weight.read() for layer, weight in self.layout.edited.items()}
-        templates = (
-            sample_templates(self.model, self.tok, hp.n_templates, hp.seed) if hp.context_templates is None else list(hp.context_templates)
-        )
+        templates = templates_of(self.model, self.tok, hp)
+        self._locate(requests, templates)
         priors = make_priors(self.model, self.tok, hp, weights, self._anchors, self._show_progress)
         has_ledger = self.state.ledger is not None
         self.state.begin(priors, templates, identify(self.model, self.layout, hp, self._anchors, templates) if has_ledger else None)

@@ -36,6 +36,10 @@ class RequestError(InputError, ValueError):
         return RequestError(self.problem, index=index, field=self.field)
 
 
+class ArgumentError(InputError, TypeError):
+    """An argument is of another kind than the function takes."""
+
+
 class ModelError(InputError, OSError):
     """A model or its tokenizer can't be loaded, or the two don't belong together."""
 

@@ -1,9 +1,12 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Files that are whole or not there: written aside, synced, renamed; and texts that are read as UTF-8 or refused."""
 
+import codecs
 import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from easyedit_rls.errors import InputError, TextError
 
 PARTIAL = ".partial"  # suffix of a file that is being written
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag, and links there need rights of their own
@@ -67,3 +70,43 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a user writes it: ``~`` is the home folder.
+
+    Raises:
+        InputError: it begins with the name of a user who has none.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as exc:
+        raise InputError(f"{name} begins with ~, but there is no such home folder. Write the path out, or as ./{name}.") from exc
+
+
+def read_text(path: str | Path, error: type[InputError] = TextError, cure: str = "Check the path.") -> str:
+    """The text of a UTF-8 file, without the byte-order mark that some editors put in front.
+
+    Args:
+        path: the file.
+        error: what is raised; its only argument is the message.
+        cure: what to do where the file can't be read or is empty, a sentence.
+
+    Raises:
+        InputError: of the type `error`: the file is missing, a folder, unreadable, empty, or not UTF-8.
+    """
+    where = user_path(path).absolute()
+    try:
+        content = where.read_bytes()
+    except IsADirectoryError as exc:
+        raise error(f"{where} is a folder, not a file. {cure}") from exc
+    except (OSError, ValueError) as exc:  # the latter: a name with a zero byte
+        raise error(f"{where} can't be read: {getattr(exc, 'strerror', None) or exc}. {cure}") from exc
+    try:
+        text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as exc:
+        at = exc.start + (len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0)
+        raise error(f"{where} is not UTF-8 text: byte {at} is 0x{content[at]:02x}. Save it as UTF-8.") from exc
+    if not text.strip():
+        raise error(f"{where} has no text: it is empty. {cure}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")

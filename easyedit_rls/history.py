@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from easyedit_rls._version import __version__
-from easyedit_rls.errors import RequestError
+from easyedit_rls.arguments import listed
+from easyedit_rls.errors import ArgumentError, RequestError
 from easyedit_rls.requests import EditRequest
 from easyedit_rls.watch import widest_dtype
 
@@ -220,7 +222,11 @@ def _faded(importance: Tensor, left: float, device: torch.device | None) -> Tens
 
 def _standing(edit_ids: Iterable[int], live: Mapping[int, Edit]) -> list[int]:
     """Numbers in order, each once; all of them must be those of edits that stand."""
-    wanted = sorted(set(edit_ids))
+    given = listed(edit_ids, "edit_ids", "numbers")
+    for edit_id in given:
+        if isinstance(edit_id, bool) or not isinstance(edit_id, Integral):
+            raise ArgumentError(f"edit_ids holds {edit_id!r}, a {type(edit_id).__name__}, not the number of an edit.")
+    wanted = sorted(set(map(int, given)))
     unknown = [edit_id for edit_id in wanted if edit_id not in live]
     if unknown or not wanted:
         numbers = ", ".join(map(str, unknown)) or "none given"

@@ -35,7 +35,9 @@ class RLSEditHyperParams:
     model_name: str = _setting("Hub name or folder of the model that these settings are for.")
     layers: list[int] = _setting("Decoder layers to edit, 0-based, ascending; values are optimised at the last one.")
     clamp_norm_factor: float = _setting("Radius of the ball that keeps the value's change δ, as a multiple of ‖h‖.")
-    v_num_grad_steps: int = _setting("Evaluations of the value's loss, at most; there is one Adam step less.")
+    v_num_grad_steps: int = _setting(
+        "Evaluations of the value's loss, at most, from 2 on: there is one Adam step less, so 1 would leave the model as it is."
+    )
     v_lr: float = _setting("Learning rate of Adam on δ; with value_at: output in units of the root mean square of each output.")
     v_loss_layer: int = _setting("Layer whose output goes through final norm and head for the loss; normally the last.")
     v_weight_decay: float = _setting("Weight of ‖δ‖/‖h‖² in the value's loss.")
@@ -147,7 +149,8 @@ class RLSEditHyperParams:
     state_dir: str | None = _setting("Folder of the ledger, which keeps every edit on disk; None keeps them in memory.", None)
     checkpoint_every: int = _setting("Batches after which the ledger stores the whole state again.", 20)
     context_templates: list[str] | None = _setting(
-        "Texts put before each prompt; None samples short ones from the model, [] uses the bare prompt only.",
+        "Texts put before each prompt, as they are or as in MEMIT with {} at their end, where the prompt goes: 'Hello. {}'. "
+        "None samples short ones from the model, [] uses the bare prompt only.",
         None,
     )
     n_templates: int = _setting("How many texts to sample for that; the time an edit takes grows with them.", 5)
@@ -164,7 +167,8 @@ class RLSEditHyperParams:
 
     def __post_init__(self) -> None:
         self._check("alg_name", self.alg_name == "RLSEdit", "RLSEdit")
-        self._check("layers", bool(self.layers), "at least one layer")
+        is_list = isinstance(self.layers, (list, tuple)) and all(type(layer) is int for layer in self.layers)
+        self._check("layers", is_list and bool(self.layers), "a list of at least one layer number")
         self._check("layers", list(self.layers) == sorted(set(self.layers)), "strictly ascending layer numbers")
         self._check("layers", all(layer >= 0 for layer in self.layers), "numbers from 0")
         self._check("v_loss_layer", self.v_loss_layer >= self.layers[-1], f"the last edited layer ({self.layers[-1]}) or above")
@@ -172,8 +176,11 @@ class RLSEditHyperParams:
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("v_momentum", "statement_share"):
             self._check(name, 0 <= getattr(self, name) < 1, "0 or above, and below 1")
+        self._check_texts()
         is_fine = all(text.count("{}") == 1 and not text.endswith("{}") for text in self.statements)
         self._check("statements", is_fine, "texts with one {} for the subject, and something behind it, such as '{}:'")
+        self._check("v_num_grad_steps", self.v_num_grad_steps >= 2, "2 or above")
+        self._check("state_dir", _is_folder(self.state_dir), "a folder, or null for none")
         for name in _NOT_NEGATIVE:
             self._check(name, getattr(self, name) >= 0, "0 or above")
         for name in _COUNTS:
@@ -191,6 +198,15 @@ class RLSEditHyperParams:
             self._check(name, getattr(self, name) in allowed, " or ".join(repr(a) for a in allowed))
         for name in ("rewrite_module_tmp", "layer_module_tmp"):
             self._check(name, getattr(self, name).count("{}") == 1, "a module name with one {} for the layer number")
+
+    def _check_texts(self) -> None:
+        """Lists of texts are that, and templates put their text before the prompt."""
+        self._check("statements", _is_texts(self.statements), "a list of texts")
+        if self.context_templates is not None:
+            self._check("context_templates", _is_texts(self.context_templates), "a list of texts, or null")
+            fronts = [text.removesuffix("{}") for text in self.context_templates]
+            self._check("context_templates", all("{}" not in text for text in fronts), "{} at the end of a text, or nowhere")
+            self.context_templates = [text for text in fronts if text]  # MEMIT's bare "{}" is the prompt alone, which counts anyway
 
     def _check(self, name: str, is_fine: bool, allowed: str) -> None:
         if not is_fine:
@@ -327,7 +343,6 @@ _NOT_NEGATIVE = (
 )
 
 _COUNTS = (
-    "v_num_grad_steps",
     "mom2_n_samples",
     "n_templates",
     "batch_size",
@@ -349,6 +364,15 @@ _CHOICES = {
     "early_stopping": ("argmax", "loss", "off"),
     "on_conflict": ("supersede", "keep", "error"),
 }
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+
+def _is_folder(value: Any) -> bool:
+    """Whether it names a folder, or is None; "None" is what Python's word for it becomes in YAML, whose own is null."""
+    return value is None or (isinstance(value, str) and value.strip().lower() not in ("", "none", "null"))
 
 
 def _did_you_mean(key: str, known: list[str]) -> str:

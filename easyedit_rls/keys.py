@@ -19,6 +19,7 @@ from easyedit_rls.errors import RequestError
 from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.forward import Batch, chunks, device_of, pad, price_of_pass, run
 from easyedit_rls.model.layout import Layout
+from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.prefix import fork, share_beginnings
 from easyedit_rls.model.subject import Row, tokenize_fact
 from easyedit_rls.requests import EditRequest
@@ -70,6 +71,24 @@ def locate_facts(
         except RequestError as exc:
             raise exc.at(index) from exc
     return facts
+
+
+def refuse_unfit_facts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:
+    """See that the model can take the rows of facts.
+
+    Raises:
+        RequestError: one is longer than the model's table of positions; names the request.
+        ModelError: a token of one is none of the model's.
+    """
+    rows = [(number, row.ids) for number, fact in enumerate(facts) for row in (*fact.rows, *fact.statements, fact.essence)]
+    refuse_unfit(
+        model,
+        tok,
+        [ids for _, ids in rows],
+        [number for number, _ in rows],
+        what="The prompt with its target and the text before it",
+        cure="Shorten the prompt, or context_templates.",
+    )
 
 
 class LayerWalk:

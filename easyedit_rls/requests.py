@@ -24,6 +24,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
+from easyedit_rls.arguments import listed
 from easyedit_rls.errors import RequestError
 from easyedit_rls.joints import joint as joint_of
 from easyedit_rls.spans import find_spans
@@ -35,6 +36,7 @@ Chat = tuple[tuple[str, str], ...]
 
 IMPORTANCES = (1e-6, 1e6)  # least and largest: float64 can take an edit of either back exactly
 _LARGE = 2**63
+_REWORDED = ("paraphrase_prompts", "rephrase_prompt", "rephrase")  # CounterFact's name, and EasyEdit's two
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,12 @@ def parse_requests(
         chat_template: make every prompt a user's turn, see `as_chat`.
 
     Raises:
+        ArgumentError: it is no list.
         RequestError: names the request by its position, the field, and the cure.
     """
     if isinstance(requests, (Mapping, EditRequest)):
         requests = [requests]
+    requests = listed(requests, "requests", "EasyEdit's dicts or CounterFact records")
     if not requests:
         raise RequestError("the list is empty. Give at least one request.")
     parsed = [_checked(request, i) if isinstance(request, EditRequest) else _parse(request, i) for i, request in enumerate(requests)]
@@ -204,13 +208,8 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
     before, subject, after = _split_prompt(_text(fact, "prompt", index), subject, index, field)
     joint = parse_joint(fact, index)
     target = _text(fact, "target_new", index)
-    true_key = "target_true" if fact.get("target_true") is not None else "ground_truth"
-    answers = fact.get(true_key)
-    if isinstance(answers, (list, tuple)) and len(answers) > 1:  # KnowEdit lists every right answer
-        fact[true_key] = answers[0]
-    target_true = _text(fact, true_key, index) if answers is not None else None
-
-    paraphrases = _texts(fact, "paraphrase_prompts", index) + _texts(fact, "rephrase_prompt", index)
+    target_true = _true_answer(fact, index)
+    paraphrases = [text for name in _REWORDED for text in _texts(fact, name, index)]
     neighbors = [(prompt, str(target_true)) for prompt in _texts(fact, "neighborhood_prompts", index)]
     if neighbors and target_true is None:
         raise RequestError("is missing, but neighborhood_prompts need it as their answer. Add it.", index=index, field="target_true")
@@ -233,12 +232,25 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
         target=target,
         target_true=target_true,
         importance=_importance(fact.get("importance", 1.0), index),
-        paraphrases=tuple(paraphrases),
+        paraphrases=tuple(dict.fromkeys(paraphrases)),
         neighbors=tuple(Probe(prompt, answer, joint, chat) for prompt, answer in neighbors),
         case_id=_case_id(raw.get("case_id"), index),
         joint=joint,
         chat=chat,
     )
+
+
+def _true_answer(fact: Mapping[str, Any], index: int) -> str | None:
+    """What the model should have said before, the first of lists of right answers; None where there is nothing."""
+    name = "target_true" if fact.get("target_true") is not None else "ground_truth"
+    answer = fact.get(name)
+    if isinstance(answer, Mapping):
+        answer = answer.get("str")
+    while isinstance(answer, (list, tuple)):  # KnowEdit has every right answer, in lists of lists
+        answer = answer[0] if answer else None
+    if answer is None or (isinstance(answer, str) and not answer.strip()):
+        return None
+    return _text({name: answer}, name, index)
 
 
 def parse_joint(fact: Mapping[str, Any], index: int) -> str | None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import Batch, chunks, device_of, price_of_pass, run
+from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.subject import Row, answer_rows
 from easyedit_rls.model.tree import grow, takes_trees, tree_batch
 from easyedit_rls.progress import progress_bar
@@ -43,6 +44,7 @@ def score(
     tok: PreTrainedTokenizerBase,
     probes: Sequence[Probe],
     *,
+    numbers: Sequence[int] | None = None,
     batch_tokens: int = 8192,
     desc: str = "scoring",
     show_progress: bool | None = None,
@@ -56,14 +58,20 @@ def score(
         model: the model; logits are computed where an answer stands only.
         tok: its tokenizer.
         probes: prompts with answers.
+        numbers: for errors, the number of the record that each belongs to; None: each its own.
         batch_tokens: tokens in one pass, at most.
         desc: label of the progress bar.
         show_progress: None shows a bar on a terminal only.
 
     Returns:
         A score each probe, in order.
+
+    Raises:
+        RequestError: an answer has no token of its own, or a text is longer than the model's table of positions.
+        ModelError: a token is none of the model's.
     """
-    rows = answer_rows(tok, probes)
+    rows = answer_rows(tok, probes, numbers)
+    refuse_unfit(model, tok, [row.ids for row in rows], numbers)
     scores: dict[int, Score] = {}
 
     def take(numbers: list[int], logits: Tensor, places: Tensor) -> None:

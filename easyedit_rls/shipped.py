@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.files import user_path
 
 _PACKAGED = Path(__file__).parent / "_hparams" / "RLSEdit"  # in an installed wheel
 _CHECKOUT = Path(__file__).parents[1] / "hparams" / "RLSEdit"  # in a source tree
@@ -24,7 +25,7 @@ def find_settings(path_or_name: str | Path) -> Path:
     Raises:
         HyperParamsError: there is none.
     """
-    given = Path(path_or_name).expanduser()
+    given = user_path(path_or_name)
     candidates = [given, given.with_name(given.name + ".yaml")]
     if given.name == str(given):
         candidates.append(_shipped_folder() / f"{re.sub(r'[.]yaml$', '', given.name)}.yaml")

@@ -24,6 +24,7 @@ from easyedit_rls.ledger import Ledger, Place
 from easyedit_rls.ledger.journal import MANIFEST, Event, Journal, Line, entry_event, entry_of
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.snapshot import StoredBeginnings, prior_files, write_checkpoint
+from easyedit_rls.model.cast import CastParameters
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
 from easyedit_rls.moment import Moment
 from easyedit_rls.priors import Prior
@@ -44,6 +45,7 @@ class EditorState:
         ledger: see above. A deep copy has none: it goes its own way.
         history_found: what was edited before this state was made or resumed.
         is_closed: whether the ledger was let go: nothing more can be edited.
+        casts: of the model's parameters in another type, for the values; freed with the state, and by `close`.
         mutex: held by whoever works with the state or the weights; others wait.
     """
 
@@ -52,6 +54,7 @@ class EditorState:
         self.ledger = ledger
         self.history_found = self.now.history
         self.is_closed = False
+        self.casts = CastParameters()
         self.mutex = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EditorState":
@@ -192,7 +195,8 @@ class EditorState:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""
         self._check_open()
         with self._all_or_nothing({}):
-            self._take(adopted(self.now, {layer: edited[layer].read() for layer in self.layers}), fingerprint_of(edited))
+            weights = {layer: self._weight_now(layer, edited[layer]) for layer in self.layers}
+            self._take(adopted(self.now, weights), fingerprint_of(edited))
 
     def reset(self) -> None:
         """Forget everything but the ledger's place; what comes next begins a new journal there.
@@ -223,9 +227,15 @@ class EditorState:
                 if self.ledger is not None:
                     self.ledger.settle(self.now.place)
         finally:
+            self.casts.clear()
             if self.ledger is not None:
                 self.ledger.close()
                 self.is_closed = True
+
+    def _weight_now(self, layer: int, weight: EditedWeight) -> Tensor:
+        """What a weight is, (d_k, d_v): the master where the model holds that one rounded, else what it holds."""
+        master = self.now.weight(layer)
+        return master if weight.holds(master) else weight.read()
 
     def _check_open(self) -> None:
         if self.is_closed:

@@ -4,14 +4,15 @@ import importlib.resources
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import AnchorError
+from easyedit_rls.files import read_text
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.limits import n_positions, refuse_unknown_tokens
 from easyedit_rls.model.sampling import sample_texts
-from easyedit_rls.model.tokens import encode
+from easyedit_rls.model.tokens import encode, start_tokens
 
 SAMPLED_TOKENS = 128  # length of a text sampled from the model
 TEXT_TOKENS = 512  # longer texts are cut, and those longer than the model's positions
@@ -38,15 +39,17 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
 
     Raises:
         AnchorError: the source can't be read, or has no text.
+        ModelError: a token of it is none of the model's.
     """
     source, n = hparams.mom2_dataset, hparams.mom2_n_samples
     if source == "self":
-        yield from sample_texts(model, tok, n, SAMPLED_TOKENS, hparams.seed)
+        most = n_positions(model) or SAMPLED_TOKENS + 1
+        yield from sample_texts(model, tok, n, min(SAMPLED_TOKENS, most - max(1, len(start_tokens(tok)))), hparams.seed)
         return
     if source == "shipped":
         texts = _paragraphs(shipped_text(), hparams.seed)
     elif source.endswith(".txt"):
-        texts = _paragraphs(_read(Path(source)), hparams.seed)
+        texts = _paragraphs(read_text(source, AnchorError, "Change mom2_dataset."), hparams.seed)
     else:
         texts = _dataset_texts(source, n, hparams.seed)
     longest = min(TEXT_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", TEXT_TOKENS))
@@ -54,6 +57,7 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     n_tokens, is_empty = 0, True
     for text in texts[:n]:
         if row := list(encode(tok, text, max_tokens=longest).ids):
+            refuse_unknown_tokens(model, tok, [row])
             block.append(row)
             n_tokens, is_empty = n_tokens + len(row), False
         if n_tokens >= _BLOCK_TOKENS:
@@ -65,17 +69,20 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
         raise AnchorError(f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: shipped.")
 
 
+def check_source(source: str) -> None:
+    """See that a text file that `mom2_dataset` names can be read, before the long work; other sources are not looked at.
+
+    Raises:
+        AnchorError: it can't.
+    """
+    if source.endswith(".txt"):
+        read_text(source, AnchorError, "Change mom2_dataset.")
+
+
 def shipped_text() -> str:
     """The text that comes with the package, written for it: encyclopaedia articles most, and of other kinds of English text, of program
     code and of other languages a little."""
     return importlib.resources.files("easyedit_rls.data").joinpath("ordinary_text.txt").read_text(encoding="utf-8")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as exc:
-        raise AnchorError(f"Text file {path.absolute()} can't be read: {exc.strerror}. Change mom2_dataset.") from exc
 
 
 def _paragraphs(text: str, seed: int) -> list[str]:

@@ -83,7 +83,8 @@ def optimise_values(
 ) -> Values:
     """Optimise the values of all facts, in groups that fit `batch_tokens`.
 
-    With `v_dtype`, a copy of the model in that type is optimised on, and the losses are as it sees them; h is the model's own.
+    With `v_dtype`, a copy of the model in that type is optimised on (see `twin`), and the losses are as it
+    sees them; h is the model's own. The copy has the weights that the model holds, rounded as they are there.
 
     Args:
         model: in evaluation mode, its parameters without gradient.

@@ -10,7 +10,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate
-from easyedit_rls.records import read_records
+from easyedit_rls.data.records import read_records
 
 BATCH = 20
 

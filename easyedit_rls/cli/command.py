@@ -15,14 +15,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from easyedit_rls.cli.console import plain_warnings
 from easyedit_rls.cli.loading import failed
 from easyedit_rls.errors import RLSEditError
+from easyedit_rls.files import user_path
 
 
 def output_folder(config: DictConfig) -> Path:
     """Where a command writes: its `out`; in a multirun (`--multirun`) each job has a folder of its own number in there."""
     hydra_config = HydraConfig.get()
-    return Path(config.out) / str(hydra_config.job.num) if hydra_config.mode == RunMode.MULTIRUN else Path(config.out)
+    return user_path(config.out) / str(hydra_config.job.num) if hydra_config.mode == RunMode.MULTIRUN else user_path(config.out)
 
 
 def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:
@@ -37,7 +39,8 @@ def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[C
         @functools.wraps(function)
         def guarded(config: DictConfig) -> None:
             try:
-                function(config)
+                with plain_warnings():
+                    function(config)
             except RLSEditError as exc:
                 sys.exit(failed(exc))
 

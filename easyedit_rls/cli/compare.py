@@ -8,18 +8,22 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from easyedit_rls.arguments import listed
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
-from easyedit_rls.cli.loading import load_model, settings_for
+from easyedit_rls.cli.loading import settings_for
+from easyedit_rls.cli.records import fits, fitting, records_of
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
 from easyedit_rls.compare.results import METRICS
 from easyedit_rls.compare.run import run_all
 from easyedit_rls.devices import choose_device
-from easyedit_rls.errors import HyperParamsError, RequestError
+from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.files import read_text
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.load import load_model
 from easyedit_rls.model.sampling import sample_templates
-from easyedit_rls.records import read_records
+from easyedit_rls.model.weights import refuse_unsound
 
 
 @command("compare", "easyedit_rls.conf.streams")
@@ -53,39 +57,47 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
 
     Raises:
         HyperParamsError: settings of nobody, or of a method unknown.
-        RequestError: the records or the text can't be read.
+        RequestError: the records can't be read, or don't fit the model.
+        TextError: the text can't be read.
+        ModelError: the model can't be loaded.
     """
     names = [config.alg_name] if isinstance(config.alg_name, str) else [str(name) for name in config.alg_name]
     if len(set(names)) < len(names):
         raise HyperParamsError(f"alg_name names an editor twice: {', '.join(names)}. Tell them apart behind a hyphen, as in RLSEdit-soft.")
     changes: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
-    if config.data.file is None:
-        raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
-    n_records = len(read_records(config.data.file, config.data.first, config.data.count, joint=config.data.joint))
-    if config.eval.text is not None and not Path(config.eval.text).is_file():
-        raise RequestError(f"{config.eval.text} can't be read. Check the path.", field="eval.text")
+    read = records_of(config.data)
+    if config.eval.text is not None:
+        read_text(config.eval.text, cure="Change eval.text.")
     device = choose_device(config.device)
-    model, tok = load_model(config.model.path, config.dtype)  # off the GPU, whose memory the editors' processes need
+    trust = config.model.trust_remote_code
+    model, tok = load_model(config.model.path, config.dtype, trust_remote_code=trust)  # off the GPU, which the editors' processes need
     hparams = settings_for(model, config.model.path, config.model.hparams)
     if config.chat_template is not None:
         hparams = RLSEditHyperParams.from_dict({**hparams.to_dict(), "chat_template": config.chat_template})
     contenders = tuple(Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})}) for name in names)
     _check_form(contenders, hparams)
     n_templates = hparams.n_templates if config.templates is None else config.templates
+    refuse_unsound(model)
+    templates = tuple(
+        sample_templates(model, tok, n_templates, hparams.seed) if hparams.context_templates is None else hparams.context_templates
+    )
+    records = fitting(read, fits(model, tok, hparams, templates, portability=True), config.data.file, config.data.on_bad)
     return Plan(
         model=str(config.model.path),
         hparams=hparams.to_dict(),
-        templates=tuple(hparams.context_templates or sample_templates(model, tok, n_templates, hparams.seed)),
+        templates=templates,
         data=str(config.data.file),
         first=config.data.first,
-        count=n_records,
+        count=len(records),
+        n_records=len({record.index for record in read}),
+        left_out=tuple(sorted({record.index for record in read} - {record.index for record in records})),
         batch=config.data.batch,
         every=config.eval.every,
         text=config.eval.text,
         answers=config.eval.answers,
         fluency=config.eval.fluency,
         threads=config.threads,
-        tasks=tuple(config.eval.tasks),
+        tasks=tuple(listed(config.eval.tasks, "eval.tasks", "names")),
         tasks_every=config.eval.tasks_every,
         tasks_limit=config.eval.tasks_limit,
         tasks_folder=config.eval.tasks_folder,
@@ -93,6 +105,7 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         dtype=config.dtype,
         contenders=contenders,
         joint=config.data.joint,
+        trust_remote_code=trust,
     )
 
 

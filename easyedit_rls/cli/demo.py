@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,15 @@ import easyedit_rls
 from easyedit_rls.cli import report
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
-from easyedit_rls.cli.loading import load_model, settings_for
+from easyedit_rls.cli.loading import settings_for
+from easyedit_rls.data.records import read_records
 from easyedit_rls.editor import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.evaluation import Evaluation, evaluate, generate, perplexity
 from easyedit_rls.evaluation.metrics import summarise
+from easyedit_rls.files import read_text, user_path
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.load import load_model
 from easyedit_rls.requests import EditRequest, parse_requests
 
 
@@ -35,12 +37,17 @@ def main(config: DictConfig) -> None:
     console = plain_console()
     if config.hparams is not None:
         RLSEditHyperParams.from_hparams(config.hparams)  # what can't be read fails before the model is loaded
-    records = parse_requests(json.loads(_read(config.facts, "demo_facts.json")))
-    text = _read(config.text, "demo_text.txt")
+    if config.facts is None:
+        records = parse_requests(json.loads(_packaged("demo_facts.json")))
+    else:
+        records = [record.request for record in read_records(config.facts)]
+    text = _packaged("demo_text.txt") if config.text is None else read_text(config.text, cure="Change text=.")
     _cut(records, config.batches)  # a wrong number fails here too
-    if not (Path(config.model) / "config.json").is_file():
-        raise LayoutError(f"No model in {Path(config.model).absolute()}. Run `easyedit-rls demo-model out={config.model}`, or `make demo`.")
-    model, tok = load_model(config.model)
+    if not (user_path(config.model) / "config.json").is_file():
+        raise LayoutError(
+            f"No model in {user_path(config.model).absolute()}. Run `easyedit-rls demo-model out={config.model}`, or `make demo`."
+        )
+    model, tok = load_model(config.model, trust_remote_code=config.trust_remote_code)
     hparams = settings_for(model, config.model, config.hparams)
     batches = _cut(parse_requests(records, chat_template=hparams.chat_template), config.batches)
     source = config.hparams or "settings made from the model"
@@ -137,13 +144,8 @@ def _cut(records: list[EditRequest], n_batches: int) -> list[list[EditRequest]]:
     return [records[start : start + size] for start in range(0, len(records), size)]
 
 
-def _read(path: str | None, packaged: str) -> str:
-    if path is None:
-        return importlib.resources.files("easyedit_rls.data").joinpath(packaged).read_text(encoding="utf-8")
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as exc:
-        raise RequestError(f"{Path(path).absolute()} can't be read: {exc.strerror}. Check the path.") from exc
+def _packaged(name: str) -> str:
+    return importlib.resources.files("easyedit_rls.data").joinpath(name).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

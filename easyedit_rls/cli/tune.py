@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.table import Table
 
 from easyedit_rls.cli.console import plain_console
-from easyedit_rls.cli.loading import load_model, run_command, settings_for
+from easyedit_rls.cli.loading import add_on_bad, add_trust, run_command, settings_for
+from easyedit_rls.data.records import read_records
 from easyedit_rls.devices import add_device, choose_device
-from easyedit_rls.errors import RequestError
+from easyedit_rls.files import read_text, user_path
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.load import load_model
 from easyedit_rls.progress import progress_bar
-from easyedit_rls.records import read_records
 from easyedit_rls.tuning.search import Search, Trial
 
 _QUICK_TOLERANCE = 0.4  # of the moments during the search; the file keeps its own
@@ -29,26 +30,28 @@ def main(argv: list[str] | None = None) -> int:
         "paraphrase accuracy, specificity, and 1 − relative loss of perplexity. Report results on other records than these.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a causal language model")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="development records in CounterFact's format")
+    parser.add_argument("--data", type=user_path, required=True, metavar="FILE", help="development records (docs/records.md)")
     parser.add_argument("--first", type=int, default=0, help="first record (default: %(default)s)")
     parser.add_argument("--count", type=int, default=40, help="number of records (default: %(default)s)")
+    add_on_bad(parser)
     parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="plain text for the perplexity (default: the demo's)")
+    parser.add_argument("--text", type=user_path, metavar="FILE", help="plain text for the perplexity (default: the demo's)")
     parser.add_argument("--hparams", metavar="FILE", help="settings to begin with (default: those `easyedit-rls init` would write)")
     parser.add_argument("--trials", type=int, default=30, help="at most so many (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=20.0, help="time limit, moments included (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
     add_device(parser)
-    parser.add_argument("--out", type=Path, default=Path("outputs/tune"), help="folder to write (default: %(default)s)")
+    add_trust(parser)
+    parser.add_argument("--out", type=user_path, default=Path("outputs/tune"), help="folder to write (default: %(default)s)")
     return run_command(parser, _tune, argv)
 
 
 def _tune(arguments: argparse.Namespace) -> None:
     console = plain_console()
-    records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count)]
+    records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count, on_bad=arguments.on_bad)]
     text = _text(arguments.text)
     with progress_bar(None, "tuning", "trial", True) as bar:
-        model, tok = load_model(arguments.model, device=choose_device(arguments.device))
+        model, tok = load_model(arguments.model, device=choose_device(arguments.device), trust_remote_code=arguments.trust_remote_code)
         hparams = settings_for(model, arguments.model, arguments.hparams)
         quick = RLSEditHyperParams.from_dict({**hparams.to_dict(), "mom2_tolerance": max(_QUICK_TOLERANCE, hparams.mom2_tolerance)})
         search = Search(model, tok, quick, records, text, batch=arguments.batch, seed=arguments.seed)
@@ -99,7 +102,4 @@ def _table(trials: list[Trial], best: Trial) -> Table:
 def _text(path: Path | None) -> str:
     if path is None:
         return importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt").read_text(encoding="utf-8")
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as exc:
-        raise RequestError(f"{path.absolute()} can't be read: {exc.strerror}. Check --text.") from exc
+    return read_text(path, cure="Check --text.")

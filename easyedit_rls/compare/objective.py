@@ -32,13 +32,21 @@ class Objective:
 
     def terms(self, editor: RLSEditor | None) -> dict[str, Any]:
         """The terms now: 'edits' (None for other editors than RLSEdit), 'deviation', 'anchors'."""
-        hp, change = self._hparams, {layer: weight.read() - self._unedited[layer] for layer, weight in self._weights.items()}
+        hp, change = self._hparams, {layer: self._weight(layer, editor) - W_0 for layer, W_0 in self._unedited.items()}
         anchors = sum(float((delta * (self._moments[layer].to(delta) @ delta)).sum()) for layer, delta in change.items() if self._moments)
         return {
             "edits": None if editor is None else _missed(editor),
             "deviation": hp.lambda_reg**2 * sum(float(delta.square().sum()) for delta in change.values()),
             "anchors": hp.mu_reg**2 * hp.mom2_update_weight * anchors,
         }
+
+    def _weight(self, layer: int, editor: RLSEditor | None) -> Tensor:
+        """The weight as it is, (d_k, d_v), float32 or wider: RLSEdit's master where the model holds that one rounded."""
+        if editor is not None and layer in editor.state.layers:
+            master = editor.state.now.weight(layer)
+            if self._weights[layer].holds(master):
+                return master
+        return self._weights[layer].read()
 
 
 def _missed(editor: RLSEditor) -> float:

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.data.records import EditRecord, read_file
+from easyedit_rls.errors import HyperParamsError, RequestError
 from easyedit_rls.files import write_file
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.requests import as_chat
 
 PLAN = "plan.json"
 
@@ -48,7 +50,7 @@ class Plan:
         templates: texts before prompts, the same for all; RLSEdit takes the first `n_templates`.
         data: file of records.
         first: first record.
-        count: number of records.
+        count: number of edits.
         batch: edits a batch.
         every: batches between two checkpoints.
         text: plain text for perplexity, or None.
@@ -63,6 +65,9 @@ class Plan:
         threads: torch's; None leaves it alone.
         contenders: in the order of the tables.
         joint: what stands between prompt and answer in records that don't say so; None: as the text tells.
+        trust_remote_code: run Python code that comes with the model.
+        n_records: how many of the file's records are read; None: as many as there are edits.
+        left_out: numbers of those whose texts the model can't take.
     """
 
     model: str
@@ -85,6 +90,24 @@ class Plan:
     device: str = "cpu"
     dtype: str = "float32"
     joint: str | None = None
+    trust_remote_code: bool = False
+    n_records: int | None = None
+    left_out: tuple[int, ...] = ()
+
+    def records(self) -> list[EditRecord]:
+        """The edits of the stream, in order; chats, where prompts are to be user's turns.
+
+        Raises:
+            RequestError: the file is no longer what it was.
+        """
+        n_records = self.count if self.n_records is None else self.n_records
+        read = read_file(self.data, self.first, n_records, joint=self.joint, on_bad="skip").records
+        kept = [record for record in read if record.index not in self.left_out]
+        if len(kept) != self.count:
+            raise RequestError(f"{self.data} gives {len(kept)} edits now, but {self.count} when this comparison began. Put the file back.")
+        if not self.is_chat:
+            return kept
+        return [replace(record, request=request) for record, request in zip(kept, as_chat([record.request for record in kept]))]
 
     @property
     def is_chat(self) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from easyedit_rls.compare.plan import Contender, Plan
-from easyedit_rls.compare.stream import RESULT
-from easyedit_rls.errors import HostError, RLSEditError
+from easyedit_rls.compare.stream import REFUSED, RESULT
+from easyedit_rls.errors import HostError, InputError, RLSEditError
 from easyedit_rls.host.find import easyeditor_is_there
 from easyedit_rls.progress import progress_bar
 
@@ -29,7 +29,8 @@ def run_all(folder: Path, plan: Plan, show_progress: bool | None = None, jobs: i
 
     Raises:
         HostError: a contender needs EasyEdit, and there is none; told before anything runs.
-        RLSEditError: a contender failed; with the end of what it printed. The others' results stay.
+        InputError: a contender can't use what it was given.
+        RLSEditError: it failed; with the end of what it printed. The others' results stay.
     """
     waiting = [contender for contender in plan.contenders if not (folder / contender.folder / RESULT).is_file()]
     foreign = [contender.name for contender in waiting if contender.alg_name != "RLSEdit"]
@@ -73,5 +74,7 @@ def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]", c
             if line.startswith(f"{contender.name}: "):
                 bar.write(line.rstrip())
             bar.update(line.startswith(f"{contender.name}: batch "))
+    if child.returncode and last and last[-1].startswith(REFUSED):
+        raise InputError(f"{contender.name}: {last[-1].removeprefix(REFUSED).strip()}")
     if child.returncode:
         raise RLSEditError(f"{contender.name} ended with status {child.returncode}; {log} has all it printed, which ends:\n{''.join(last)}")

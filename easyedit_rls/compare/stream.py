@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,20 +18,22 @@ from typing import Any
 import torch
 from filelock import FileLock
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import easyedit_rls
 from easyedit_rls.compare.editors import Editor, OurEditor, make_editor
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.progress import PROGRESS, Progress, write_progress
+from easyedit_rls.data.records import EditRecord
+from easyedit_rls.errors import InputError
 from easyedit_rls.evaluation import abilities, add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
-from easyedit_rls.files import write_file
+from easyedit_rls.files import read_text, write_file
 from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.records import EditRecord, read_records
-from easyedit_rls.requests import as_chat
+from easyedit_rls.model.load import load_model
 
 RESULT = "result.json"
+REFUSED = "refused: "  # a run ends with such a line, and status 2, where what it was given can't be used
 UNEDITED = "unedited.json"
 _FLUENT_TOKENS = 100  # ROME's
 
@@ -45,11 +47,8 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
         place.mkdir(parents=True)
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    records = read_records(plan.data, plan.first, plan.count, joint=plan.joint)
-    if plan.is_chat:
-        records = [replace(record, request=request) for record, request in zip(records, as_chat([record.request for record in records]))]
-    model = AutoModelForCausalLM.from_pretrained(plan.model, dtype=getattr(torch, plan.dtype)).to(plan.device).eval()
-    tok = AutoTokenizer.from_pretrained(plan.model)
+    records = plan.records()
+    model, tok = load_model(plan.model, plan.dtype, plan.device, trust_remote_code=plan.trust_remote_code)
     scale = _Measure(plan, model, tok, records)
     with FileLock(folder / f"{UNEDITED}.lock"):
         if not (folder / UNEDITED).is_file():
@@ -99,7 +98,7 @@ class _Measure:
 
     def __init__(self, plan: Plan, model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord]) -> None:
         self._plan, self._model, self._tok, self._records = plan, model, tok, records
-        self._text = Path(plan.text).read_text(encoding="utf-8") if plan.text else None
+        self._text = read_text(plan.text) if plan.text else None
         self.weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         self._objective = Objective(model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)))
         self.quality: Sequence[Mapping[str, Any]] = ()  # EasyEdit's figures of the unedited model, which its locality is taken against
@@ -140,8 +139,8 @@ class _Measure:
 
     def _deviation(self) -> dict[str, float]:
         """‖W − W_0‖/‖W_0‖ of each weight that has changed."""
-        changed = {name: weight.detach() - self.weights[name] for name, weight in self._model.named_parameters()}
-        return {name: float(change.norm() / self.weights[name].norm()) for name, change in changed.items() if bool(change.any())}
+        changed = {name: weight.detach().float() - self.weights[name].float() for name, weight in self._model.named_parameters()}
+        return {name: float(change.norm() / self.weights[name].float().norm()) for name, change in changed.items() if bool(change.any())}
 
 
 def _easyedit(figures: Mapping[str, Any]) -> dict[str, float | None]:
@@ -169,4 +168,8 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 if __name__ == "__main__":
     FOLDER = Path(sys.argv[1])
     PLAN = Plan.load(FOLDER)
-    run_contender(FOLDER, PLAN, PLAN.contender(sys.argv[2]))
+    try:
+        run_contender(FOLDER, PLAN, PLAN.contender(sys.argv[2]))
+    except InputError as exc:
+        _say(REFUSED + " ".join(str(exc).split()))
+        sys.exit(2)

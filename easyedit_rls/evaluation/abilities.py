@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.arguments import listed
 from easyedit_rls.errors import HyperParamsError, RLSEditError
+from easyedit_rls.files import user_path
 from easyedit_rls.model.capture import undisturbed
 
 
@@ -37,6 +39,7 @@ def abilities(
 
     Raises:
         RLSEditError: the harness is not installed.
+        ArgumentError: one task was given instead of a list.
         HyperParamsError: there is no task of that name.
     """
     try:
@@ -45,13 +48,14 @@ def abilities(
         from lm_eval.tasks import TaskManager
     except ImportError as exc:
         raise RLSEditError("General abilities need lm-eval. Install it: pip install 'easyedit-rls[lm-eval]'.") from exc
-    manager = TaskManager(include_path=None if folder is None else str(folder))
+    manager = TaskManager(include_path=None if folder is None else str(user_path(folder)))
+    tasks = listed(tasks, "tasks", "names")
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise HyperParamsError(f"lm-eval has no task {', '.join(unknown)}. `lm_eval ls tasks` lists them; name the folder of your own.")
     with torch.random.fork_rng(), undisturbed(model):
         wrapped = HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size)
-        found = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager, bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0)
     results: dict[str, dict[str, Any]] = found["results"]
     return {
         task: {

@@ -12,7 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.arguments import listed
 from easyedit_rls.errors import RequestError
+from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.subject import Row, answer_rows
 from easyedit_rls.requests import Chat, Probe, parse_joint, parse_messages
 from easyedit_rls.scoring import accuracy, predict_rows
@@ -46,14 +48,33 @@ def edit_quality(
         "locality": {"<name>_output": [[argmax tokens]]}, "portability": {"<name>_acc": [...]}}``; of what a record lacks there is nothing.
 
     Raises:
+        ArgumentError: one record was given instead of a list.
         RequestError: names the record, the field and the cure.
+        ModelError: a token is none of the model's.
     """
-    asked = [list(_asked(record, i, () if chat_template else None)) for i, record in enumerate(records)]
-    numbered = [(i, probe) for i, parts in enumerate(asked) for _, _, probes in parts for probe in probes]
-    rows = answer_rows(tok, [probe for _, probe in numbered], [i for i, _ in numbered])
+    asked, rows = _tokenized(model, tok, listed(records, "records", "records"), chat_template)
     predicted = predict_rows(model, rows, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)
     answers = iter(zip(rows, predicted))
     return [_quality(parts, answers) for parts in asked]
+
+
+def refuse_unfit_quality(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]], *, chat_template: bool = False
+) -> None:
+    """See that `edit_quality` can measure records, without running the model; raises what it would."""
+    _tokenized(model, tok, records, chat_template)
+
+
+def _tokenized(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]], chat_template: bool
+) -> tuple[list[list[tuple[str, str, list[Probe]]]], list[Row]]:
+    """What each record asks, see `_asked`, and the rows of all of it."""
+    asked = [list(_asked(record, i, () if chat_template else None)) for i, record in enumerate(records)]
+    numbered = [(i, probe) for i, parts in enumerate(asked) for _, _, probes in parts for probe in probes]
+    numbers = [i for i, _ in numbered]
+    rows = answer_rows(tok, [probe for _, probe in numbered], numbers)
+    refuse_unfit(model, tok, [row.ids for row in rows], numbers)
+    return asked, rows
 
 
 def add_locality(before: Sequence[Mapping[str, Any]], after: Sequence[dict[str, Any]]) -> None:

@@ -15,9 +15,11 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.arguments import listed
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.model.forward import chunks, device_of, pad, price_of_pass
 from easyedit_rls.model.generation import greedy, sampled, write_on
+from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.subject import prompt_rows
 from easyedit_rls.progress import progress_bar
 from easyedit_rls.requests import Probe
@@ -63,6 +65,7 @@ def answers(
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
     """
+    wanted = listed(wanted, "wanted")
     texts = generate(
         model,
         tok,
@@ -108,8 +111,15 @@ def generate(
         batch_tokens: tokens held in one pass, at most.
         desc: label of the progress bar.
         show_progress: None shows a bar on a terminal only.
+
+    Raises:
+        ArgumentError: one prompt was given instead of a list.
+        RequestError: prompt and continuation are longer than the model's table of positions; names the prompt by its number.
+        ModelError: a token of a prompt is none of the model's.
     """
-    rows = prompt_rows(tok, prompts)
+    rows = prompt_rows(tok, listed(prompts, "prompts"))
+    what, cure = f"The prompt with the {max_new_tokens} tokens to be written", "Shorten it, or lower max_new_tokens."
+    refuse_unfit(model, tok, rows, what=what, cure=cure, n_new=max_new_tokens)
     if top_k is None:
         config = greedy(model, tok, max_new_tokens=max_new_tokens, stops=stops)
     else:
@@ -134,9 +144,10 @@ def fluency(texts: Sequence[str]) -> float:
     The mean over texts of ``(2/3 · H_2 + 4/3 · H_3) / 2`` with H_n the entropy of the text's n-grams of words, bits.
 
     Raises:
+        ArgumentError: one text was given instead of a list.
         RLSEditError: nltk is missing.
     """
-    return fmean(fmean(weight * _entropy(_words(text), n) for n, weight in ((2, 2 / 3), (3, 4 / 3))) for text in texts)
+    return fmean(fmean(weight * _entropy(_words(text), n) for n, weight in ((2, 2 / 3), (3, 4 / 3))) for text in listed(texts, "texts"))
 
 
 def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -153,7 +164,7 @@ def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ModuleNotFoundError as exc:
         raise RLSEditError("Consistency needs scikit-learn. Run `pip install 'easyedit-rls[evaluation]'`.") from exc
-    a, b = TfidfVectorizer().fit_transform([" ".join(texts), " ".join(references)])
+    a, b = TfidfVectorizer().fit_transform([" ".join(listed(texts, "texts")), " ".join(listed(references, "references"))])
     return float((a @ b.T).toarray()[0, 0])
 
 

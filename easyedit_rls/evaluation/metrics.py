@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.model.limits import refuse_unfit
+from easyedit_rls.model.subject import answer_rows
 from easyedit_rls.requests import EditRequest, Probe, parse_requests
 from easyedit_rls.scoring import Score, score
 
@@ -79,11 +81,34 @@ def evaluate(
         chat_template: make every prompt, paraphrase and neighbor a user's turn in the tokenizer's chat template.
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
+
+    Raises:
+        RequestError: a record is incomplete, or a text of it is longer than the model's table of positions; names the record.
+        ModelError: a token is none of the model's.
     """
     requests = parse_requests(records, chat_template=chat_template)
-    probes = list(dict.fromkeys(probe for request in requests for probe in _probes(request)))
-    scores = dict(zip(probes, score(model, tok, probes, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)))
+    askers = _askers(requests)
+    found = score(
+        model, tok, list(askers), numbers=list(askers.values()), batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress
+    )
+    scores = dict(zip(askers, found))
     return summarise([_record_scores(request, scores) for request in requests])
+
+
+def refuse_unfit_records(model: PreTrainedModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> None:
+    """See that `evaluate` can measure requests, without running the model; raises what it would."""
+    askers = _askers(requests)
+    numbers = list(askers.values())
+    refuse_unfit(model, tok, [row.ids for row in answer_rows(tok, list(askers), numbers)], numbers)
+
+
+def _askers(requests: Sequence[EditRequest]) -> dict[Probe, int]:
+    """Everything that the requests' figures need scored, each once, with the number of the first request that asks it."""
+    askers: dict[Probe, int] = {}
+    for number, request in enumerate(requests):
+        for probe in _probes(request):
+            askers.setdefault(probe, number)
+    return askers
 
 
 def summarise(records: Sequence[RecordScores]) -> Evaluation:
@@ -103,7 +128,10 @@ def _probes(request: EditRequest) -> list[Probe]:
 
 def _record_scores(request: EditRequest, scores: Mapping[Probe, Score]) -> RecordScores:
     def prefers(probe: Probe, other: str | None) -> float | None:
-        return None if other is None else float(scores[probe].nll < scores[replace(probe, answer=other)].nll)
+        """Which of two answers is the likelier; none can be, where they are the same."""
+        if other is None or probe.answer.strip() == other.strip():
+            return None
+        return float(scores[probe].nll < scores[replace(probe, answer=other)].nll)
 
     rewrite = request.probe(request.prompt, request.target)
     rephrased = [request.probe(prompt, request.target) for prompt in request.paraphrases]

@@ -5,9 +5,11 @@ import math
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.arguments import text as checked_text
 from easyedit_rls.errors import RequestError
 from easyedit_rls.model.capture import undisturbed
 from easyedit_rls.model.forward import device_of, pad, run
+from easyedit_rls.model.limits import n_positions, refuse_unknown_tokens
 from easyedit_rls.model.tokens import encode, start_tokens
 from easyedit_rls.progress import progress_bar
 
@@ -36,12 +38,18 @@ def perplexity(
         show_progress: None shows a bar on a terminal only.
 
     Raises:
-        RequestError: the text has fewer than two tokens.
+        ArgumentError: the text is none.
+        RequestError: the text has fewer than two tokens, or a window is longer than the model's table of positions.
+        ModelError: a token is none of the model's.
     """
-    start = start_tokens(tok)
-    own = encode(tok, text, with_start=False).ids
+    start, most = start_tokens(tok), n_positions(model)
+    if most is not None and window + len(start) > most:
+        room = most - len(start)
+        raise RequestError(f"is {window}, but the model has positions for {room} tokens of a text. Lower it.", field="window")
+    own = encode(tok, checked_text(text, "text"), with_start=False).ids
     ids = own[len(start) if own[: len(start)] == start else 0 :][:max_tokens]
     rows = [row for at in range(0, len(ids), window) if len(row := start + ids[at : at + window]) > len(start) + 1]
+    refuse_unknown_tokens(model, tok, rows)
     if not rows:
         raise RequestError("has fewer than two tokens, so there is nothing to predict. Give more text.", field="text")
     total, count, step = 0.0, 0, max(1, batch_tokens // window)

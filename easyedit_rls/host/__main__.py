@@ -4,12 +4,13 @@ import argparse
 import logging
 import sys
 
-from easyedit_rls.cli.loading import failed
+from easyedit_rls.cli.loading import add_trust, failed
 from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.host.moments import write_moments
 from easyedit_rls.host.scripts import run_script
 from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.load import load_model
 from easyedit_rls.shipped import shipped
 
 _RUN = """Run a script of EasyEdit, as its file is on disk, with RLSEdit among the methods that it knows. Every option behind the script is
@@ -38,8 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     files.add_argument("--dataset", metavar="NAME", help="the mom2_dataset that the other editors' settings name, e.g. wikipedia")
     files.add_argument("--stats_dir", metavar="FOLDER", help="where EasyEdit keeps its moments, instead of the settings' stats_dir")
     add_device(files)
-    args = parser.parse_args(argv)
+    add_trust(files)
     try:
+        args = parser.parse_args(argv)
         if args.command == "run":
             run_script(args.script, args.arguments)
         else:
@@ -49,14 +51,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _moments(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     given = {"model_name": args.model, "mom2_dataset": args.text, "stats_dir": args.stats_dir}
     settings = RLSEditHyperParams.from_hparams(args.hparams).to_dict()
     hparams = RLSEditHyperParams.from_dict({**settings, **{name: value for name, value in given.items() if value is not None}})
-    model = AutoModelForCausalLM.from_pretrained(hparams.model_name, dtype="float32").to(choose_device(args.device))
-    tok = AutoTokenizer.from_pretrained(hparams.model_name)
+    model, tok = load_model(hparams.model_name, device=choose_device(args.device), trust_remote_code=args.trust_remote_code)
     for path in write_moments(model, tok, hparams, dataset=args.dataset):
         sys.stdout.write(f"{path}\n")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_rls.errors import RequestError
+from easyedit_rls.files import read_text
 
 
 def zsre_requests(dataset: Iterable[Mapping[str, Any]], source: str | Path) -> list[dict[str, Any]]:
@@ -22,7 +23,13 @@ def zsre_requests(dataset: Iterable[Mapping[str, Any]], source: str | Path) -> l
     Raises:
         RequestError: an item is not from this file, or the file has no subject for it.
     """
-    records = json.loads(Path(source).read_text(encoding="utf-8"))
+    text = read_text(source, RequestError, "Give the file of this data set.")
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise RequestError(f"{source} is no JSON: {exc}. Give the file of this data set.") from exc
+    if not isinstance(records, list):
+        raise RequestError(f"{source} holds a {type(records).__name__}, not a list of records. Give the file of this data set.")
     requests = []
     for index, item in enumerate(dataset):
         at = item.get("case_id")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from easyedit_rls.errors import HostError
+from easyedit_rls.files import user_path
 
 _CLONE = "git clone https://github.com/zjunlp/EasyEdit, and set EASYEDIT_HOME to its folder."
 
@@ -17,7 +18,7 @@ def easyeditor_is_there() -> bool:
     home = os.environ.get("EASYEDIT_HOME")
     if "easyeditor" in sys.modules:
         return True
-    return is_checkout(Path(home).expanduser()) if home else importlib.util.find_spec("easyeditor") is not None
+    return is_checkout(user_path(home)) if home else importlib.util.find_spec("easyeditor") is not None
 
 
 def easyeditor() -> ModuleType:
@@ -33,7 +34,7 @@ def easyeditor() -> ModuleType:
         return sys.modules["easyeditor"]
     home = os.environ.get("EASYEDIT_HOME")
     if home:
-        add_checkout(Path(home))
+        add_checkout(user_path(home))
     elif importlib.util.find_spec("easyeditor") is None:
         raise HostError(f"EasyEdit is not importable and EASYEDIT_HOME is not set. {_CLONE}")
     try:
@@ -48,7 +49,7 @@ def add_checkout(home: Path) -> None:
     Raises:
         HostError: the folder holds no EasyEdit.
     """
-    home = home.expanduser().absolute()
+    home = home.absolute()
     if not is_checkout(home):
         raise HostError(f"{home} holds no EasyEdit (no easyeditor/__init__.py). {_CLONE}")
     if str(home) not in sys.path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from easyedit_rls.errors import HostError
+from easyedit_rls.files import user_path
 from easyedit_rls.host.find import add_checkout, easyeditor, is_checkout
 from easyedit_rls.host.registration import ALG_NAME, register
 
@@ -33,7 +34,7 @@ def run_script(script: str | Path, arguments: Sequence[str]) -> None:
     Raises:
         HostError: no EasyEdit, no such script, or nowhere in it a method is chosen.
     """
-    path = _find_script(Path(script))
+    path = _find_script(user_path(script))
     code, folder = compile_with_rlsedit(path, arguments)
     register()
     if folder is not None:

@@ -22,7 +22,7 @@ class AdapterReport:
 
     Attributes:
         rank: of every layer's pair of matrices.
-        errors: layer -> ‖ΔW − B A‖/‖ΔW‖ for ΔW = W − W_0, the error of the adapter's own rounding included.
+        errors: layer -> ‖ΔW − B A‖/‖ΔW‖, the adapter's own rounding included; see `write_adapter`.
         n_bytes: size of the adapter's weights.
     """
 
@@ -68,6 +68,10 @@ def write_weights(model: PreTrainedModel, manifest: Manifest, moment: Moment) ->
 def write_adapter(folder: Path, manifest: Manifest, moment: Moment, rank: int | None) -> AdapterReport:
     """Write the edit as a PEFT LoRA adapter: the best approximation of that rank (Eckart & Young 1936).
 
+    The edit is ΔW = W − W_0, (d_k, d_v), with the master W of the state (float32, or float64 where it was
+    summed anew), whatever the model's type: its rank is that of the edits' keys. A model in half precision
+    holds W rounded, and the rounding has full rank.
+
     Args:
         folder: for adapter_config.json and adapter_model.safetensors.
         manifest: of the ledger.
@@ -81,8 +85,7 @@ def write_adapter(folder: Path, manifest: Manifest, moment: Moment, rank: int | 
         from peft import LoraConfig
     except ImportError as exc:
         raise LedgerError("PEFT is missing. Install it: pip install 'easyedit-rls[lora]'.") from exc
-    dtype = getattr(torch, manifest.dtype)
-    deltas = {layer: (s.weight.to(dtype).double() - moment.unedited[layer].double()) for layer, s in moment.solutions.items()}
+    deltas = {layer: moment.weight(layer).double() - W_0.double() for layer, W_0 in moment.unedited.items()}
     parts = {layer: torch.linalg.svd(delta, full_matrices=False) for layer, delta in deltas.items()}
     if rank is None:
         rank = max(_needed(S) for _, S, _ in parts.values())

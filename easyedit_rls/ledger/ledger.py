@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from easyedit_rls.errors import LedgerError
-from easyedit_rls.files import PARTIAL, make_folder, sync_folder, write_file
+from easyedit_rls.files import PARTIAL, make_folder, sync_folder, user_path, write_file
 from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.ledger.files import journal_number, open_regular, read_small
 from easyedit_rls.ledger.journal import (
@@ -341,7 +341,7 @@ class Ledger:
 
 
 def _whole(folder: Path) -> Path:
-    return folder.expanduser().absolute()
+    return user_path(folder).absolute()
 
 
 def _refuse_unless_own(path: Path) -> None:

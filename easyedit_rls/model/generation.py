@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.limits import n_token_rows
 
 
 def greedy(
@@ -109,9 +110,13 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _ends(model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The model's own end tokens, else the tokenizer's, and a token to fill up with behind them."""
+    """The model's own end tokens, else the tokenizer's, and a token to fill up with behind them.
+
+    What is filled up with runs through the model too, so a pad token that only the tokenizer knows won't do: an end token does then,
+    which nobody reads either.
+    """
     own = None if model.generation_config is None else model.generation_config.eos_token_id
-    return {
-        "eos_token_id": tok.eos_token_id if own is None else own,
-        "pad_token_id": 0 if tok.pad_token_id is None else tok.pad_token_id,
-    }
+    ends = tok.eos_token_id if own is None else own
+    known = range(n_token_rows(model))
+    fillers = [token for token in (tok.pad_token_id, *(ends if isinstance(ends, list) else [ends]), 0) if token in known]
+    return {"eos_token_id": ends, "pad_token_id": fillers[0]}

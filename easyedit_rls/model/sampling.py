@@ -6,9 +6,12 @@ from itertools import cycle
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.forward import device_of
 from easyedit_rls.model.generation import sampled, write_on
+from easyedit_rls.model.limits import n_token_rows
 from easyedit_rls.model.tokens import encode, start_tokens
+from easyedit_rls.model.weights import refuse_unsound
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
 _TEMPLATE_TOKENS = 10
@@ -28,9 +31,21 @@ def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n: in
     for i, opening in zip(range(n), cycle(_OPENINGS)):
         row = encode(tok, opening).ids
         (ids,) = _sample(model, tok, torch.tensor([row]), _TEMPLATE_TOKENS, seed + i, top_k=5)
-        text = " ".join(tok.decode(ids, skip_special_tokens=True).split())
+        text = " ".join(tok.decode(ids, skip_special_tokens=True).replace("{", " ").replace("}", " ").split())  # {} marks places
         texts.append(f"{text.rstrip('.')}. ")
     return texts
+
+
+def templates_of(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams) -> list[str]:
+    """The context templates that settings give, or else sampled ones.
+
+    Raises:
+        NumericalError: the model's weights are not finite, so that nothing can be sampled.
+    """
+    if hparams.context_templates is None:
+        refuse_unsound(model)
+        return sample_templates(model, tok, hparams.n_templates, hparams.seed)
+    return list(hparams.context_templates)
 
 
 def sample_texts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: int, n_tokens: int, seed: int) -> Iterator[list[list[int]]]:
@@ -53,7 +68,7 @@ def sample_texts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: 
     start = torch.tensor([start_tokens(tok)] * n_texts, dtype=torch.long).reshape(n_texts, -1)
     if not start.shape[1]:
         special = set(tok.all_special_ids)
-        ordinary = torch.tensor([i for i in range(len(tok)) if i not in special])
+        ordinary = torch.tensor([i for i in range(min(len(tok), n_token_rows(model))) if i not in special])
         generator = torch.Generator().manual_seed(seed)
         start = ordinary[torch.randint(len(ordinary), (n_texts, 1), generator=generator)]
     for at in range(0, n_texts, _ROWS_AT_ONCE):

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from easyedit_rls.errors import LayoutError
+from easyedit_rls.model.wrapped import refuse_wrapped
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PACKED = ("qweight", "qzeros", "quant_state", "W_q")  # where GPTQ, AWQ, bitsandbytes and HQQ keep their integers
+# Where GPTQ, AWQ, bitsandbytes, HQQ, compressed-tensors and torch's own dynamic quantization keep their integers.
+_PACKED = ("qweight", "qzeros", "quant_state", "W_q", "weight_packed", "_packed_params")
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ def read_structure(model: PreTrainedModel) -> Structure:
     """Read off a causal language model where its parts are; runs nothing, so a model on the meta device will do.
 
     Raises:
-        LayoutError: it can't be told, or no layer can be edited (a mixture of experts, quantised weights, an adapter); says what was found.
+        LayoutError: it can't be told, or no layer can be edited (a mixture of experts, quantized weights, an adapter); says what was found.
     """
+    refuse_wrapped(model)
     config = model.config.get_text_config()
     name, layers = _layer_list(model)
     places: dict[str, nn.Module] = {}
@@ -141,16 +145,22 @@ def _outside_attention(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def obstacle(layer: nn.Module) -> str:
     """Why the MLP of a layer can't be edited; '' if it can."""
     for name, module in _outside_attention(layer):
-        if hasattr(module, "base_layer"):
-            return f"{name} carries an adapter ({type(module).__name__}). Merge it into the model first (merge_and_unload)"
         if is_parametrized(module):
             cure = "Make it permanent first (remove_parametrizations)"
             return f"{name} is computed from other weights before each pass (a parametrization). {cure}"
         if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) or isinstance(module, nn.ModuleList):
             return f"{name} is a mixture of experts ({type(module).__name__}), where a fact has no one place: each token goes another way"
-        if any(hasattr(module, mark) for mark in _PACKED) or any(p.dtype not in _FLOATS for p in module.parameters(recurse=False)):
-            return f"{name} is quantised ({type(module).__name__}). Load the model in float32, bfloat16 or float16"
+        if any(hasattr(module, mark) for mark in _PACKED) or not all(map(_is_plain, module.parameters(recurse=False))):
+            return (
+                f"{name} is quantized ({type(module).__name__}), and edited weights have to be ordinary floating-point numbers. "
+                "Load the model in float32, bfloat16 or float16"
+            )
     return ""
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    """Whether a parameter's numbers are its own floats; torchao's quantized ones are tensors that only pass for such."""
+    return parameter.dtype in _FLOATS and not is_traceable_wrapper_subclass(parameter)
 
 
 def _projection(layer: nn.Module, hidden: int) -> str:

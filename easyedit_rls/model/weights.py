@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from easyedit_rls.errors import LayoutError
+from easyedit_rls.errors import LayoutError, NumericalError
 
 _SAMPLES = 4096  # values of each parameter that go into the fingerprint
 
@@ -22,7 +22,7 @@ class EditedWeight:
         name: full name of the module in the model.
 
     Raises:
-        LayoutError: another type of module, or a quantised weight.
+        LayoutError: another type of module, or a quantized weight.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -37,7 +37,7 @@ class EditedWeight:
                 "(remove_parametrizations, remove_weight_norm, remove_spectral_norm, prune.remove)."
             )
         if not module.weight.is_floating_point() or module.weight.dim() != 2:
-            raise LayoutError(f"Weight {name}.weight is quantised ({module.weight.dtype}). Load the model in float32, bfloat16 or float16.")
+            raise LayoutError(f"Weight {name}.weight is quantized ({module.weight.dtype}). Load the model in float32, bfloat16 or float16.")
         self.module = module
         self.parameter_name = f"{name}.weight"
         self._is_transposed = isinstance(module, nn.Linear)
@@ -97,6 +97,22 @@ def shared_with(model: nn.Module, weight: EditedWeight) -> str | None:
             if tensor is weight.parameter or (tensor.device == weight.parameter.device and other_start < end and start < other_end):
                 return full
     return None
+
+
+def refuse_unsound(model: nn.Module) -> None:
+    """See that a model's weights are there, and finite.
+
+    Raises:
+        LayoutError: one is offloaded.
+        NumericalError: one holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise LayoutError(
+                f"Weight {name} is offloaded: it can't be edited, nor run fast. Load the model onto devices that hold it whole."
+            )
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:

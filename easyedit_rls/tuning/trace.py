@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.errors import RequestError
 from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap, undisturbed
+from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.structure import read_structure
 from easyedit_rls.model.subject import subject_tokens
 from easyedit_rls.progress import progress_bar
@@ -87,7 +88,8 @@ def trace(
         show_progress: None shows a bar on a terminal only.
 
     Raises:
-        RequestError: no facts.
+        RequestError: no facts, or one is longer than the model's table of positions.
+        ModelError: a token is none of the model's.
         LayoutError: the model's parts can't be told.
     """
     if not requests:
@@ -102,6 +104,7 @@ def trace(
     effects = {kind: torch.zeros(len(PLACES), len(layers)) for kind in KINDS}
     counts, clean, blurred = torch.zeros(len(PLACES), 1), 0.0, 0.0
     rows = [subject_tokens(tok, request.before, request.subject, request.after, request.chat) for request in requests]
+    refuse_unfit(model, tok, [ids for ids, _ in rows], what="The prompt with a token to be predicted", n_new=1)
     embed = model.get_input_embeddings()
     with undisturbed(model), progress_bar(len(rows) * len(layers) * len(KINDS), "tracing", "layer", show_progress) as bar:
         spread = torch.cat([embed.weight[[ids[i] for i in inside]].float() for ids, inside in rows]).std()

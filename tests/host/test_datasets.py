@@ -5,8 +5,8 @@ import json
 import pytest
 
 from easyedit_rls import RequestError, parse_requests
+from easyedit_rls.data.records import read_records
 from easyedit_rls.host import zsre_requests
-from easyedit_rls.records import read_records
 
 ZSRE = [
     {

@@ -154,11 +154,21 @@ def test_two_at_once_give_the_same_table(folder, done):
 
 
 def test_one_that_fails_is_told_of(folder, done):
-    changes = ["jobs=2", "out=failing", "settings.RLSEdit-short.layers=[99]"]
+    changes = ["jobs=2", "out=failing", "settings.RLSEdit-short.max_deviation=1e-9"]
     ran = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 1
     assert "RLSEdit-short ended with status 1" in ran.stderr
     assert not (folder / "failing" / "report.html").exists()
+
+
+def test_what_one_cannot_use_is_told_in_a_line(folder, done):
+    changes = ["jobs=2", "out=refused", "settings.RLSEdit-short.layers=[99]"]
+    ran = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 2
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("easyedit-rls: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("easyedit-rls: RLSEdit-short: In the settings: Setting v_loss_layer is 3")
+    assert "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize(("change", "n_texts"), [("templates=null", 1), ("templates=3", 3)])
@@ -292,7 +302,7 @@ def test_the_model_is_of_the_type_that_was_asked_for(folder, done, monkeypatch, 
 def test_faults_name_the_cure(folder, done, changes, problem):
     environment = {**os.environ, "EASYEDIT_HOME": str(folder)}
     failed = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, env=environment)
-    assert failed.returncode == 2
+    assert failed.returncode == (1 if "EasyEdit" in problem else 2)  # what is missing, and what is wrong
     assert problem in failed.stderr
     assert "Traceback" not in failed.stderr or "ended with status" in failed.stderr
     shutil.rmtree(folder / "x", ignore_errors=True)

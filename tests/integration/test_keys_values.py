@@ -154,6 +154,12 @@ def test_an_editor_takes_its_statements_along(family, tok, requests, settings):
     assert nlls[0] != nlls[1]
 
 
+def one_look(hparams):
+    """Settings with one evaluation of the loss and no step, which users may not ask for."""
+    hparams.v_num_grad_steps = 1
+    return hparams
+
+
 def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, located, settings, n_rows):
     """That this changes no value is held by the plain path above, which runs it by itself."""
     layout, facts = located
@@ -161,8 +167,8 @@ def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, 
     begins_bare = [any(row.ids[: row.place + 1] == fact.essence.ids[: row.place + 1] for row in fact.rows) for fact in facts]
     assert set(begins_bare) == {True, False}
     with undisturbed(model):
-        optimise_values(model, layout, facts, settings(v_num_grad_steps=1))
-        optimise_values(model, layout, without, settings(v_num_grad_steps=1))
+        optimise_values(model, layout, facts, one_look(settings()))
+        optimise_values(model, layout, without, one_look(settings()))
     prompts = sum(len(fact.rows) for fact in facts)
     assert n_rows == [prompts + 2 * len(facts), prompts + begins_bare.count(False)]
 
@@ -171,7 +177,7 @@ def test_facts_of_any_length_share_their_passes(model, tok, requests, settings, 
     """Only memory divides a batch: rows of like length find each other across all of its facts."""
     long = [{**request, "prompt": "Those who had asked about it for long were told that " + request["prompt"]} for request in requests]
     for few in ({}, {"batch_tokens": 300}):
-        hp = settings(v_num_grad_steps=1, **few)
+        hp = one_look(settings(**few))
         facts = locate_facts(tok, parse_requests(2 * requests + 2 * long), hp.context_templates, hp.statements)
         n_rows.append(0)
         with undisturbed(model):
@@ -207,7 +213,7 @@ def test_one_step_goes_down_the_plain_gradient(model, located, settings):
         adam = z - values.h[i]
         clear = delta[i].abs() > 0.01 * delta[i].abs().max()
         assert torch.equal(delta[i][clear].sign(), adam[clear].sign())
-        loss = plain_value(model, layout, fact, settings(early_stopping="off", v_num_grad_steps=1))[1]
+        loss = plain_value(model, layout, fact, one_look(settings(early_stopping="off")))[1]
         assert float(values.loss[i]) == pytest.approx(loss, rel=VALUES)
 
 

@@ -133,8 +133,8 @@ def test_replay_makes_the_edited_model(ledger, capsys, tmp_path):
     assert status == 1
     assert "weights of layers [1, 2] are not the unedited ones" in err
     status, _, err = run(capsys, "replay", ledger, tmp_path / "nowhere", tmp_path / "out")
-    assert status == 1
-    assert "can't be loaded" in err
+    assert status == 2
+    assert "There is no folder" in err
     assert not (tmp_path / "out").exists()
 
 

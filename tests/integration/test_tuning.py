@@ -209,7 +209,7 @@ def test_init_tune_and_locate_from_nothing(folder, capsys):
 def test_what_is_not_there_is_said_in_a_line(folder, capsys):
     assert main(["init", "./nowhere"]) == 2
     assert "There is no folder" in capsys.readouterr().err
-    assert main(["tune", str(folder / "model"), "--data", str(folder / "none.json")]) == 1
+    assert main(["tune", str(folder / "model"), "--data", str(folder / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main(["tune", "--help"])

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from easyedit_rls import symmetric
-from easyedit_rls.change import DRIFT_TOLERANCE
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.recursion import RecursiveLeastSquares
 from easyedit_rls.symmetric import PackedSymmetric, Term

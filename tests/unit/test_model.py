@@ -47,7 +47,7 @@ def test_what_cannot_be_edited_is_named():
         EditedWeight(nn.Embedding(3, 3), "m")
     module = nn.Linear(3, 3)
     module.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(LayoutError, match=r"quantised \(torch.int8\).*Load the model"):
+    with pytest.raises(LayoutError, match=r"quantized \(torch.int8\).*Load the model"):
         EditedWeight(module, "m")
 
 

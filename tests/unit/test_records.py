@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from easyedit_rls import RequestError
-from easyedit_rls.records import read_records
+from easyedit_rls import HyperParamsError, RequestError, RLSEditWarning
+from easyedit_rls.data.records import read_file, read_records
 
 COUNTERFACT = {
     "case_id": 7,
@@ -96,8 +96,9 @@ def test_every_format_in_one_file(tmp_path, name):
 
 def test_part_of_a_file(tmp_path):
     path = write(tmp_path / "records.json", [FLAT, {**ZSRE, "alt": ""}, ZSRE, LEAST])
-    assert [record.request.case_id for record in read_records(path)] == [0, 2, 3]  # without a new answer there is nothing to edit
-    assert [record.request.case_id for record in read_records(path, first=1, count=1)] == [2]
+    with pytest.warns(RLSEditWarning, match=r"left out 1 of 4 records: 1 \(has no new answer\)"):  # there is nothing to edit
+        assert [record.request.case_id for record in read_records(path)] == [0, 2, 3]
+    assert [record.request.case_id for record in read_file(path, first=1, count=1).records] == [2]
     with pytest.raises(RequestError, match="no record behind number 4"):
         read_records(path, first=4)
 
@@ -129,7 +130,10 @@ def test_faults_name_file_record_and_field(tmp_path, record, field, problem):
     [
         ("a.json", "{}", "holds a dict"),
         ("a.json", "[", "no JSON"),
-        ("a.jsonl", '{"a": 1}\nx', "line 2 is no JSON"),
+        ("a.jsonl", f"{json.dumps(LEAST)}\nx", r"Request 1: is no JSON: .*a.jsonl, line 2\)"),
+        ("a.json", f"{json.dumps(LEAST)}\n{json.dumps(LEAST)}", "One record a line goes into a file whose name ends in '.jsonl'"),
+        ("a.csv", 'prompt,subject\n"a', "line 1, is no CSV"),
+        ("a.csv", "prompt,subject,target_new\nx y,x,z,z", r"has 1 cells more than the table has columns. \(in .*a.csv, line 2\)"),
         ("a.json", "[]", "has no record"),
     ],
 )
@@ -139,3 +143,192 @@ def test_faults_of_files(tmp_path, name, text, problem):
         read_records(tmp_path / name)
     with pytest.raises(RequestError, match="can't be read"):
         read_records(tmp_path / "none.json")
+
+
+REWRITES = [
+    {
+        "prompt": "{} was performed by",
+        "subject": "Hey Jude",
+        "question": "Who performed Hey Jude?",
+        "target_new": {"str": "Madonna"},
+        "target_true": {"str": "The Beatles"},
+    },
+    {"prompt": "{} is a citizen of", "subject": "Madonna", "question": "Of what country is Madonna?", "target_new": {"str": "Peru"}},
+]
+MQUAKE = {"case_id": 7, "requested_rewrite": REWRITES, "questions": ["Whose citizen?", "Of where?"], "new_answer": "Peru", "answer": "UK"}
+QAEDIT = {
+    "id": 1104,
+    "source": "NQ",
+    "prompt": "who has the most 70 point games?",
+    "target": "Wilt",
+    "subject": "most 70 point games",
+    "rephrase": "Who scored 70 most often?",
+    "locality": [{"loc": "who protects police officers", "loc_ans": "Michael"}, {"loc": "when did she", "loc_ans": "1994"}],
+}
+BIGEDIT = {
+    "tag": "3",
+    "subject": "Olu",
+    "relation": "team",
+    "object": "Hull",
+    "update": "Which team has Olu?",
+    "ans": "Hull",
+    "rephrase": "Who employs Olu?",
+    "personas": "Aye, which team be Olu's?",
+    "personas_formal": None,
+    "mhop": "In which city does Olu play?",
+    "mhop_ans": "Kingston",
+    "loc": "Who leads Mali?",
+    "loc_ans": "Bob",
+}
+UNKE = {"id": 3, "question": "Who was Ada?", "answer": "A long text.", "para_question": "Tell of Ada.", "sub_question": ["When?"]}
+UNKE |= {"sub_answer": ["1815"], "mmlu_question": "x"}
+AKEW = {
+    **COUNTERFACT,
+    "requested_rewrite": {
+        **COUNTERFACT["requested_rewrite"],
+        "prompt_full": "Where was Ada born? Ada was born in",
+        "fact_new_uns": "Ada is of Rome. So they say.",
+        "unsfact_triplets_GPT": [{"subject": "Ada", "prompt": "{} is of", "target": "Rome"}],
+    },
+}
+
+
+def test_a_chain_of_edits_is_an_edit_each(tmp_path):
+    path = write(tmp_path / "r.json", [MQUAKE, {**MQUAKE, "case_id": 8}])
+    first, second, *_ = found = read_file(path, count=1).records
+    assert len(found) == 2  # a record is never cut apart
+    assert [record.request.case_id for record in found] == ["7.0", "7.1"]
+    assert (first.request.prompt, first.request.target, first.request.target_true) == (
+        "Hey Jude was performed by",
+        "Madonna",
+        "The Beatles",
+    )
+    assert second.request.target_true is None
+    assert first.easyedit["portability"] == {"single_hop": {"prompt": ["Who performed Hey Jude?"], "ground_truth": ["Madonna"]}}
+    asked = second.easyedit["portability"]
+    assert asked["single_hop"]["ground_truth"] == ["Peru"]
+    assert asked["multi_hop"] == {"prompt": ["Whose citizen?", "Of where?"], "ground_truth": ["Peru", "Peru"]}
+    assert [record.index for record in read_records(path)] == [0, 0, 1, 1]
+
+
+def test_formats_with_other_names(tmp_path):
+    qaedit, bigedit, unke, akew = read_records(write(tmp_path / "r.json", [QAEDIT, BIGEDIT, UNKE, AKEW]))
+    assert (qaedit.request.target, qaedit.request.case_id) == ("Wilt", 1104)
+    assert qaedit.request.paraphrases == ("Who scored 70 most often?",)
+    near = {"prompt": ["who protects police officers", "when did she"], "ground_truth": ["Michael", "1994"]}
+    assert qaedit.easyedit["locality"] == {"neighborhood": near}
+    assert [probe.answer for probe in qaedit.request.neighbors] == ["Michael", "1994"]
+
+    assert (bigedit.request.prompt, bigedit.request.target) == ("Which team has Olu?", "Hull")
+    assert bigedit.easyedit["portability"] == {
+        "personas": {"prompt": ["Aye, which team be Olu's?"], "ground_truth": ["Hull"]},
+        "mhop": {"prompt": ["In which city does Olu play?"], "ground_truth": ["Kingston"]},
+    }
+    assert bigedit.easyedit["locality"] == {"neighborhood": {"prompt": ["Who leads Mali?"], "ground_truth": ["Bob"]}}
+
+    assert (unke.request.before, unke.request.subject, unke.request.after) == ("", "Who was Ada?", "")
+    assert (unke.request.target, unke.request.paraphrases) == ("A long text.", ("Tell of Ada.",))
+    assert unke.easyedit["portability"] == {"sub_question": {"prompt": ["When?"], "ground_truth": ["1815"]}}
+
+    assert (akew.request.prompt, akew.request.target) == ("Where was Ada born? Ada was born in", "Ada is of Rome. So they say.")
+    assert akew.easyedit["portability"] == {"sub_question": {"prompt": ["Ada is of"], "ground_truth": ["Rome"]}}
+    assert len(akew.request.neighbors) == 2
+
+
+def test_items_of_easyedits_data_sets(tmp_path):
+    """WikiBigEdit's, MQuAKE's and AKEW's classes give these."""
+    big = {**FLAT, "rephrase": "Ada talks", "locality": "Who leads Mali?", "locality_ans": "Bob"}
+    big |= {"portability_personas": "Aye?", "portability_hop": "Of where?", "portability_hop_ans": "Peru"}
+    for name in ("rephrase_prompt", "locality_prompt", "locality_ground_truth"):
+        del big[name]
+    chain = {**LEAST, "portability_prompt": ["a", "b"], "portability_ground_truth": ["c", "d"]}
+    many = {**LEAST, "rephrase": ["x", "y"], "locality": ["a", "b"], "locality_ans": ["c", "d"]}
+    big_edit, chained, manifold = read_records(write(tmp_path / "r.json", [big, chain, many]))
+    assert big_edit.request.paraphrases == ("Ada talks",)
+    assert big_edit.easyedit["locality"] == {"neighborhood": {"prompt": ["Who leads Mali?"], "ground_truth": ["Bob"]}}
+    hops = {"personas": {"prompt": ["Aye?"], "ground_truth": ["French"]}, "hop": {"prompt": ["Of where?"], "ground_truth": ["Peru"]}}
+    assert big_edit.easyedit["portability"] == hops
+    assert chained.easyedit["portability"] == {"one_hop": {"prompt": ["a", "b"], "ground_truth": ["c", "d"]}}
+    assert manifold.request.paraphrases == ("x", "y")
+    assert [(probe.prompt, probe.answer) for probe in manifold.request.neighbors] == [("a", "c"), ("b", "d")]
+
+
+def test_neighbors_with_answers_of_their_own(tmp_path):
+    near = [{"prompt": "nq question: who?", "target": " Bob"}, "Emmy was born in"]
+    (record,) = read_records(write(tmp_path / "r.json", [{**COUNTERFACT, "neighborhood_prompts": near}]))
+    assert [(probe.prompt, probe.answer) for probe in record.request.neighbors] == [
+        ("nq question: who?", " Bob"),
+        ("Emmy was born in", "London"),
+    ]
+
+
+def test_a_table(tmp_path):
+    columns = "topic,subject,relation,object,question,output_llama,eval_llama,multiple_choices,paraphrased_question,"
+    columns += "multiple_choice_with_letters,multiple_choice_labels,yes_question,no_question,locality_question,"
+    columns += "reversed_relation_question,question_2hop,answer_2hop,question_3hop,answer_3hop"
+    row = 'art,Moses,of,marble,"Of what is Moses, made?",Papyrus,0.0,x,From what is Moses?,A. marble  B. bronze,A,'
+    row += '"Is Moses of ""marble""?",Is it of bronze?,Who led?,What is of marble?,Who made it?,Michel,,'
+    (tmp_path / "r.csv").write_text(f"\ufeff{columns}\r\n{row}\r\n", encoding="utf-8")
+    found = read_file(tmp_path / "r.csv")
+    (record,) = found.records
+    assert (found.unknown, dict(found.formats)) == ((), {"HalluEditBench": 1})
+    assert (record.request.prompt, record.request.subject, record.request.target) == ("Of what is Moses, made?", "Moses", "marble")
+    assert record.request.paraphrases == ("From what is Moses?",)
+    assert {name: tuple(pair.values()) for name, pair in record.easyedit["portability"].items()} == {
+        "multiple_choice": (["Of what is Moses, made? A. marble  B. bronze"], ["A"]),
+        "yes": (['Is Moses of "marble"?'], ["Yes"]),
+        "no": (["Is it of bronze?"], ["No"]),
+        "reversed_relation": (["What is of marble?"], ["Moses"]),
+        "2hop": (["Who made it?"], ["Michel"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.ndjson", "r.JSONL", "r.json"])
+def test_lines_end_at_line_feeds_alone(tmp_path, name):
+    """U+2028 and U+0085 end lines for `str.splitlines`, not for JSON lines; a byte-order mark is none of the text."""
+    records = [{**LEAST, "target_new": f"Ann{sign}Lee"} for sign in ("\u2028", "\x85")]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    text = f"[{','.join(lines)}]" if name.endswith(".json") else "\r\n".join([*lines, ""])
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [record.request.target for record in read_records(tmp_path / name)] == ["Ann\u2028Lee", "Ann\x85Lee"]
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", [], [""], [[]], {"str": ""}])
+def test_a_true_answer_that_nobody_knows_is_no_fault(tmp_path, nothing):
+    (record,) = read_records(write(tmp_path / "r.json", [{**LEAST, "ground_truth": nothing}]))
+    assert record.request.target_true is None
+
+
+def test_all_records_are_checked_before_one_is_used(tmp_path):
+    bad = [{**FLAT, "subject": "Eve"}, {**FLAT, "target_new": ""}, "x", {**FLAT, "prompt": 3}, *[{}] * 4]
+    path = write(tmp_path / "r.jsonl", [FLAT, *bad, LEAST])
+    with pytest.raises(
+        RequestError, match=r"Request 1, field 'prompt': .*'Eve'.*r.jsonl, line 2\) 7 more are wrong: 2, 3, 4, 5, 6, …"
+    ) as caught:
+        read_file(path)
+    assert "on_bad=skip" in str(caught.value)
+    found = read_file(path, on_bad="skip")
+    assert [record.index for record in found.records] == [0, 9]
+    assert [one.index for one in found.left_out] == list(range(1, 9))
+    assert found.left_out[1].reason == "line 3: field 'target_new' is empty. Give its text."
+    with pytest.warns(RLSEditWarning, match=r"left out 8 of 10 records: 1 \(.*and 3 more"):
+        read_records(path, on_bad="skip")
+    assert [record.index for record in read_file(path, count=2, on_bad="skip").records] == [0, 9]
+    with pytest.raises(RequestError, match="no record that can be used: 8 of 8 records"):
+        read_file(write(tmp_path / "bad.json", bad), on_bad="skip")
+
+
+def test_fields_that_nobody_reads_are_named_once(tmp_path):
+    path = write(tmp_path / "r.json", [{**LEAST, "rephrase_promt": "x", "note": 1}, {**LEAST, "note": 2}, COUNTERFACT, ZSRE, UNKE])
+    with pytest.warns(RLSEditWarning) as caught:
+        read_records(path)
+    assert len(caught) == 1
+    assert str(caught[0].message).endswith("fields that are not read: rephrase_promt (did you mean rephrase_prompt?), note.")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"first": -1}, "first is -1"), ({"count": 0}, "count is 0"), ({"on_bad": "no"}, "'skip'")]
+)
+def test_arguments_out_of_range(tmp_path, change, message):
+    with pytest.raises(HyperParamsError, match=message):
+        read_file(write(tmp_path / "r.json", [LEAST]), **change)

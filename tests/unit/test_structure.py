@@ -124,8 +124,8 @@ class Adapter(nn.Module):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Packed, r"mlp.down_proj is quantised \(Packed\). Load the model in float32"),
-        (Eight, r"mlp.down_proj is quantised \(Eight\)"),
+        (Packed, r"mlp.down_proj is quantized \(Packed\).* Load the model in float32"),
+        (Eight, r"mlp.down_proj is quantized \(Eight\)"),
         (Adapter, r"mlp.down_proj carries an adapter \(Adapter\). Merge it"),
     ],
 )

@@ -1,0 +1,97 @@
+"""Published files of records: what is read of each, and what some records of each do to a model; prints one JSON object.
+
+    python benchmarks/record_files.py --model models/smollm2-135m --data counterfact.json zsre.json qaedit.json --threads 2
+
+Of each file: all its records, read and checked. Then `--count` of them from the middle on (the first halves are
+for tuning), edited into the unedited model and measured before and after, with EasyEdit's figures for locality
+and portability. Locality is the share of answers' tokens that are as before; portability is the share that is right.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from common import load, machine, parser, settings_of, versions
+
+from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate
+from easyedit_rls.data.records import EditRecord, read_file
+from easyedit_rls.evaluation import add_locality, edit_quality
+from easyedit_rls.progress import progress_bar
+
+_FIGURES = ("rewrite_accuracy", "efficacy", "paraphrase_accuracy", "specificity")
+
+
+def reading(path: Path) -> dict[str, Any]:
+    """How many records a file has, and what is left out of them and why."""
+    found = read_file(path, on_bad="skip")
+    return {
+        "records": found.n_read,
+        "edits": len(found.records),
+        "formats": dict(found.formats),
+        "left_out": dict(Counter(one.reason for one in found.left_out)),
+        "unknown_fields": list(found.unknown),
+    }
+
+
+def share(records: Sequence[Mapping[str, Any]], section: str) -> float | None:
+    """The mean over records of a section's accuracies, those of each record averaged first; None if no record has any."""
+    parts = [[value for name, values in record[section].items() if name.endswith("_acc") for value in values] for record in records]
+    known = [fmean(part) for part in parts if part]
+    return fmean(known) if known else None
+
+
+class Trial:
+    """One model, from whose unedited weights every file's records are edited."""
+
+    def __init__(self, model: Any, tok: Any, hparams: RLSEditHyperParams, batch: int) -> None:
+        self._model, self._tok, self._hparams, self._batch = model, tok, hparams, batch
+        self._unedited = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def run(self, records: Sequence[EditRecord]) -> dict[str, Any]:
+        """Edit records, and measure them before and after."""
+        self._model.load_state_dict(self._unedited)
+        requests, asked = [record.request for record in records], [record.easyedit for record in records]
+        first = edit_quality(self._model, self._tok, asked)
+        before = {**self._said(records), "portability": share(first, "portability")}
+        begun = time.perf_counter()
+        with RLSEditor(self._model, self._tok, self._hparams, show_progress=False) as editor:
+            for at in range(0, len(requests), self._batch):
+                editor.edit(requests[at : at + self._batch])
+        seconds = time.perf_counter() - begun
+        last = edit_quality(self._model, self._tok, asked)
+        add_locality(first, last)
+        after = {**self._said(records), "portability": share(last, "portability"), "locality": share(last, "locality")}
+        return {"edits": len(records), "seconds_per_edit": seconds / len(records), "before": before, "after": after}
+
+    def _said(self, records: Sequence[EditRecord]) -> dict[str, Any]:
+        means = evaluate(self._model, self._tok, [record.request for record in records], show_progress=False).means()
+        return {name: means[name] for name in _FIGURES}
+
+
+def main() -> None:
+    options = parser(__doc__, "model", "hparams", "set", "count", "batch", "threads", count=20, batch=20)
+    options.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="files of records")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    model, tok = load(args.model)
+    hparams = settings_of(args, model)
+    trial = Trial(model, tok, hparams, args.batch)
+    files = {}
+    with progress_bar(len(args.data), "files", "file", None) as bar:
+        for path in args.data:
+            read = reading(path)
+            used = read_file(path, read["records"] // 2, args.count, on_bad="skip").records
+            files[path.name] = {"read": read, "first": read["records"] // 2, **trial.run(used)}
+            bar.update(1)
+    written = {"files": files, "settings": hparams.to_dict(), "versions": versions(), "machine": machine()}
+    json.dump(written, sys.stdout, indent=1, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    main()

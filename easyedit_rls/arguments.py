@@ -1,0 +1,35 @@
+"""Arguments that are taken for what they are: one text is no list of letters, and one record no list of names."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from easyedit_rls.errors import ArgumentError
+
+T = TypeVar("T")
+
+
+def listed(value: Iterable[T], name: str, what: str = "texts") -> list[T]:
+    """The items of a list, a tuple or any other iterable.
+
+    Args:
+        value: what was given.
+        name: of the argument, for the message.
+        what: the items are, for the message.
+
+    Raises:
+        ArgumentError: it is one text, one mapping, or nothing that has items.
+    """
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ArgumentError(f"{name} is a {type(value).__name__}, not a list of {what}. Put it into brackets: [{name}].")
+    return list(value)
+
+
+def text(value: object, name: str) -> str:
+    """One text.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name} is a {type(value).__name__}, not a text. Give a str, such as a file's read_text().")
+    return value

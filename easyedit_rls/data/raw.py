@@ -1,0 +1,90 @@
+"""Files of raw records: a JSON list, JSON lines, or a CSV table."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from easyedit_rls.errors import RequestError
+from easyedit_rls.files import read_text
+
+_LINES = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One record as its file has it.
+
+    Attributes:
+        where: its line, where a file has one record a line; else empty.
+        content: what was read; None where that failed.
+        problem: why it failed.
+    """
+
+    where: str
+    content: Any
+    problem: str | None = None
+
+
+def raw_records(path: Path) -> list[RawRecord]:
+    """All records of a file. What is wrong with one line of many is that record's problem, not the file's.
+
+    Args:
+        path: its ending tells the form: '.jsonl' and '.ndjson' have a record a line, '.csv' is a table, all else is a JSON list.
+
+    Raises:
+        RequestError: the file is missing, not UTF-8, no JSON, or no list.
+    """
+    text = read_text(path, RequestError)
+    if path.suffix.lower() in _LINES:
+        return [_line(line, f"line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix.lower() == ".csv":
+        return list(_rows(text, path))
+    try:
+        found = _json(text)
+    except ValueError as exc:
+        hint = " One record a line goes into a file whose name ends in '.jsonl'." if _is_lines(text) else ""
+        raise RequestError(f"{path} is no JSON: {exc}.{hint}") from exc
+    if not isinstance(found, list):
+        raise RequestError(f"{path} holds a {type(found).__name__}, not a list of records. (Files with a record a line end in '.jsonl'.)")
+    return [RawRecord("", item) for item in found]
+
+
+def _line(line: str, where: str) -> RawRecord:
+    try:
+        return RawRecord(where, _json(line))
+    except ValueError as exc:
+        return RawRecord(where, None, f"is no JSON: {exc}.")
+
+
+def _json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is none; so is a number of thousands of digits, and nesting without end.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as exc:
+        raise ValueError("nested too deep") from exc
+
+
+def _is_lines(text: str) -> bool:
+    lines = [line for line in text.split("\n") if line.strip()]
+    return len(lines) > 1 and all(_line(line, "").problem is None for line in lines[:2])
+
+
+def _rows(text: str, path: Path) -> Iterator[RawRecord]:
+    """A table's rows by the names of its columns; empty cells are left out."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            cells = {name: cell for name, cell in row.items() if name is not None and cell}
+            surplus = row.get(None)
+            problem = f"has {len(surplus)} cells more than the table has columns." if surplus else None
+            yield RawRecord(f"line {reader.line_num}", cells, problem)
+    except csv.Error as exc:
+        raise RequestError(f"{path}, line {reader.line_num}, is no CSV: {exc}.") from exc
