@@ -9,7 +9,6 @@ and portability. Locality is the share of answers' tokens that are as before; po
 
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,11 +38,14 @@ def reading(path: Path) -> dict[str, Any]:
     }
 
 
-def share(records: Sequence[Mapping[str, Any]], section: str) -> float | None:
-    """The mean over records of a section's accuracies, those of each record averaged first; None if no record has any."""
-    parts = [[value for name, values in record[section].items() if name.endswith("_acc") for value in values] for record in records]
-    known = [fmean(part) for part in parts if part]
-    return fmean(known) if known else None
+def shares(records: Sequence[Mapping[str, Any]], section: str) -> dict[str, float]:
+    """The mean accuracy over records of each of a section's parts, and of all parts of a record together."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        parts = {name.removesuffix("_acc"): fmean(values) for name, values in record[section].items() if name.endswith("_acc")}
+        for name, value in (parts | ({"all": fmean(parts.values())} if parts else {})).items():
+            found.setdefault(name, []).append(value)
+    return {name: fmean(values) for name, values in found.items()}
 
 
 class Trial:
@@ -58,16 +60,14 @@ class Trial:
         self._model.load_state_dict(self._unedited)
         requests, asked = [record.request for record in records], [record.easyedit for record in records]
         first = edit_quality(self._model, self._tok, asked)
-        before = {**self._said(records), "portability": share(first, "portability")}
-        begun = time.perf_counter()
+        before = {**self._said(records), "portability": shares(first, "portability")}
         with RLSEditor(self._model, self._tok, self._hparams, show_progress=False) as editor:
             for at in range(0, len(requests), self._batch):
                 editor.edit(requests[at : at + self._batch])
-        seconds = time.perf_counter() - begun
         last = edit_quality(self._model, self._tok, asked)
         add_locality(first, last)
-        after = {**self._said(records), "portability": share(last, "portability"), "locality": share(last, "locality")}
-        return {"edits": len(records), "seconds_per_edit": seconds / len(records), "before": before, "after": after}
+        after = {**self._said(records), "portability": shares(last, "portability"), "locality": shares(last, "locality")}
+        return {"edits": len(records), "before": before, "after": after}
 
     def _said(self, records: Sequence[EditRecord]) -> dict[str, Any]:
         means = evaluate(self._model, self._tok, [record.request for record in records], show_progress=False).means()

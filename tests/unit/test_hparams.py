@@ -173,3 +173,8 @@ def test_nothing_of_the_environment_comes_in(tmp_path, monkeypatch):
     read = RLSEditHyperParams.from_hparams(path)
     assert read == given
     assert "of mine" not in str(read.to_dict())
+
+
+def test_templates_may_be_memits():
+    """Its {} is where the prompt goes; the bare one counts anyway."""
+    assert tiny_settings("llama", context_templates=["{}", "Hello. {}", "They say: "]).context_templates == ["Hello. ", "They say: "]

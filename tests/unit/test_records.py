@@ -1,6 +1,7 @@
 """Files of edit records in every format that people publish, and the faults they may have."""
 
 import json
+import math
 
 import pytest
 
@@ -174,7 +175,7 @@ BIGEDIT = {
     "ans": "Hull",
     "rephrase": "Who employs Olu?",
     "personas": "Aye, which team be Olu's?",
-    "personas_formal": None,
+    "personas_formal": math.nan,  # as tables have it in empty cells
     "mhop": "In which city does Olu play?",
     "mhop_ans": "Kingston",
     "loc": "Who leads Mali?",

@@ -53,6 +53,12 @@ def test_one_request_and_parsed_ones_are_accepted():
     assert parse_requests([request]) == [request]
 
 
+def test_rewordings_have_three_names():
+    request = {"prompt": "Ada speaks", "subject": "Ada", "target_new": "French", "rephrase": ["Ada talks", "Ada's tongue is"]}
+    (parsed,) = parse_requests([{**request, "rephrase_prompt": "Ada talks", "paraphrase_prompts": ["Ada says"]}])
+    assert parsed.paraphrases == ("Ada says", "Ada talks", "Ada's tongue is")  # each once
+
+
 @pytest.mark.parametrize(
     ("prompt", "subject", "before", "after"),
     [
