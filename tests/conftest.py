@@ -46,18 +46,26 @@ def _interruptible():
 
 @pytest.fixture(scope="session")
 def demo_text() -> str:
+    return shipped_text()
+
+
+def shipped_text() -> str:
     return importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
 def tok(demo_text) -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(demo_text)
+
+
+def tiny_tokenizer(text: str) -> PreTrainedTokenizerFast:
     """Byte-level BPE, 600 tokens, with an unknown token and no start token."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<end>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([demo_text], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
 
 
@@ -160,15 +168,18 @@ def settings(family):
     return lambda **changes: tiny_settings(family, **changes)
 
 
+# Facts of unlike lengths; three subjects end their prompt, since random attention carries little from token to token.
+FACTS = [
+    {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
+    {"prompt": "{}", "subject": "Anna Maria Keller", "target_new": "water"},
+    {"prompt": "Some say {} has", "subject": "Mount Sainte-Victoire", "target_new": "slow leaves"},
+    {"prompt": "Bakers know {}", "subject": "rye", "target_new": "well"},
+]
+
+
 @pytest.fixture(scope="session")
 def requests() -> list[dict]:
-    """Facts of unlike lengths; three subjects end their prompt, since random attention carries little from token to token."""
-    return [
-        {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
-        {"prompt": "{}", "subject": "Anna Maria Keller", "target_new": "water"},
-        {"prompt": "Some say {} has", "subject": "Mount Sainte-Victoire", "target_new": "slow leaves"},
-        {"prompt": "Bakers know {}", "subject": "rye", "target_new": "well"},
-    ]
+    return [dict(fact) for fact in FACTS]
 
 
 @pytest.fixture(scope="session")

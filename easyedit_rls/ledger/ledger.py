@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from easyedit_rls.errors import LedgerError
+from easyedit_rls.errors import InputError, LedgerError
 from easyedit_rls.files import PARTIAL, make_folder, sync_folder, user_path, write_file
 from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.ledger.files import journal_number, open_regular, read_small
@@ -104,7 +104,7 @@ class Ledger:
                 raise ValueError("there is a zero byte in its name")
             self.folder = _whole(folder)
             read_pointer(self.folder)  # a later version's ledger is left alone
-        except (OSError, ValueError, RuntimeError) as exc:
+        except (OSError, ValueError, InputError) as exc:
             if isinstance(exc, LedgerError):
                 raise
             raise LedgerError(f"{str(folder)!r} can't be a ledger's folder: {str(exc).rstrip('.')}. Give another state_dir.") from exc

@@ -88,7 +88,7 @@ def test_three_batches_equal_two_a_new_process_and_one(fresh, requests, settings
 def test_no_value_is_optimised_again(fresh, requests, settings, tmp_path, monkeypatch):
     with fresh(settings(), tmp_path) as editor:
         editor.edit(requests)
-    for name in ("optimise_values", "make_priors", "sample_templates", "LayerWalk"):
+    for name in ("optimise_values", "make_priors", "templates_of", "LayerWalk"):
         monkeypatch.setattr(f"easyedit_rls.editor.{name}", None)
     assert same_state(fresh(settings(), tmp_path), editor)
 
