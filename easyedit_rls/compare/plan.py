@@ -165,4 +165,5 @@ class Plan:
         raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         raw["hparams"] = RLSEditHyperParams.from_dict(raw["hparams"]).to_dict()
         contenders = tuple(Contender(**contender) for contender in raw["contenders"])
-        return cls(**{**raw, "templates": tuple(raw["templates"]), "tasks": tuple(raw["tasks"]), "contenders": contenders})
+        lists = {name: tuple(raw[name]) for name in ("templates", "tasks", "left_out") if name in raw}
+        return cls(**{**raw, **lists, "contenders": contenders})
