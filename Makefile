@@ -43,10 +43,11 @@ bench: $(MODEL)/config.json  ## time values, moments and update: DATA=records in
 	$(BENCH_PYTHON) benchmarks/values.py --model $(MODEL) --data "$(DATA)" > outputs/bench/values.json
 	$(BENCH_PYTHON) benchmarks/end_to_end.py --model $(MODEL) --data "$(DATA)" > outputs/bench/end_to_end.json
 
-lint: $(VENV)/.ready  ## ruff and mypy
+lint: $(VENV)/.ready  ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.ready  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -20,7 +20,7 @@ import torch
 from common import load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
-from easyedit_rls.anchors import moments
+from easyedit_rls.anchors.cache import moments
 
 
 def measure(args: argparse.Namespace, source: str, tolerance: float, n_texts: int | None) -> dict[str, Any]:

@@ -30,12 +30,12 @@ from common import load, machine, parser, records_of, settings_of, spread, versi
 from peers import make_peer
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
-from easyedit_rls.keys import locate_facts
-from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.data.requests import EditRequest
+from easyedit_rls.facts.keys import locate_facts
+from easyedit_rls.facts.values import losses_at, optimise_values
+from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
-from easyedit_rls.requests import EditRequest
-from easyedit_rls.values import losses_at, optimise_values
 
 THEIR_VALUES = ("plain", "same", "fewer", "plain-bfloat16")  # what is optimised with the peer's value settings
 

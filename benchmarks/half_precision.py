@@ -27,11 +27,11 @@ from torch import Tensor
 from easyedit_rls import EditRequest, RLSEditor, evaluate
 from easyedit_rls.data.records import read_records
 from easyedit_rls.ledger.export import AdapterReport, write_adapter
+from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_manifest, read_moment
 from easyedit_rls.model.layout import Layout, find_layout
 from easyedit_rls.model.weights import EditedWeight
-from easyedit_rls.moment import Moment
 
 _LEFT_OUT = 1e-3  # of a change's norm, as `state export` has it
 _FIGURES = ("rewrite_accuracy", "efficacy", "paraphrase_accuracy", "specificity")

@@ -23,16 +23,16 @@ import torch
 from common import load, machine, parser, records_of, settings_of, spread, versions
 
 from easyedit_rls import RLSEditor
-from easyedit_rls.history import Edit, Entry
+from easyedit_rls.anchors.prior import Prior
+from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.ledger import Ledger
+from easyedit_rls.ledger.history import Edit, Entry
 from easyedit_rls.ledger.journal import FORMAT, MANIFEST, entry_event, entry_of
 from easyedit_rls.ledger.manifest import Manifest
+from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.snapshot import prior_files, read_moment, write_checkpoint
-from easyedit_rls.moment import Moment
-from easyedit_rls.priors import Prior
-from easyedit_rls.rebuild import Beginning
-from easyedit_rls.recursion import RecursiveLeastSquares
-from easyedit_rls.requests import EditRequest
+from easyedit_rls.solvers.batch import Beginning
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 
 def manifest(layers: list[int], d_k: int, d_v: int) -> bytes:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from easyedit_rls import RLSEditHyperParams
-from easyedit_rls.anchors import moments
+from easyedit_rls.anchors.cache import moments
+from easyedit_rls.data.requests import EditRequest
+from easyedit_rls.facts.keys import Fact, locate_facts
 from easyedit_rls.host.builtin import BuiltinEditor
-from easyedit_rls.keys import Fact, locate_facts
-from easyedit_rls.model.capture import tap
+from easyedit_rls.model.hooks import tap
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.requests import EditRequest
 
 _LOSS = re.compile(r"^loss ([\d.]+) = ")
 _DONE = re.compile(r"^Init norm .* \| Delta norm ", re.MULTILINE)

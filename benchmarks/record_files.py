@@ -19,9 +19,9 @@ import torch
 from common import load, machine, parser, settings_of, versions
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate
+from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.data.records import EditRecord, read_file
 from easyedit_rls.evaluation import add_locality, edit_quality
-from easyedit_rls.progress import progress_bar
 
 _FIGURES = ("rewrite_accuracy", "efficacy", "paraphrase_accuracy", "specificity")
 

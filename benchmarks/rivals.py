@@ -19,13 +19,13 @@ from common import load, machine, parser, records_of, settings_of, versions
 from torch import Tensor
 
 from easyedit_rls import RLSEditHyperParams, evaluate, parse_requests, perplexity
-from easyedit_rls.anchors import moments
-from easyedit_rls.keys import LayerWalk, locate_facts
-from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.anchors.cache import moments
+from easyedit_rls.data.requests import EditRequest
+from easyedit_rls.facts.keys import LayerWalk, locate_facts
+from easyedit_rls.facts.values import optimise_values
+from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
-from easyedit_rls.requests import EditRequest
-from easyedit_rls.values import optimise_values
 
 _VALUES = {
     "early_stopping": "loss",  # both stop at a loss of 0.05, and can't be told not to

@@ -17,11 +17,11 @@ import torch
 from common import load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditor, evaluate, perplexity
-from easyedit_rls.model.capture import tap, undisturbed
+from easyedit_rls.anchors.moments import Moment, sum_moments
+from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.model.outlet import Outlet
+from easyedit_rls.model.residual import Outlet
 from easyedit_rls.model.tokens import encode
-from easyedit_rls.moments import Moment, sum_moments
 
 _ROW = 128  # tokens of a text
 
@@ -90,7 +90,7 @@ def main() -> None:
     edited = {}
     before = measure()
     for name, found in ways.items():
-        with patch("easyedit_rls.priors.moments", return_value=found):
+        with patch("easyedit_rls.anchors.prior.moments", return_value=found):
             editor = RLSEditor(model, tok, hparams)
             for at in range(0, len(records), args.batch):
                 editor.edit(records[at : at + args.batch])

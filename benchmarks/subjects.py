@@ -12,7 +12,7 @@ from collections import Counter
 from common import parser, records_of
 
 from easyedit_rls import RequestError
-from easyedit_rls.subjects import find_subject
+from easyedit_rls.data.subjects import find_subject
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from common import machine, spread, versions
 
-from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 
 def timed(work: Callable[[], object], device: str) -> float:

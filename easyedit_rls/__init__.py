@@ -1,8 +1,11 @@
 """easyedit-rls: lifelong editing of language models by recursive least squares (RLSEdit, arXiv 2601.15686)."""
 
 from easyedit_rls._version import __version__
-from easyedit_rls.anchors import AnchorPairs, anchor_pairs
-from easyedit_rls.editor import RLSEditor
+from easyedit_rls.anchors.pairs import AnchorPairs, anchor_pairs
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.requests import EditRequest, parse_requests
+from easyedit_rls.editors.reports import EditReport, RetractReport
+from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import (
     AnchorError,
     HostError,
@@ -18,9 +21,6 @@ from easyedit_rls.errors import (
 )
 from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
 from easyedit_rls.host import register, unregister
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.reports import EditReport, RetractReport
-from easyedit_rls.requests import EditRequest, parse_requests
 
 __all__ = [
     "AnchorError",

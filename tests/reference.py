@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from easyedit_rls.keys import Fact
+from easyedit_rls.facts.keys import Fact
+from easyedit_rls.facts.values import value_place
 from easyedit_rls.model.layout import Layout
-from easyedit_rls.values import value_place
 
 
 def hidden_at(model, module, ids, position, is_input=False):

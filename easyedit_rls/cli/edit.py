@@ -7,15 +7,15 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from easyedit_rls._base.device import choose_device
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
 from easyedit_rls.cli.records import fits, fitting, records_of
-from easyedit_rls.devices import choose_device
-from easyedit_rls.editor import RLSEditor
+from easyedit_rls.data.requests import parse_requests
+from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.evaluation import evaluate
 from easyedit_rls.model.load import load_model
-from easyedit_rls.requests import parse_requests
 
 _SHOWN = (
     ("efficacy", "Efficacy: P(new) > P(true)"),

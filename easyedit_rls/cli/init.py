@@ -6,13 +6,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from easyedit_rls._base.files import user_path
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import add_trust, run_command
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError
-from easyedit_rls.files import user_path
-from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.discovery import read_structure
 from easyedit_rls.model.load import load_model
-from easyedit_rls.model.structure import read_structure
 from easyedit_rls.tuning.trial import MEASURED, FirstLook, try_settings
 
 _FACTS = 8

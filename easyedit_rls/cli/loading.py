@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from easyedit_rls.anchors.text import check_source
 from easyedit_rls.cli.console import plain_warnings, visible
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import ON_BAD
 from easyedit_rls.errors import InputError, LayoutError, RLSEditError
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.texts import check_source
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

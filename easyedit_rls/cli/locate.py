@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from easyedit_rls._base.device import add_device, choose_device
+from easyedit_rls._base.files import user_path
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import add_on_bad, add_trust, run_command
 from easyedit_rls.data.records import read_records
-from easyedit_rls.devices import add_device, choose_device
 from easyedit_rls.errors import RLSEditError
-from easyedit_rls.files import user_path
 from easyedit_rls.model.load import load_model
 from easyedit_rls.tuning.trace import KINDS, PLACES, Trace, trace
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import EditRecord, LeftOut, listed, read_records, reason, refusal
+from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.errors import RequestError, RLSEditWarning
 from easyedit_rls.evaluation.easyedit import refuse_unfit_quality
 from easyedit_rls.evaluation.metrics import refuse_unfit_records
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.keys import locate_facts, refuse_unfit_facts
-from easyedit_rls.model.sampling import templates_of
-from easyedit_rls.requests import parse_requests
+from easyedit_rls.facts.keys import locate_facts, refuse_unfit_facts
+from easyedit_rls.facts.templates import templates_of
 
 Check = Callable[[Sequence[EditRecord]], None]
 

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 from rich.table import Table
 
+from easyedit_rls._base.files import user_path
+from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.cli.console import plain_console, visible
 from easyedit_rls.cli.loading import add_trust, failed
 from easyedit_rls.errors import LedgerError, ModelError, RLSEditError
-from easyedit_rls.files import user_path
 from easyedit_rls.ledger.compact import compact
 from easyedit_rls.ledger.inspect import (
     LayerFigures,
@@ -29,11 +30,10 @@ from easyedit_rls.ledger.inspect import (
 )
 from easyedit_rls.ledger.journal import Journal
 from easyedit_rls.ledger.ledger import Ledger
+from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.reading import at_one_moment, journals, latest, settled
 from easyedit_rls.ledger.snapshot import read_manifest, read_moment, read_prior
-from easyedit_rls.moment import Moment
-from easyedit_rls.progress import progress_bar
-from easyedit_rls.state import EditorState
+from easyedit_rls.ledger.state import EditorState
 
 T = TypeVar("T")
 

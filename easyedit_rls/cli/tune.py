@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.table import Table
 
+from easyedit_rls._base.device import add_device, choose_device
+from easyedit_rls._base.files import read_text, user_path
+from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import add_on_bad, add_trust, run_command, settings_for
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import read_records
-from easyedit_rls.devices import add_device, choose_device
-from easyedit_rls.files import read_text, user_path
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.load import load_model
-from easyedit_rls.progress import progress_bar
 from easyedit_rls.tuning.search import Search, Trial
 
 _QUICK_TOLERANCE = 0.4  # of the moments during the search; the file keeps its own

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.compare.plan import Contender, Plan
-from easyedit_rls.editor import RLSEditor
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.requests import EditRequest
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.requests import EditRequest
+from easyedit_rls.editors.rls import RLSEditor
 
 LEDGER = "ledger"
 

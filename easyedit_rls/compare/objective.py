@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.anchors import moments
-from easyedit_rls.editor import RLSEditor
-from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.anchors.cache import moments
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.model.layout import find_layout
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from filelock import FileLock
 
+from easyedit_rls._base.files import write_file
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import EditRecord, read_file
+from easyedit_rls.data.requests import as_chat
 from easyedit_rls.errors import HyperParamsError, RequestError
-from easyedit_rls.files import write_file
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.requests import as_chat
 
 PLAN = "plan.json"
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from easyedit_rls.files import write_file
+from easyedit_rls._base.files import write_file
 
 PROGRESS = "progress.safetensors"
 _WEIGHT, _MEMORY = "weight.", "memory."

@@ -9,11 +9,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.stream import REFUSED, RESULT
 from easyedit_rls.errors import HostError, InputError, RLSEditError
 from easyedit_rls.host.find import easyeditor_is_there
-from easyedit_rls.progress import progress_bar
 
 _LAST_LINES = 20
 

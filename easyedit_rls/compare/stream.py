@@ -21,15 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import easyedit_rls
+from easyedit_rls._base.files import read_text, write_file
 from easyedit_rls.compare.editors import Editor, OurEditor, make_editor
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.progress import PROGRESS, Progress, write_progress
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import EditRecord
 from easyedit_rls.errors import InputError
 from easyedit_rls.evaluation import abilities, add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
-from easyedit_rls.files import read_text, write_file
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.load import load_model
 
 RESULT = "result.json"

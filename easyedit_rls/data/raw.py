@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from easyedit_rls._base.files import read_text
 from easyedit_rls.errors import RequestError
-from easyedit_rls.files import read_text
 
 _LINES = (".jsonl", ".ndjson")
 

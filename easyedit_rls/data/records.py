@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from easyedit_rls._base.files import user_path
 from easyedit_rls.data.formats import FORMATS, format_of
 from easyedit_rls.data.raw import RawRecord, raw_records
+from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.errors import HyperParamsError, RequestError, RLSEditWarning
-from easyedit_rls.files import user_path
-from easyedit_rls.requests import EditRequest, parse_requests
 
 ON_BAD = ("error", "skip")
 _CURE = "Mend it, or leave such records out: on_bad=skip."

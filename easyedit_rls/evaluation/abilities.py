@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.arguments import listed
+from easyedit_rls._base.arguments import listed
+from easyedit_rls._base.files import user_path
 from easyedit_rls.errors import HyperParamsError, RLSEditError
-from easyedit_rls.files import user_path
-from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.hooks import undisturbed
 
 
 def abilities(

@@ -12,12 +12,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.arguments import listed
+from easyedit_rls._base.arguments import listed
+from easyedit_rls.data.requests import Chat, Probe, parse_joint, parse_messages
 from easyedit_rls.errors import RequestError
+from easyedit_rls.evaluation.scores import accuracy, predict_rows
 from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.subject import Row, answer_rows
-from easyedit_rls.requests import Chat, Probe, parse_joint, parse_messages
-from easyedit_rls.scoring import accuracy, predict_rows
 
 _ANSWERED = {"rewrite_acc": ("prompt", "target_new"), "rephrase_acc": ("rephrase_prompt", "target_new")}
 

@@ -15,14 +15,14 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.arguments import listed
+from easyedit_rls._base.arguments import listed
+from easyedit_rls._base.progress import progress_bar
+from easyedit_rls.data.requests import Probe
 from easyedit_rls.errors import RLSEditError
-from easyedit_rls.model.forward import chunks, device_of, pad, price_of_pass
+from easyedit_rls.model.batching import chunks, device_of, pad, price_of_pass
 from easyedit_rls.model.generation import greedy, sampled, write_on
 from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.subject import prompt_rows
-from easyedit_rls.progress import progress_bar
-from easyedit_rls.requests import Probe
 
 _ENDS = (".", "\n")  # EasyEdit's ends of an answer, besides the model's own end token
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.data.requests import EditRequest, Probe, parse_requests
+from easyedit_rls.evaluation.scores import Score, score
 from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.subject import answer_rows
-from easyedit_rls.requests import EditRequest, Probe, parse_requests
-from easyedit_rls.scoring import Score, score
 
 
 @dataclass(frozen=True)

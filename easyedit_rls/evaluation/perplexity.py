@@ -5,13 +5,13 @@ import math
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.arguments import text as checked_text
+from easyedit_rls._base.arguments import text as checked_text
+from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.errors import RequestError
-from easyedit_rls.model.capture import undisturbed
-from easyedit_rls.model.forward import device_of, pad, run
+from easyedit_rls.model.batching import device_of, pad, run
+from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.limits import n_positions, refuse_unknown_tokens
 from easyedit_rls.model.tokens import encode, start_tokens
-from easyedit_rls.progress import progress_bar
 
 
 def perplexity(

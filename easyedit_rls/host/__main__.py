@@ -4,14 +4,14 @@ import argparse
 import logging
 import sys
 
+from easyedit_rls._base.device import add_device, choose_device
 from easyedit_rls.cli.loading import add_trust, failed
-from easyedit_rls.devices import add_device, choose_device
+from easyedit_rls.config.files import shipped
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.host.moments import write_moments
 from easyedit_rls.host.scripts import run_script
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.load import load_model
-from easyedit_rls.shipped import shipped
 
 _RUN = """Run a script of EasyEdit, as its file is on disk, with RLSEdit among the methods that it knows. Every option behind the script is
 the script's own; --editing_method RLSEdit chooses this package, and --hparams_dir takes a YAML file or the name of shipped settings.

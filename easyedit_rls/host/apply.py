@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.editor import RLSEditor
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.requests import EditRequest, parse_requests
+from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import HyperParamsError, RequestError
 from easyedit_rls.host.find import easyeditor
 from easyedit_rls.host.states import forgotten, resumed, state_of
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.requests import EditRequest, parse_requests
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.errors import HostError, HyperParamsError, RequestError
 from easyedit_rls.host.find import easyeditor
 from easyedit_rls.host.moments import write_moments
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.requests import EditRequest
 
 _DATASET = "wikitext"  # names the folder that EasyEdit looks for moments in; what the text is, our settings say
 _MODULES = ("rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module")

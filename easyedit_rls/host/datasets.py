@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from easyedit_rls._base.files import read_text
 from easyedit_rls.errors import RequestError
-from easyedit_rls.files import read_text
 
 
 def zsre_requests(dataset: Iterable[Mapping[str, Any]], source: str | Path) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from easyedit_rls._base.files import user_path
 from easyedit_rls.errors import HostError
-from easyedit_rls.files import user_path
 
 _CLONE = "git clone https://github.com/zjunlp/EasyEdit, and set EASYEDIT_HOME to its folder."
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.host.find import easyeditor
-from easyedit_rls.hparams import RLSEditHyperParams
 
 
 def host_hyperparams() -> type[RLSEditHyperParams]:

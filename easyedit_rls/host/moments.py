@@ -4,9 +4,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.anchors import easyedit_files, moments, write_npz
+from easyedit_rls.anchors.cache import easyedit_files, moments, write_npz
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import AnchorError
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.model.layout import find_layout
 
 

@@ -3,11 +3,11 @@
 from types import ModuleType
 from typing import Any
 
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HostError
 from easyedit_rls.host.apply import apply_rls_to_model
 from easyedit_rls.host.find import easyeditor
 from easyedit_rls.host.hparams import host_hyperparams
-from easyedit_rls.hparams import RLSEditHyperParams
 
 ALG_NAME = "RLSEdit"
 

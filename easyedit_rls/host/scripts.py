@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 
+from easyedit_rls._base.files import user_path
 from easyedit_rls.errors import HostError
-from easyedit_rls.files import user_path
 from easyedit_rls.host.find import add_checkout, easyeditor, is_checkout
 from easyedit_rls.host.registration import ALG_NAME, register
 

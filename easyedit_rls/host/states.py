@@ -14,11 +14,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import RLSEditWarning, StateMismatchError
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.ledger import Ledger
+from easyedit_rls.ledger.state import EditorState
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.state import EditorState
 
 _ATTRIBUTE = "_easyedit_rls_states"
 

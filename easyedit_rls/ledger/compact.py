@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from easyedit_rls.history import Entry
+from easyedit_rls.ledger.history import Entry
 from easyedit_rls.ledger.journal import MANIFEST, Event, Journal, entry_event
 from easyedit_rls.ledger.ledger import Ledger
+from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.snapshot import checkpoint_event, prior_files, read_prior
-from easyedit_rls.moment import Moment
 
 _AT_ONCE = 1 << 26  # bytes that are written in one go
 

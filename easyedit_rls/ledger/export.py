@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from easyedit_rls.errors import LedgerError, StateMismatchError
 from easyedit_rls.ledger.manifest import Manifest
+from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.model.weights import EditedWeight, fingerprint
-from easyedit_rls.moment import Moment
 
 _TOLERANCE = 1e-3  # of the edit's norm: what an adapter may leave out unless a rank is given
 

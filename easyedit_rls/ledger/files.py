@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from easyedit_rls._base.files import NO_FOLLOW, Stamp
 from easyedit_rls.errors import LedgerError, NumericalError, RequestError, RLSEditError
-from easyedit_rls.files import NO_FOLLOW, Stamp
 
 T = TypeVar("T")
 

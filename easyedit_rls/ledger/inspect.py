@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
+from easyedit_rls.anchors.prior import Prior
 from easyedit_rls.errors import NumericalError, RLSEditError
-from easyedit_rls.history import History
 from easyedit_rls.ledger.files import read_part
+from easyedit_rls.ledger.history import History
 from easyedit_rls.ledger.journal import ENTRIES, HEAD, INDEX, Journal
 from easyedit_rls.ledger.manifest import Manifest
+from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.reading import POINTER, journals, newest, read_pointer
 from easyedit_rls.ledger.snapshot import read_prior
 from easyedit_rls.ledger.tidy import leftovers, tails
-from easyedit_rls.linalg import cholesky
-from easyedit_rls.moment import Moment
-from easyedit_rls.priors import Prior
-from easyedit_rls.rebuild import batch_solution
-from easyedit_rls.solution import LayerSolution
+from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.batch import batch_solution
+from easyedit_rls.solvers.spd import cholesky
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def rebuild_figures(journal: Journal, moment: Moment, layer: int) -> RebuildFigu
         is_definite = False
     error = None
     if not moment.history.is_adopted:
-        _, _, exact = batch_solution(prior.beginning, moment.history, layer, torch.device("cpu"))
+        edits = (part[layer] for part in moment.history.standing([layer], device=torch.device("cpu")))
+        _, _, exact = batch_solution(prior.beginning, edits, layer, torch.device("cpu"))
         missing, size = (float((exact - W.double()).norm()) for W in (solution.weight, prior.solution.weight))
         error = missing / size if size > 0 else missing
     return RebuildFigures(layer, torch.equal(C, C.T), is_definite, solution.drift(), error)

@@ -24,10 +24,10 @@ from typing import Any
 
 from torch import Tensor
 
+from easyedit_rls._base.files import Stamp, sync_folder, write_all, write_file
 from easyedit_rls.errors import LedgerError
-from easyedit_rls.files import Stamp, sync_folder, write_all, write_file
-from easyedit_rls.history import Entry
 from easyedit_rls.ledger.files import canonical, is_file_name, open_regular, pack, parsed, read_file, read_part, read_small, unpack
+from easyedit_rls.ledger.history import Entry
 
 FORMAT = 2
 INDEX, ENTRIES, HEAD, MANIFEST = "index.jsonl", "entries.bin", "head.json", "manifest.json"

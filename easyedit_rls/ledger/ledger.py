@@ -22,9 +22,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from easyedit_rls._base.files import PARTIAL, make_folder, sync_folder, user_path, write_file
+from easyedit_rls._base.interrupts import deferred_interrupts
 from easyedit_rls.errors import InputError, LedgerError
-from easyedit_rls.files import PARTIAL, make_folder, sync_folder, user_path, write_file
-from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.ledger.files import journal_number, open_regular, read_small
 from easyedit_rls.ledger.journal import (
     HEAD,

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from easyedit_rls.anchors import AnchorPairs
+from easyedit_rls.anchors.pairs import AnchorPairs
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import LedgerError
-from easyedit_rls.hparams import RLSEditHyperParams
 from easyedit_rls.ledger.journal import FORMAT
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import fingerprint

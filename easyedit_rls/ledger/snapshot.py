@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from easyedit_rls.anchors.prior import Prior
 from easyedit_rls.errors import LedgerError
-from easyedit_rls.forgetting import ForgettingLeastSquares
-from easyedit_rls.history import Entry, History
 from easyedit_rls.ledger.files import pack, parsed
+from easyedit_rls.ledger.history import Entry, History
 from easyedit_rls.ledger.journal import INDEX, MANIFEST, Event, Journal, Line
 from easyedit_rls.ledger.ledger import Ledger, Place
 from easyedit_rls.ledger.manifest import Manifest
-from easyedit_rls.moment import Moment
-from easyedit_rls.priors import Prior
-from easyedit_rls.rebuild import Beginning, replayed
-from easyedit_rls.recursion import RecursiveLeastSquares
-from easyedit_rls.solution import LayerSolution
-from easyedit_rls.symmetric import PackedSymmetric
+from easyedit_rls.ledger.moment import Moment
+from easyedit_rls.ledger.rebuild import replayed
+from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.batch import Beginning
+from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
+from easyedit_rls.solvers.packed import PackedSymmetric
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -10,8 +10,8 @@ import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
+from easyedit_rls._base.files import PARTIAL, make_folder, sync_folder, write_file
 from easyedit_rls.errors import LedgerError
-from easyedit_rls.files import PARTIAL, make_folder, sync_folder, write_file
 from easyedit_rls.ledger.files import is_file_name, journal_number, open_regular
 from easyedit_rls.ledger.journal import ENTRIES, HEAD, INDEX, SPARE, Journal, tail_of
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.limits import n_token_rows
 
 

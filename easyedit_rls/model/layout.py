@@ -6,23 +6,33 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from easyedit_rls.errors import LayoutError
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.model.capture import form_of, record_outputs, skip_layers
+from easyedit_rls.model.batching import positions_follow_mask
 from easyedit_rls.model.cast import CastParameters
-from easyedit_rls.model.forward import positions_follow_mask
-from easyedit_rls.model.outlet import Outlet, find_outlet
-from easyedit_rls.model.structure import obstacle
+from easyedit_rls.model.discovery import obstacle
+from easyedit_rls.model.hooks import form_of, record_outputs, skip_layers
+from easyedit_rls.model.residual import Outlet, find_outlet
 from easyedit_rls.model.weights import EditedWeight, shared_with
 from easyedit_rls.model.wrapped import refuse_wrapped
 
 _KEPT = "_easyedit_rls_"  # begins the names of what this package keeps on a model
+
+
+class ModuleNames(Protocol):
+    """What settings say of a model's modules (`config.hparams`), and what is edited of them."""
+
+    layers: list[int]
+    v_loss_layer: int
+    rewrite_module_tmp: str
+    layer_module_tmp: str
+    ln_f_module: str
+    lm_head_module: str
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class Layout:
         return [form_of(output) for output in outputs]
 
 
-def find_layout(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Layout:
+def find_layout(model: PreTrainedModel, settings: ModuleNames) -> Layout:
     """Look up every module that the settings name.
 
     Raises:
@@ -108,11 +118,11 @@ def find_layout(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Layout:
             be edited.
     """
     refuse_wrapped(model)
-    layers = _layers(model, hparams.layer_module_tmp)
-    inside = [layer for layer in hparams.layers if layer < len(layers)]
+    layers = _layers(model, settings.layer_module_tmp)
+    inside = [layer for layer in settings.layers if layer < len(layers)]
     obstacles = {layer: reason for layer in inside if (reason := obstacle(layers[layer]))}
-    plain = [layer for layer in hparams.layers if layer not in obstacles]
-    differences = [*_wrong_numbers(hparams, len(layers)), *_wrong_names(model, hparams, layers, plain)]
+    plain = [layer for layer in settings.layers if layer not in obstacles]
+    differences = [*_wrong_numbers(settings, len(layers)), *_wrong_names(model, settings, layers, plain)]
     refused = [f"Layer {layer} can't be edited: {reason}" for layer, reason in obstacles.items()]
     if differences:
         raise LayoutError(
@@ -121,7 +131,7 @@ def find_layout(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Layout:
         )
     if refused:
         raise LayoutError(f"{'; '.join(refused)}.")
-    names = {layer: hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers}
+    names = {layer: settings.rewrite_module_tmp.format(layer) for layer in settings.layers}
     edited = {layer: EditedWeight(model.get_submodule(name), name) for layer, name in names.items()}
     for layer, weight in edited.items():
         other = shared_with(model, weight)
@@ -134,7 +144,7 @@ def find_layout(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Layout:
         raise LayoutError(
             f"{type(model).__name__} takes no position_ids and counts padding as text, so prompts of unlike lengths can't run together."
         )
-    return Layout(model, edited, layers, hparams.layers[-1] + 1, layers[-1])
+    return Layout(model, edited, layers, settings.layers[-1] + 1, layers[-1])
 
 
 def twin(layout: Layout, dtype: torch.dtype) -> Layout:
@@ -166,28 +176,28 @@ def _layers(model: nn.Module, template: str) -> list[nn.Module]:
     return [found[number] for number in sorted(found)]
 
 
-def _wrong_numbers(hparams: RLSEditHyperParams, n_layers: int) -> list[str]:
+def _wrong_numbers(settings: ModuleNames, n_layers: int) -> list[str]:
     """Layers that the model lacks, and a depth that is not its own; nothing where no layer was found to count."""
     found = []
-    beyond = [str(layer) for layer in hparams.layers if layer >= n_layers]
+    beyond = [str(layer) for layer in settings.layers if layer >= n_layers]
     if n_layers and beyond:
         found.append(f"layers: no layer {', '.join(beyond)}: its {n_layers} layers are 0 to {n_layers - 1}")
-    if n_layers and hparams.v_loss_layer != n_layers - 1:
-        found.append(f"v_loss_layer: {hparams.v_loss_layer}, but the last of its {n_layers} layers is {n_layers - 1}")
+    if n_layers and settings.v_loss_layer != n_layers - 1:
+        found.append(f"v_loss_layer: {settings.v_loss_layer}, but the last of its {n_layers} layers is {n_layers - 1}")
     return found
 
 
-def _wrong_names(model: nn.Module, hparams: RLSEditHyperParams, layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[str]:
+def _wrong_names(model: nn.Module, settings: ModuleNames, layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[str]:
     """Modules that the settings name and the model lacks, with the names that come closest.
 
     Edited modules are looked for in those of the `wanted` layers that the model has, else in its first layer.
     """
     edited = [layer for layer in wanted if layer < len(layers)] or ([0] if wanted else [])
     names = {
-        "layer_module_tmp": [] if layers else [hparams.layer_module_tmp.format(0)],
-        "rewrite_module_tmp": [hparams.rewrite_module_tmp.format(layer) for layer in edited],
-        "ln_f_module": [hparams.ln_f_module],
-        "lm_head_module": [hparams.lm_head_module],
+        "layer_module_tmp": [] if layers else [settings.layer_module_tmp.format(0)],
+        "rewrite_module_tmp": [settings.rewrite_module_tmp.format(layer) for layer in edited],
+        "ln_f_module": [settings.ln_f_module],
+        "lm_head_module": [settings.lm_head_module],
     }
     there = {name for name, _ in model.named_modules(remove_duplicate=False)}
     found = []

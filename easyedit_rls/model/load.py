@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from easyedit_rls._base.files import read_text, user_path
 from easyedit_rls.errors import HyperParamsError, ModelError
-from easyedit_rls.files import read_text, user_path
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -6,12 +6,10 @@ from itertools import cycle
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.model.forward import device_of
+from easyedit_rls.model.batching import device_of
 from easyedit_rls.model.generation import sampled, write_on
 from easyedit_rls.model.limits import n_token_rows
 from easyedit_rls.model.tokens import encode, start_tokens
-from easyedit_rls.model.weights import refuse_unsound
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")  # MEMIT's
 _TEMPLATE_TOKENS = 10
@@ -34,18 +32,6 @@ def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n: in
         text = " ".join(tok.decode(ids, skip_special_tokens=True).replace("{", " ").replace("}", " ").split())  # {} marks places
         texts.append(f"{text.rstrip('.')}. ")
     return texts
-
-
-def templates_of(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams) -> list[str]:
-    """The context templates that settings give, or else sampled ones.
-
-    Raises:
-        NumericalError: the model's weights are not finite, so that nothing can be sampled.
-    """
-    if hparams.context_templates is None:
-        refuse_unsound(model)
-        return sample_templates(model, tok, hparams.n_templates, hparams.seed)
-    return list(hparams.context_templates)
 
 
 def sample_texts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: int, n_tokens: int, seed: int) -> Iterator[list[list[int]]]:

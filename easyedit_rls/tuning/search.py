@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.anchors import moments
-from easyedit_rls.editor import RLSEditor
+from easyedit_rls.anchors.cache import moments
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.requests import EditRequest, as_chat
+from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import RequestError, RLSEditError, UnsaidWarning
 from easyedit_rls.evaluation import evaluate, perplexity
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.requests import EditRequest, as_chat
 
 if TYPE_CHECKING:
     import optuna

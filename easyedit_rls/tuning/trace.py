@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls._base.progress import progress_bar
+from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.errors import RequestError
-from easyedit_rls.model.capture import form_of, hidden_of, record_outputs, skip_layers, tap, undisturbed
+from easyedit_rls.model.discovery import read_structure
+from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap, undisturbed
 from easyedit_rls.model.limits import refuse_unfit
-from easyedit_rls.model.structure import read_structure
 from easyedit_rls.model.subject import subject_tokens
-from easyedit_rls.progress import progress_bar
-from easyedit_rls.requests import EditRequest
 
 PLACES = ("first subject token", "last subject token", "first token after", "last token")
 KINDS = ("hidden state", "MLP", "attention")

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls.anchors import moments
-from easyedit_rls.editor import RLSEditor
+from easyedit_rls.anchors.cache import moments
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.requests import EditRequest, parse_requests
+from easyedit_rls.editors.outcome import advice
+from easyedit_rls.editors.reports import EditReport
+from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import RLSEditError, UnsaidWarning
 from easyedit_rls.evaluation import evaluate, perplexity
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.outcome import advice
-from easyedit_rls.reports import EditReport
-from easyedit_rls.requests import EditRequest, parse_requests
 
 MEASURED = ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")
 

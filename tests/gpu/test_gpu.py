@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditor, evaluate, perplexity
+from easyedit_rls.data.requests import Probe, parse_requests
 from easyedit_rls.evaluation import edit_quality, generate
-from easyedit_rls.recursion import RecursiveLeastSquares
-from easyedit_rls.requests import Probe, parse_requests
-from easyedit_rls.scoring import score
-from easyedit_rls.symmetric import PackedSymmetric
+from easyedit_rls.evaluation.scores import score
+from easyedit_rls.solvers.packed import PackedSymmetric
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.conftest import FAMILIES
 from tests.tolerances import FLOAT32, FLOAT64, PADDING, TWO_DEVICES
 

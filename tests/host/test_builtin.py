@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls import HostError, HyperParamsError, RLSEditHyperParams, evaluate, parse_requests
+from easyedit_rls.data.requests import Probe
+from easyedit_rls.evaluation.scores import score
 from easyedit_rls.host.builtin import BUILTIN, BuiltinEditor
-from easyedit_rls.requests import Probe
-from easyedit_rls.scoring import score
 from tests.host.test_parity import REQUESTS
 
 CHANGES = {"FT": {"lr": 5e-2}, "ULTRAEDIT": {"lr": 3e-2}, "AlphaEdit": {"nullspace_threshold": 1e3}}

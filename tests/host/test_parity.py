@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from easyedit_rls import parse_requests
-from easyedit_rls.anchors import easyedit_files, moments
+from easyedit_rls.anchors.cache import easyedit_files, moments
+from easyedit_rls.facts.keys import collect_keys, locate_facts
+from easyedit_rls.facts.values import optimise_values
 from easyedit_rls.host import write_moments
 from easyedit_rls.host.__main__ import main
-from easyedit_rls.keys import collect_keys, locate_facts
-from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.subject import tokenize_fact
-from easyedit_rls.values import optimise_values
 from tests.conftest import REPOSITORY
 from tests.host.conftest import host_settings
 

@@ -29,7 +29,8 @@ import torch
 from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from easyedit_rls import RLSEditor, files
+from easyedit_rls import RLSEditor
+from easyedit_rls._base import files
 from easyedit_rls.ledger import journal, ledger, tidy
 from easyedit_rls.ledger.reading import latest
 from tests.conftest import tiny_llama, tiny_settings

@@ -24,7 +24,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import easyedit_rls
-from easyedit_rls import RLSEditor, change
+from easyedit_rls import RLSEditor
+from easyedit_rls.ledger import change
 from easyedit_rls.ledger.compact import compact
 from easyedit_rls.ledger.ledger import Ledger
 from easyedit_rls.ledger.reading import latest

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from easyedit_rls import AnchorError, RLSEditor, anchors
+from easyedit_rls.anchors.moments import Moment, _Convergence, sum_moments
+from easyedit_rls.anchors.text import token_blocks
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.moments import Moment, _Convergence, sum_moments
-from easyedit_rls.texts import token_blocks
 from tests.reference import hidden_at
 from tests.tolerances import FLOAT32
 

@@ -16,11 +16,11 @@ from easyedit_rls import (
     anchor_pairs,
     evaluate,
 )
-from easyedit_rls import editor as editor_module
-from easyedit_rls.anchors import moments as moments_of
-from easyedit_rls.keys import LayerWalk, locate_facts, value_states
-from easyedit_rls.recursion import RecursiveLeastSquares
-from easyedit_rls.requests import parse_requests
+from easyedit_rls.anchors.cache import moments as moments_of
+from easyedit_rls.data.requests import parse_requests
+from easyedit_rls.editors import rls as editor_module
+from easyedit_rls.facts.keys import LayerWalk, locate_facts, value_states
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 
 def weights(model):
@@ -32,8 +32,8 @@ def same(a, b):
 
 
 def target_nll(model, tok, requests):
-    from easyedit_rls.requests import Probe
-    from easyedit_rls.scoring import score
+    from easyedit_rls.data.requests import Probe
+    from easyedit_rls.evaluation.scores import score
 
     return [s.nll for s in score(model, tok, [Probe(r.prompt, r.target) for r in parse_requests(requests)])]
 

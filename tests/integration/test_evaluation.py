@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from easyedit_rls import RequestError, evaluate, perplexity, scoring
-from easyedit_rls.requests import Probe
-from easyedit_rls.scoring import score
+from easyedit_rls import RequestError, evaluate, perplexity
+from easyedit_rls.data.requests import Probe
+from easyedit_rls.evaluation import scores as scoring
+from easyedit_rls.evaluation.scores import score
 
 RECORDS = [
     {

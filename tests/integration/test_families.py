@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor
+from easyedit_rls.anchors.moments import sum_moments
+from easyedit_rls.data.requests import Probe, parse_requests
 from easyedit_rls.errors import HyperParamsError, LayoutError
-from easyedit_rls.keys import LayerWalk, locate_facts
-from easyedit_rls.model.capture import tap, undisturbed
+from easyedit_rls.evaluation.scores import score
+from easyedit_rls.facts.keys import LayerWalk, locate_facts
+from easyedit_rls.facts.values import losses_at, optimise_values, value_place
+from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import find_layout, twin
-from easyedit_rls.model.prefix import Heads, share_beginnings
-from easyedit_rls.moments import sum_moments
-from easyedit_rls.requests import Probe, parse_requests
-from easyedit_rls.scoring import score
-from easyedit_rls.values import losses_at, optimise_values, value_place
+from easyedit_rls.model.prefix_cache import Heads, share_beginnings
 from tests import zoo
 from tests.reference import plain_key, plain_value
 from tests.tolerances import BFLOAT16, PADDING, VALUES

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditHyperParams
-from easyedit_rls.anchors import cache_folder
+from easyedit_rls.anchors.cache import cache_folder
 from easyedit_rls.cli.main import main
-from easyedit_rls.requests import parse_requests
+from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.tuning import trial
 from easyedit_rls.tuning.trial import try_settings
 from tests.conftest import tiny_llama, tiny_settings
@@ -68,7 +68,7 @@ def test_advice_says_what_to_change(tok, easy):
 def test_a_text_shorter_than_the_keys_are_wide_is_no_obstacle(tok, easy, monkeypatch):
     """Second moments of few tokens are singular; without λ there would be no prior."""
     hp = tiny_settings("llama", mom2_dataset="self", mom2_n_samples=1, mom2_update_weight=10.0, lambda_reg=0.0, early_stopping_margin=2.0)
-    monkeypatch.setattr("easyedit_rls.texts.TEXT_TOKENS", 20)
+    monkeypatch.setattr("easyedit_rls.anchors.text.TEXT_TOKENS", 20)
     assert try_settings(tiny_llama(), tok, hp, show_progress=False).report is not None
     monkeypatch.setattr(trial, "_held", lambda model, tok, hparams, show_progress: hparams)
     assert "is not positive definite" in try_settings(tiny_llama(), tok, hp, show_progress=False).refusal

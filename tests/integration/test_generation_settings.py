@@ -5,10 +5,10 @@ import torch
 from transformers import GenerationConfig
 
 from easyedit_rls.cli.demo import _complete
+from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.evaluation import answers, generate
 from easyedit_rls.model.generation import greedy, plain_generation, write_on
 from easyedit_rls.model.sampling import sample_templates, sample_texts
-from easyedit_rls.requests import parse_requests
 from tests.conftest import tiny_llama
 
 PROMPTS = ["The bread is made of", "The slow and wide river"]

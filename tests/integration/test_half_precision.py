@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import easyedit_rls.values
+import easyedit_rls.facts.values
 from easyedit_rls import AnchorPairs, RLSEditor
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.host import apply_rls_to_model
@@ -138,7 +138,7 @@ def twins(monkeypatch):
         found.append(casts_of(low))
         return low
 
-    monkeypatch.setattr(easyedit_rls.values, "twin", noting)
+    monkeypatch.setattr(easyedit_rls.facts.values, "twin", noting)
     return found
 
 
@@ -164,7 +164,7 @@ def test_values_are_those_of_a_fresh_cast_throughout_a_stream(family, tok, reque
         editor.adopt_weights()
 
     def stream(make):
-        monkeypatch.setattr(easyedit_rls.values, "twin", make)
+        monkeypatch.setattr(easyedit_rls.facts.values, "twin", make)
         editor = RLSEditor(FAMILIES[family](), tok, settings(v_dtype="bfloat16", v_num_grad_steps=4))
         weights = []
         for act in (

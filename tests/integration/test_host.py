@@ -245,7 +245,7 @@ def test_a_failing_reset_forgets_nothing(host, model, tok, requests, settings, t
         apply_rls_to_model(model, tok, requests[:1], hp)
         before = weights(model, hp)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("easyedit_rls.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             apply_rls_to_model(model, tok, requests[1:2], hp, reset_cache=True)
         with pytest.raises(RequestError):
             apply_rls_to_model(model, tok, [{"prompt": "x", "subject": "y", "target_new": "z"}], hp, reset_cache=True)
@@ -281,7 +281,7 @@ def test_a_first_call_that_fails_leaves_the_model_as_it_was(host, model, tok, re
     let_go(model)
     second = copy.deepcopy(unedited)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("easyedit_rls.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         apply_rls_to_model(second, tok, requests[2:], hp)
     assert same(weights(second, hp), weights(unedited, hp))
     apply_rls_to_model(second, tok, requests[2:], hp)
@@ -315,7 +315,7 @@ def test_a_failing_reset_writes_nothing_into_the_old_journal(host, model, tok, r
     let_go(model)
     again = copy.deepcopy(unedited)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("easyedit_rls.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         apply_rls_to_model(again, tok, requests[1:2], hp, reset_cache=True)
     resumed = RLSEditor(copy.deepcopy(unedited), tok, hp)
     assert same([weight.snapshot() for weight in resumed.layout.edited.values()], list(before))

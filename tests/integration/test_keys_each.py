@@ -5,13 +5,13 @@ import torch
 
 from easyedit_rls import RLSEditor, StateMismatchError
 from easyedit_rls.compare.objective import Objective
-from easyedit_rls.keys import LayerWalk, locate_facts
+from easyedit_rls.data.requests import parse_requests
+from easyedit_rls.facts.keys import LayerWalk, locate_facts
 from easyedit_rls.ledger.inspect import layer_figures
 from easyedit_rls.ledger.reading import latest
+from easyedit_rls.ledger.rebuild import rebuilt
 from easyedit_rls.ledger.snapshot import read_manifest, read_prior
-from easyedit_rls.model.capture import tap
-from easyedit_rls.rebuild import rebuilt
-from easyedit_rls.requests import parse_requests
+from easyedit_rls.model.hooks import tap
 from tests.conftest import FAMILIES
 from tests.tolerances import FLOAT32
 

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-import easyedit_rls.values
+import easyedit_rls.facts.values
 from easyedit_rls import RLSEditor
+from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.errors import RequestError
-from easyedit_rls.keys import LayerWalk, collect_keys, locate_facts, value_states
-from easyedit_rls.model.capture import skip_layers, undisturbed
+from easyedit_rls.facts.keys import LayerWalk, collect_keys, locate_facts, value_states
+from easyedit_rls.facts.suffix import Tails
+from easyedit_rls.facts.values import losses_at, optimise_values
+from easyedit_rls.model.hooks import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.requests import parse_requests
-from easyedit_rls.tails import Tails
-from easyedit_rls.values import losses_at, optimise_values
 from tests.conftest import FAMILIES
 from tests.reference import hidden_at, plain_key, plain_value
 from tests.tolerances import BFLOAT16, PADDING, VALUES
@@ -130,7 +130,7 @@ def test_a_copy_in_bfloat16_finds_values_as_good(model, located, settings, monke
 
 def test_a_model_of_that_type_already_is_not_copied(family, tok, requests, settings, monkeypatch):
     hp, model = settings(v_dtype="bfloat16", v_num_grad_steps=2), FAMILIES[family]().bfloat16()
-    monkeypatch.setattr(easyedit_rls.values, "twin", None)
+    monkeypatch.setattr(easyedit_rls.facts.values, "twin", None)
     facts = locate_facts(tok, parse_requests(requests), hp.context_templates, hp.statements)
     with undisturbed(model):
         assert optimise_values(model, find_layout(model, hp), facts, hp).z.isfinite().all()
@@ -273,7 +273,7 @@ def test_the_tokenizers_padding_side_makes_no_difference(model, tok, requests, s
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_forward_passes_equal_unpadded_ones(model, located, side):
     """Both sides in the model itself, against each text alone."""
-    from easyedit_rls.model.forward import pad, run
+    from easyedit_rls.model.batching import pad, run
 
     _, facts = located
     rows = [fact.rows[0].ids for fact in facts]

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from easyedit_rls import AnchorPairs, LedgerError, RequestError, RLSEditor, StateMismatchError, anchor_pairs, files
+from easyedit_rls import AnchorPairs, LedgerError, RequestError, RLSEditor, StateMismatchError, anchor_pairs
+from easyedit_rls._base import files
 from easyedit_rls.ledger import journal, ledger, tidy
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.reading import journals, latest
+from easyedit_rls.ledger.rebuild import rebuilt
 from easyedit_rls.ledger.snapshot import read_history, read_manifest, read_moment, read_prior
-from easyedit_rls.rebuild import rebuilt
-from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.conftest import FAMILIES, spoil, tiny_settings
 from tests.tolerances import FLOAT32
 
@@ -89,7 +90,7 @@ def test_no_value_is_optimised_again(fresh, requests, settings, tmp_path, monkey
     with fresh(settings(), tmp_path) as editor:
         editor.edit(requests)
     for name in ("optimise_values", "make_priors", "templates_of", "LayerWalk"):
-        monkeypatch.setattr(f"easyedit_rls.editor.{name}", None)
+        monkeypatch.setattr(f"easyedit_rls.editors.rls.{name}", None)
     assert same_state(fresh(settings(), tmp_path), editor)
 
 
@@ -367,7 +368,7 @@ def test_an_amendment_that_fails_leaves_the_old_edit(fresh, requests, settings, 
     editor.edit(requests)
     before, on_disk, covariance = weights(editor), content(tmp_path), editor.state.layers[1].covariance()
     with monkeypatch.context() as patch:
-        patch.setattr("easyedit_rls.editor.optimise_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("easyedit_rls.editors.rls.optimise_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             editor.amend(2, {**requests[1], "target_new": "bread"})
     assert same(weights(editor), before)
@@ -627,6 +628,6 @@ def test_without_a_master_rounding_piles_up(tok, requests, monkeypatch):
         return new
 
     monkeypatch.setattr(RecursiveLeastSquares, "update", update)
-    monkeypatch.setattr("easyedit_rls.change.WEIGHT_TOLERANCE", math.inf)  # it would be seen, and mended
+    monkeypatch.setattr("easyedit_rls.ledger.change.WEIGHT_TOLERANCE", math.inf)  # it would be seen, and mended
     editor, priors = stream_in_bfloat16(tok, requests, 100)
     assert all(worst_ulps(editor, priors, layer) > 2 for layer in priors)

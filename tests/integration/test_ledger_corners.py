@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from easyedit_rls import LedgerError, NumericalError, RLSEditor, UnsaidWarning
+from easyedit_rls._base.interrupts import deferred_interrupts
 from easyedit_rls.cli.main import main
-from easyedit_rls.interrupts import deferred_interrupts
 from easyedit_rls.ledger import ledger as ledger_module
 from easyedit_rls.ledger.reading import at_one_moment, latest
 from easyedit_rls.ledger.snapshot import read_history, read_moment
@@ -57,7 +57,7 @@ def test_a_handler_that_closes_the_editor_in_the_middle_of_an_edit(make, tmp_pat
         os.kill(os.getpid(), signal.SIGTERM)
         return [True]
 
-    monkeypatch.setattr("easyedit_rls.editor.find_said", at_the_check)
+    monkeypatch.setattr("easyedit_rls.editors.rls.find_said", at_the_check)
     handler = signal.signal(signal.SIGTERM, close)
     try:
         with pytest.raises(LedgerError if goes_on else SystemExit):

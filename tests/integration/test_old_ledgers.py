@@ -16,8 +16,8 @@ from easyedit_rls.cli.main import main
 from easyedit_rls.ledger.ledger import Ledger
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_moment
+from easyedit_rls.ledger.state import EditorState
 from easyedit_rls.model.weights import weights_fingerprint
-from easyedit_rls.state import EditorState
 
 LEDGERS = Path(__file__).parents[1] / "data" / "ledgers"
 READ = ["format-1-first", "format-1-forgetting", "format-1-last"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditor, parse_requests
-from easyedit_rls.history import Edit, Entry, History
-from easyedit_rls.rehearsal import due_edits, lost_edits
-from easyedit_rls.requests import Probe
-from easyedit_rls.scoring import score
+from easyedit_rls.data.requests import Probe
+from easyedit_rls.editors.rehearsal import due_edits, lost_edits
+from easyedit_rls.evaluation.scores import score
+from easyedit_rls.ledger.history import Edit, Entry, History
 
 FIRST = {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"}
 RIVALS = [  # nearly the same key, another value

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
-from easyedit_rls.keys import locate_facts
-from easyedit_rls.model.capture import undisturbed
+from easyedit_rls.data.requests import parse_requests
+from easyedit_rls.facts.keys import locate_facts
+from easyedit_rls.facts.values import optimise_values
+from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.requests import parse_requests
-from easyedit_rls.values import optimise_values
 from tests.reference import plain_value
 from tests.tolerances import VALUES
 

@@ -63,7 +63,7 @@ def test_show(ledger, capsys):
 
 def test_the_terms_are_those_of_the_objective(ledger, capsys, model, tok, settings):
     """Against the sums written out, with the second moments the prior was made of."""
-    from easyedit_rls.anchors import moments
+    from easyedit_rls.anchors.cache import moments
 
     shown = json.loads(run(capsys, "show", ledger, "--json")[1])["layers"]
     hp, history = settings(), read_history(latest(ledger))

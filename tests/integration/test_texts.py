@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate
+from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.evaluation import answers, edit_quality
-from easyedit_rls.requests import parse_requests
-from easyedit_rls.scoring import score
+from easyedit_rls.evaluation.scores import score
 from tests.tolerances import FLOAT32
 
 _EACH = 50

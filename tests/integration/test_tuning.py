@@ -8,7 +8,7 @@ import torch
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests, perplexity
 from easyedit_rls.cli.main import main
 from easyedit_rls.errors import RequestError
-from easyedit_rls.model.capture import tap
+from easyedit_rls.model.hooks import tap
 from easyedit_rls.model.subject import subject_tokens
 from easyedit_rls.tuning.search import Search, objective
 from easyedit_rls.tuning.trace import KINDS, PLACES, Trace, trace

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from easyedit_rls import NumericalError, RLSEditor, RLSEditWarning, UnsaidWarning
-from easyedit_rls.outcome import advice
-from easyedit_rls.requests import Probe, parse_requests
-from easyedit_rls.scoring import score
+from easyedit_rls.data.requests import Probe, parse_requests
+from easyedit_rls.editors.outcome import advice
+from easyedit_rls.evaluation.scores import score
 from tests.conftest import tiny_llama, tiny_settings
 
 WEAK = {"mom2_update_weight": 1e6, "v_num_grad_steps": 20}  # an anchor that lets next to nothing be written

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditor, evaluate, perplexity
-from easyedit_rls.anchors import moments
+from easyedit_rls._base.files import read_text
+from easyedit_rls.anchors.cache import moments
 from easyedit_rls.cli.main import main
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import generate
-from easyedit_rls.files import read_text
 from easyedit_rls.host.__main__ import main as host
 from easyedit_rls.model.load import load_model
 from tests.conftest import tiny_llama, tiny_settings

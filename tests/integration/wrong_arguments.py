@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
-from easyedit_rls.anchors import anchor_pairs
+from easyedit_rls.anchors.pairs import anchor_pairs
 from easyedit_rls.data.records import read_records
 from easyedit_rls.errors import ArgumentError, HyperParamsError, InputError, RequestError
 from easyedit_rls.evaluation import answers, consistency, edit_quality, fluency, generate

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from easyedit_rls import RLSEditor, evaluate, perplexity
-from easyedit_rls.anchors import anchor_pairs, moments
+from easyedit_rls._base.files import read_text
+from easyedit_rls.anchors.cache import moments
+from easyedit_rls.anchors.pairs import anchor_pairs
+from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.errors import AnchorError, ModelError, RequestError, TextError
 from easyedit_rls.evaluation import answers, edit_quality, generate
-from easyedit_rls.files import read_text
 from easyedit_rls.model.load import load_model
-from easyedit_rls.requests import parse_requests
 from easyedit_rls.tuning.trace import trace
 from tests.conftest import tiny_llama, tiny_settings
 from tests.integration.wrong_inputs import (

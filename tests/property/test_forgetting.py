@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from easyedit_rls.errors import NumericalError
-from easyedit_rls.forgetting import ForgettingLeastSquares
+from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
 from tests.property.test_recursion import assert_close, problems, splits
 from tests.tolerances import FLOAT64, RETRACTION
 

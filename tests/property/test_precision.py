@@ -5,15 +5,15 @@ import random
 import pytest
 import torch
 
-from easyedit_rls.change import Change
-from easyedit_rls.forgetting import ForgettingLeastSquares
-from easyedit_rls.history import Edit
+from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.ledger import Place
-from easyedit_rls.moment import Moment
-from easyedit_rls.rebuild import Beginning
-from easyedit_rls.recursion import RecursiveLeastSquares
-from easyedit_rls.requests import EditRequest
-from easyedit_rls.symmetric import PackedSymmetric
+from easyedit_rls.ledger.change import Change
+from easyedit_rls.ledger.history import Edit
+from easyedit_rls.ledger.moment import Moment
+from easyedit_rls.solvers.batch import Beginning
+from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
+from easyedit_rls.solvers.packed import PackedSymmetric
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 D_K, D_V, LAMBDA = 64, 16, 0.5
 

@@ -24,7 +24,7 @@ from easyedit_rls import NumericalError, RequestError, RLSEditor, StateMismatchE
 from easyedit_rls.cli.main import main
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_moment
-from easyedit_rls.rebuild import batch_solution
+from easyedit_rls.solvers.batch import batch_solution
 from tests.conftest import tiny_llama, tiny_settings
 
 STREAMS = int(os.environ.get("EASYEDIT_RLS_STREAMS", "8"))
@@ -205,7 +205,7 @@ class Promise(RuleBasedStateMachine):
                 self.editor.edit([*batch, {"prompt": "The", "subject": "sea", "target_new": "x"}])
         else:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(NumericalError):
-                patch.setattr("easyedit_rls.editor.find_said", lambda *_: (_ for _ in ()).throw(NumericalError("no")))
+                patch.setattr("easyedit_rls.editors.rls.find_said", lambda *_: (_ for _ in ()).throw(NumericalError("no")))
                 self.editor.edit(batch)
         assert all(torch.equal(before[layer], tensor) for layer, tensor in self.weights().items())
 
@@ -244,7 +244,8 @@ class Promise(RuleBasedStateMachine):
         for layer, solution in state.layers.items():
             assert solution.n_edits == len(self.live)
             assert self.editor.layout.edited[layer].holds(state.now.weight(layer))
-            _, C, W = batch_solution(state.now.beginnings[layer], state.history, layer, torch.device("cpu"))
+            edits = [part[layer] for part in state.history.standing([layer])]
+            _, C, W = batch_solution(state.now.beginnings[layer], edits, layer, torch.device("cpu"))
             assert float((solution.covariance().double() - C).norm() / C.norm()) < COVARIANCE
             if not state.history.is_adopted:
                 size = float((W - state.unedited[layer]).norm())

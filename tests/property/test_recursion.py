@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyedit_rls import symmetric
-from easyedit_rls.change import DRIFT_TOLERANCE
 from easyedit_rls.errors import NumericalError
-from easyedit_rls.recursion import RecursiveLeastSquares
-from easyedit_rls.symmetric import PackedSymmetric, Term
+from easyedit_rls.ledger.change import DRIFT_TOLERANCE
+from easyedit_rls.solvers import packed as symmetric
+from easyedit_rls.solvers.packed import PackedSymmetric, Term
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.tolerances import FLOAT32, FLOAT64, LONG_STREAM_FLOAT32, RETRACTION
 
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easyedit_rls.joints import joint
+from easyedit_rls.data.joints import joint
+from easyedit_rls.data.requests import Probe
 from easyedit_rls.model.subject import answer_rows, prompt_rows, tokenize_fact
 from easyedit_rls.model.tokens import start_tokens
-from easyedit_rls.requests import Probe
 from tests.tokenizers import byte_level, qwen_like, sentencepiece_like
 
 _WORDS = st.sampled_from(

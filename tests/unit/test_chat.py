@@ -7,12 +7,12 @@ import pytest
 from easyedit_rls.cli.compare import _check_form
 from easyedit_rls.compare.plan import Contender
 from easyedit_rls.data.records import read_records
+from easyedit_rls.data.requests import EditRequest, Probe, as_chat, parse_requests
 from easyedit_rls.errors import HyperParamsError, LayoutError, RequestError
 from easyedit_rls.evaluation import edit_quality, evaluate, generate
-from easyedit_rls.keys import locate_facts
+from easyedit_rls.facts.keys import locate_facts
 from easyedit_rls.model.chat import prepare
 from easyedit_rls.model.subject import answer_rows, prompt_rows, subject_tokens
-from easyedit_rls.requests import EditRequest, Probe, as_chat, parse_requests
 from tests.conftest import tiny_llama, tiny_settings
 from tests.tokenizers import byte_level
 

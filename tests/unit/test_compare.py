@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from easyedit_rls import HostError, HyperParamsError, RLSEditError, RLSEditHyperParams, files
+from easyedit_rls import HostError, HyperParamsError, RLSEditError, RLSEditHyperParams
+from easyedit_rls._base import files
 from easyedit_rls.compare.figures import draw
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report

@@ -3,7 +3,7 @@
 import importlib.resources
 import json
 
-from easyedit_rls.requests import parse_requests
+from easyedit_rls.data.requests import parse_requests
 
 
 def test_demo_facts():

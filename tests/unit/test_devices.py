@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from easyedit_rls.devices import choose_device
+from easyedit_rls._base.device import choose_device
 from easyedit_rls.errors import LayoutError
 
 

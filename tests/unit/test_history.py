@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from easyedit_rls.data.requests import EditRequest, Probe
 from easyedit_rls.errors import RequestError
-from easyedit_rls.history import Edit, Entry, History
-from easyedit_rls.requests import EditRequest, Probe
+from easyedit_rls.ledger.history import Edit, Entry, History
 
 
 def request(name, target="x"):

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from easyedit_rls.config.files import shipped
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError
-from easyedit_rls.hparams import RLSEditHyperParams
-from easyedit_rls.shipped import shipped
 from tests.conftest import tiny_settings
 
 DOWN = "model.layers.{}.mlp.down_proj"

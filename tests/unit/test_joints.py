@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from easyedit_rls.data.joints import joint
 from easyedit_rls.data.records import read_records
+from easyedit_rls.data.requests import EditRequest, Probe, parse_requests
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation import edit_quality, evaluate
-from easyedit_rls.joints import joint
-from easyedit_rls.keys import locate_facts
+from easyedit_rls.facts.keys import locate_facts
 from easyedit_rls.model.subject import answer_rows
-from easyedit_rls.requests import EditRequest, Probe, parse_requests
 from tests.conftest import tiny_llama
 
 FACT = {

@@ -5,17 +5,17 @@ import os
 import pytest
 import torch
 
-from easyedit_rls import files
+from easyedit_rls._base import files
+from easyedit_rls._base.files import Stamp, write_file
+from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.errors import LedgerError
-from easyedit_rls.files import Stamp, write_file
-from easyedit_rls.history import Edit, Entry
 from easyedit_rls.ledger import files as ledger_files
 from easyedit_rls.ledger import journal, ledger
 from easyedit_rls.ledger.files import pack, read_file, unpack
+from easyedit_rls.ledger.history import Edit, Entry
 from easyedit_rls.ledger.journal import entry_event
 from easyedit_rls.ledger.ledger import Ledger, Place
 from easyedit_rls.ledger.reading import latest
-from easyedit_rls.requests import EditRequest
 
 
 class RecordingOs:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from easyedit_rls import linalg
 from easyedit_rls.errors import NumericalError
+from easyedit_rls.solvers import spd as linalg
 from tests.tolerances import FLOAT64
 
 

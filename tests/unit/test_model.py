@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from easyedit_rls import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
-from easyedit_rls.model.capture import tap, undisturbed
-from easyedit_rls.model.forward import chunks, pad, price_of_pass, run
+from easyedit_rls.model.batching import chunks, pad, price_of_pass, run
+from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import find_layout, twin
 from easyedit_rls.model.subject import tokenize_answer, tokenize_fact
 from easyedit_rls.model.weights import EditedWeight, fingerprint

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from easyedit_rls.priors import _moment_gram
-from easyedit_rls.recursion import RecursiveLeastSquares
+from easyedit_rls.anchors.prior import _moment_gram
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.conftest import tiny_settings
 
 D_K, D_V = 12, 5

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from easyedit_rls.data.requests import EditRequest, Probe, parse_requests
 from easyedit_rls.errors import RequestError
-from easyedit_rls.requests import EditRequest, Probe, parse_requests
 
 EASYEDIT = {
     "prompt": "The capital of France is",

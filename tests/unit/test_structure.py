@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, Qwen2Config
 
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError, LayoutError
-from easyedit_rls.hparams import RLSEditHyperParams
+from easyedit_rls.model.discovery import read_structure
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.model.structure import read_structure
 from tests import zoo
 from tests.conftest import tiny_llama, tiny_settings
 

@@ -3,7 +3,7 @@
 import pytest
 
 from easyedit_rls import RequestError, parse_requests
-from easyedit_rls.subjects import find_subject
+from easyedit_rls.data.subjects import find_subject
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from easyedit_rls.symmetric import PackedSymmetric, Term
+from easyedit_rls.solvers.packed import PackedSymmetric, Term
 from tests.tolerances import FLOAT64
 
 SIZES = [1, 63, 64, 65, 200, 512, 1100]
@@ -65,7 +65,7 @@ def test_packing_keeps_every_bit_in_about_half(n):
 
 def test_the_vector_is_the_same_however_the_rows_are_cut(monkeypatch):
     vector = PackedSymmetric.of(symmetric(300)).to_vector()
-    monkeypatch.setattr("easyedit_rls.symmetric._ROWS", 128)
+    monkeypatch.setattr("easyedit_rls.solvers.packed._ROWS", 128)
     packed = PackedSymmetric.of(symmetric(300))
     assert len(packed.panels) == 3
     assert torch.equal(packed.to_vector(), vector)

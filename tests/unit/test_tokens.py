@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from easyedit_rls.anchors import anchor_pairs
+from easyedit_rls.anchors.pairs import anchor_pairs
+from easyedit_rls.anchors.text import token_blocks
+from easyedit_rls.data.requests import Probe, parse_requests
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.evaluation import answers, edit_quality, evaluate, generate, perplexity
-from easyedit_rls.keys import locate_facts
+from easyedit_rls.facts.keys import locate_facts
 from easyedit_rls.model.sampling import sample_templates, sample_texts
 from easyedit_rls.model.subject import answer_rows, prompt_rows, tokenize_fact
 from easyedit_rls.model.tokens import continue_with, encode, end_tokens, start_tokens
-from easyedit_rls.requests import Probe, parse_requests
-from easyedit_rls.texts import token_blocks
 from tests.conftest import tiny_llama, tiny_settings
 from tests.tokenizers import byte_level, qwen_like, sentencepiece_like
 

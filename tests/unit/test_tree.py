@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from easyedit_rls.model.tree import grow, takes_trees, tree_batch
+from easyedit_rls.model.prefix_tree import grow, takes_trees, tree_batch
 from tests import zoo
 
 TEXTS = st.sets(st.lists(st.integers(2, 4), min_size=1, max_size=9).map(tuple), min_size=1, max_size=30)

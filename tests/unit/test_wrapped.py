@@ -7,8 +7,8 @@ from torch import nn
 
 from easyedit_rls import RLSEditHyperParams
 from easyedit_rls.errors import LayoutError
+from easyedit_rls.model.discovery import read_structure
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.model.structure import read_structure
 from easyedit_rls.model.wrapped import refuse_wrapped
 from tests import zoo
 from tests.conftest import tiny_llama, tiny_settings

@@ -1,0 +1,1 @@
+"""Settings: checked, from files, or made for a model."""

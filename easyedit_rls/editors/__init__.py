@@ -1,0 +1,1 @@
+"""Editors: from requests to written weights."""

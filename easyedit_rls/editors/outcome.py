@@ -1,0 +1,120 @@
+"""What a batch has done: reports, warnings, and the refusal of a batch that moved much and said little."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedModel
+
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.editors.reports import EditReport, FactReport
+from easyedit_rls.errors import NumericalError, UnsaidWarning
+from easyedit_rls.evaluation.scores import predict_rows
+from easyedit_rls.facts.keys import Fact, LayerWalk
+from easyedit_rls.facts.values import Values
+from easyedit_rls.ledger.history import Edit
+
+_WRITTEN = 0.3  # largest miss of a value that counts as written
+_FAR_NLL = 2.0  # nats a token: a value that leaves the target this improbable is not said when written
+_NAMED = 3
+
+
+def find_said(model: PreTrainedModel, facts: Sequence[Fact], batch_tokens: int) -> list[bool]:
+    """Whether the model says each fact: its target is the most probable text behind the bare prompt.
+
+    Args:
+        model: the edited model.
+        facts: tokenised facts.
+        batch_tokens: tokens in one pass, at most.
+    """
+    rows = [fact.rows[0] for fact in facts]
+    predicted = predict_rows(model, rows, batch_tokens=batch_tokens, desc="check", show_progress=False)
+    return [top == row.target for row, top in zip(rows, predicted)]
+
+
+def fact_reports(edits: Sequence[Edit], walk: LayerWalk, values: Values, said: Sequence[bool], value_layer: int) -> list[FactReport]:
+    """A report of each fact, with the weights as they are now.
+
+    Args:
+        edits: the facts, with their numbers.
+        walk: has gone through all edited layers.
+        values: what was to be written.
+        said: see `find_said`.
+        value_layer: number of the last edited layer.
+    """
+    wanted = (values.z - values.h).norm(dim=1)
+    missed = (values.z - walk.value_states(value_layer)).norm(dim=1)
+    change = (wanted / values.h.norm(dim=1)).tolist()
+    miss = (missed / wanted.clamp(min=1e-12)).tolist()
+    numbers = zip(values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss, said)
+    return [
+        FactReport(edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id, *row) for edit, row in zip(edits, numbers)
+    ]
+
+
+def refuse_if_off(facts: Sequence[FactReport], steps: Mapping[int, float], hparams: RLSEditHyperParams) -> None:
+    """Refuse a batch that moves a layer by more than `max_deviation` while most of its facts stay unsaid.
+
+    Args:
+        facts: of this batch.
+        steps: layer -> ‖W_t − W_{t−1}‖/‖W_0‖.
+        hparams: `max_deviation`.
+
+    Raises:
+        NumericalError: it is such a batch; nothing of it may stay.
+    """
+    unsaid = sum(not fact.is_said for fact in facts)
+    if hparams.max_deviation == "off" or 2 * unsaid <= len(facts):
+        return
+    layer, step = max(steps.items(), key=lambda item: item[1])
+    if step > hparams.max_deviation:
+        raise NumericalError(
+            f"The batch was taken back: it moved layer {layer} by {step:.2f} of its norm (max_deviation: "
+            f"{hparams.max_deviation:g}), and still the model does not say {unsaid} of its {len(facts)} facts. "
+            f"Raise mom2_update_weight ({hparams.mom2_update_weight:g}) or lambda_reg, edit fewer facts "
+            "a batch, take other layers (`easyedit-rls tune`), or set max_deviation: off."
+        )
+
+
+def warn_if_unsaid(report: EditReport, hparams: RLSEditHyperParams, stacklevel: int) -> None:
+    """Warn of facts that the model does not say after the batch, with what helps.
+
+    Args:
+        report: of the batch.
+        hparams: settings it was made with.
+        stacklevel: as for `warnings.warn`, counted from the caller.
+    """
+    if not report.unsaid:
+        return
+    named = ", ".join(f"{fact.prompt!r} ({fact.target!r})" for fact in report.unsaid[:_NAMED])
+    more = ", …" if len(report.unsaid) > _NAMED else ""
+    warnings.warn(
+        f"The model does not say {len(report.unsaid)} of {len(report.facts)} facts of batch {report.batch}: {named}{more}; largest "
+        f"miss {max(fact.miss for fact in report.unsaid):.2f}. {' '.join(advice(report.unsaid, hparams))}",
+        UnsaidWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
+def advice(unsaid: Sequence[FactReport], hparams: RLSEditHyperParams, *, may_loosen: bool = True) -> list[str]:
+    """What helps facts that the model does not say: a sentence for values that fall short, one for weights.
+
+    Args:
+        unsaid: their reports.
+        hparams: settings they were edited with.
+        may_loosen: whether a weaker anchor is among the cures; it is none where other text has changed.
+    """
+    short = [fact for fact in unsaid if fact.miss <= _WRITTEN or not fact.nll <= _FAR_NLL]
+    unwritten = [fact for fact in unsaid if not fact.miss <= _WRITTEN]
+    sentences = []
+    if unwritten:
+        name = "mom2_update_weight" if hparams.mom2_adjustment and hparams.mu_reg > 0 else "lambda_reg"
+        cures = [] if hparams.keys == "each" else ["set keys: each"]
+        cures += [f"lower {name} ({getattr(hparams, name):g})"] if may_loosen else []
+        cure = ", ".join([*cures, "or edit more layers"]) if cures else "edit more layers"
+        sentences.append(f"The weights do not reach the values of {len(unwritten)}: {cure}.")
+    if short:
+        sentences.append(
+            f"The values themselves fall short for {len(short)} (NLL up to {max(fact.nll for fact in short):.1f} nats a token): "
+            f"raise v_num_grad_steps ({hparams.v_num_grad_steps}) or clamp_norm_factor ({hparams.clamp_norm_factor:g})."
+        )
+    return sentences

@@ -1,0 +1,356 @@
+"""`RLSEditor`: the whole algorithm, from requests to written weights."""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls._base.arguments import listed
+from easyedit_rls._base.progress import progress_bar
+from easyedit_rls.anchors.pairs import AnchorPairs
+from easyedit_rls.anchors.prior import make_priors
+from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.requests import EditRequest, parse_requests
+from easyedit_rls.editors.outcome import fact_reports, find_said, refuse_if_off, warn_if_unsaid
+from easyedit_rls.editors.rehearsal import due_edits, lost_edits
+from easyedit_rls.editors.reports import EditReport, LayerReport, RetractReport
+from easyedit_rls.errors import ArgumentError, RequestError, RLSEditWarning
+from easyedit_rls.facts.keys import Fact, LayerWalk, locate_facts, refuse_unfit_facts
+from easyedit_rls.facts.templates import templates_of
+from easyedit_rls.facts.values import Values, optimise_values
+from easyedit_rls.ledger.change import Change
+from easyedit_rls.ledger.history import Edit
+from easyedit_rls.ledger.resume import attach, identify
+from easyedit_rls.ledger.state import EditorState
+from easyedit_rls.model.hooks import undisturbed
+from easyedit_rls.model.layout import find_layout
+from easyedit_rls.model.weights import refuse_unsound
+
+logger = logging.getLogger(__name__)
+
+_LEAST_TOKENS = 64
+
+
+class RLSEditor:
+    """Edits facts into a causal language model, batch after batch, by recursive least squares (RLSEdit, arXiv 2601.15686).
+
+    Weights are written in place. The editor keeps a state (a covariance and a float32 master weight for each edited layer) and
+    checks before each batch that the model's weights are those it left. With `state_dir`, every batch that `edit` reports is on disk,
+    and a new editor of the unedited model (or of the edited one, saved) with the same folder goes on where this one ended. Use it as a
+    context manager, or `close` it at the end.
+
+    Args:
+        model: a Hugging Face causal language model in float32, bfloat16 or float16.
+        tok: its fast tokenizer; its settings are not touched.
+        hparams: settings.
+        anchors: explicit anchors instead of second moments: `AnchorPairs`, or prompts whose outcome should stay.
+        state: the state of an earlier editor of this model under the same objective; a fresh one if None.
+        state_dir: folder of the ledger; None takes the setting of that name.
+        show_progress: None shows progress bars on a terminal only.
+
+    Attributes:
+        state: what is remembered of the edits so far.
+
+    Raises:
+        ArgumentError: hparams or anchors are of another kind.
+        LayoutError: the settings name a layer or module that the model lacks.
+        LedgerError: the ledger is held by another editor, is damaged, or can't be written.
+        StateMismatchError: the ledger belongs to another model or other settings; lists every difference.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tok: PreTrainedTokenizerBase,
+        hparams: RLSEditHyperParams,
+        *,
+        anchors: AnchorPairs | Sequence[str] | None = None,
+        state: EditorState | None = None,
+        state_dir: str | Path | None = None,
+        show_progress: bool | None = None,
+    ) -> None:
+        if not isinstance(hparams, RLSEditHyperParams):
+            cure = "Give RLSEditHyperParams: from_hparams reads a file, from_dict takes a mapping, for_model makes them."
+            raise ArgumentError(f"hparams is a {type(hparams).__name__}. {cure}")
+        if not isinstance(anchors, AnchorPairs | None):
+            anchors = listed(anchors, "anchors")
+        self.model = model
+        self.tok = tok
+        self.hparams = hparams
+        self._anchors = anchors
+        self._show_progress = show_progress
+        self.state = EditorState() if state is None else state
+        self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
+        folder = state_dir or hparams.state_dir
+        if folder is not None and self.state.ledger is None:
+            attach(self.state, folder, model, self.layout, hparams, anchors)
+
+    def edit(self, requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest) -> EditReport:
+        """Edit one batch of facts into the model: all of it, or nothing.
+
+        Args:
+            requests: one request or a list: EasyEdit's dicts, CounterFact records, or `EditRequest`.
+
+        Returns:
+            What happened to each fact and each layer.
+
+        Raises:
+            RequestError: a request is incomplete, contradicts itself, another one, or (on_conflict: error) an earlier edit;
+                or it is longer than the model's table of positions.
+            ModelError: a token of a request is none of the model's.
+            StateMismatchError: somebody else changed the edited weights.
+            NumericalError: NaN in the weights, a prior that is not positive definite, or a batch past `max_deviation`.
+            AnchorError: the second moments can't be had.
+            LedgerError: the batch can't be written to disk.
+        """
+        parsed = parse_requests(requests, chat_template=self.hparams.chat_template)
+        with self.state.mutex:
+            self._sync()
+            superseded = self._superseded(parsed)
+            return self._edit(parsed, superseded, due_edits(self.state.history, self.hparams.rehearsal, superseded))
+
+    def rehearse(self) -> EditReport | None:
+        """Look at all edits that stand, and edit those again that the model has lost: whose target is no longer the most probable text.
+
+        Returns:
+            What was done, or None if nothing was lost.
+
+        Raises:
+            RLSEditError: see `edit`.
+        """
+        with self.state.mutex:
+            self._sync()
+            standing = due_edits(self.state.history, len(self.state.history.live))
+            lost = lost_edits(self.model, self.tok, standing, self.hparams.batch_tokens)
+            return self._edit([], [], lost) if lost else None
+
+    def retract(self, edit_ids: Iterable[int] | int) -> RetractReport:
+        """Take edits out of the objective exactly, as if they had never been made; the others stay where they are.
+
+        Args:
+            edit_ids: their numbers, from `FactReport.edit_id` or ``easyedit-rls state log``.
+
+        Raises:
+            RequestError: one of them names no edit that stands.
+            StateMismatchError: somebody else changed the edited weights.
+            LedgerError: the change can't be written to disk.
+        """
+        with self.state.mutex:
+            self._sync()
+            wanted = self.state.history.check([edit_ids] if isinstance(edit_ids, int) else edit_ids)
+            self.state.checkpoint(self.hparams.checkpoint_every)
+            with self.state.change(self.layout.edited, "retract") as change:
+                self._open(change, wanted)
+                reports = self._layer_reports(change)
+            return RetractReport(wanted, self.n_edits, reports)
+
+    def amend(self, edit_id: int, request: Mapping[str, Any] | EditRequest) -> EditReport:
+        """Replace one edit by another: the old one is taken out exactly, then the new one edited in, as one change.
+
+        Args:
+            edit_id: number of the old one.
+            request: the new one.
+
+        Raises:
+            RLSEditError: see `edit` and `retract`.
+        """
+        parsed = parse_requests(request, chat_template=self.hparams.chat_template)
+        with self.state.mutex:
+            self._sync()
+            self.state.history.check([edit_id])
+            return self._edit(parsed, sorted({edit_id, *self._superseded(parsed, besides=edit_id)}))
+
+    def prepare(self) -> None:
+        """Do now what the first edit would do: sample the context templates, and take the moments of the anchor term from cache or text.
+
+        Raises:
+            AnchorError: the moments can't be had.
+            NumericalError: a weight of the model is not finite, or a prior is not positive definite.
+        """
+        with self.state.mutex, undisturbed(self.model):
+            self._prepare()
+
+    def rollback(self) -> None:
+        """Take the last change back: weights and state are bit for bit those before it.
+
+        Raises:
+            StateMismatchError: there is no change to take back, or somebody else changed the weights since.
+            LedgerError: it can't be written down; nothing was changed.
+        """
+        with self.state.mutex:
+            self._sync()
+            self.state.roll_back(self.layout.edited)
+
+    def reset(self) -> None:
+        """Forget all edits and start anew from the weights as they are now; they count as unedited from here on."""
+        with self.state.mutex:
+            self.state.reset()
+
+    def adopt_weights(self) -> None:
+        """Go on with the covariance of all edits so far, but from the weights as they are now."""
+        with self.state.mutex:
+            if self.state.layers:
+                self.state.adopt(self.layout.edited)
+
+    def close(self) -> None:
+        """Store the whole state in the ledger and let other editors have it. Without a ledger, nothing happens."""
+        with self.state.mutex:
+            self.state.close()
+
+    def __enter__(self) -> "RLSEditor":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def n_edits(self) -> int:
+        """Edits in the state."""
+        return self.state.n_edits
+
+    def _sync(self) -> None:
+        """Before each call: the modules are the model's, and the weights those that the state knows."""
+        self.layout.refuse_if_replaced()
+        self.state.sync_with_weights(self.layout.edited)
+
+    def _edit(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit] = ()) -> EditReport:
+        """Edit, in passes as long as memory allows: nothing has happened when it runs out, so the batch begins anew with shorter ones."""
+        given, history = self.hparams.batch_tokens, self.state.history
+        while True:
+            try:
+                report = self._edit_once(requests, superseded, due)
+                break
+            except torch.OutOfMemoryError:
+                if self.hparams.batch_tokens <= _LEAST_TOKENS or self.state.history is not history:
+                    raise  # the latter: the batch is done, and its report ran out of memory
+                self.hparams = replace(self.hparams, batch_tokens=self.hparams.batch_tokens // 2)
+            torch.cuda.empty_cache()
+        if self.hparams.batch_tokens < given:
+            fits = self.hparams.batch_tokens
+            message = f"Memory did not suffice for passes of {given} tokens; they have {fits} now. Set batch_tokens: {fits}."
+            warnings.warn(message, RLSEditWarning, stacklevel=3)
+        warn_if_unsaid(report, self.hparams, stacklevel=3)
+        return report
+
+    def _edit_once(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit]) -> EditReport:
+        with undisturbed(self.model):
+            self._locate(requests, self.state.now.templates)  # bad requests fail here, before the long work
+            clock = [time.perf_counter()]
+            self.state.checkpoint(self.hparams.checkpoint_every)
+            clock.append(time.perf_counter())
+            lost = lost_edits(self.model, self.tok, due, self.hparams.batch_tokens)
+            requests = [*requests, *(edit.request for edit in lost)]
+            removed = sorted({*superseded, *(edit.edit_id for edit in lost)})
+            clock.append(time.perf_counter())
+            self._prepare(requests)
+            clock.append(time.perf_counter())
+            facts = self._locate(requests, self.state.now.templates)
+            with self.state.change(self.layout.edited) as change:
+                self._open(change, removed)  # what the new facts contradict, and what was lost, goes first: their values start without it
+                values = self._optimise(facts)
+                clock.append(time.perf_counter())
+                walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
+                self._write(change, walk, values)
+                next_id = self.state.history.next_id
+                change.edits = tuple(Edit(next_id + row, fact.request, row) for row, fact in enumerate(facts))
+                clock.append(time.perf_counter())
+                said = find_said(self.model, facts, self.hparams.batch_tokens)
+                told = fact_reports(change.edits, walk, values, said, self.hparams.layers[-1])
+                layer_reports = self._layer_reports(change)
+                refuse_if_off(told, {report.layer: report.step for report in layer_reports}, self.hparams)
+                clock.append(time.perf_counter())
+            clock.append(time.perf_counter())
+        upkeep, *spans = [b - a for a, b in pairwise(clock)]
+        seconds = dict(zip(("rehearsal", "prepare", "values", "weights", "check", "ledger"), spans))
+        seconds["ledger"] += upkeep
+        rehearsed = [edit.edit_id for edit in lost]
+        return EditReport(self.state.n_batches, self.n_edits, told, layer_reports, superseded, rehearsed, seconds)
+
+    def _superseded(self, requests: Sequence[EditRequest], besides: int | None = None) -> list[int]:
+        """Earlier edits that the requests contradict, to be taken out first; one of them may be known already."""
+        if self.hparams.on_conflict == "keep":
+            return []
+        targets: dict[tuple[str, ...], EditRequest] = {}
+        for index, request in enumerate(requests):
+            if targets.setdefault(request.question, request).continuation != request.continuation:
+                other = targets[request.question].target
+                raise RequestError(
+                    f"gives {request.prompt!r} the target {request.target!r}, but another request of this batch {other!r}. "
+                    "Keep one of them, or set on_conflict: keep.",
+                    index=index,
+                )
+        found = [edit_id for edit_id in self.state.history.conflicts(requests) if edit_id != besides]
+        if found and self.hparams.on_conflict == "error":
+            numbers = ", ".join(map(str, found))
+            raise RequestError(f"the same prompts were edited before, as edits {numbers}. Amend those, or set on_conflict: supersede.")
+        return found
+
+    def _locate(self, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[Fact]:
+        """Tokenise requests, and see that the model can take them."""
+        facts = locate_facts(self.tok, requests, templates, self.hparams.statements)
+        refuse_unfit_facts(self.model, self.tok, facts)
+        return facts
+
+    def _prepare(self, requests: Sequence[EditRequest] = ()) -> None:
+        """Before the first batch: context templates, and the prior of each layer; requests that are too long behind these fail here."""
+        if self.state.layers:
+            return
+        hp = self.hparams
+        refuse_unsound(self.model)
+        weights = {layer: weight.read() for layer, weight in self.layout.edited.items()}
+        templates = templates_of(self.model, self.tok, hp)
+        self._locate(requests, templates)
+        priors = make_priors(self.model, self.tok, hp, weights, self._anchors, self._show_progress)
+        has_ledger = self.state.ledger is not None
+        self.state.begin(priors, templates, identify(self.model, self.layout, hp, self._anchors, templates) if has_ledger else None)
+        logger.info("Prepared layers %s of %s", hp.layers, hp.model_name)
+
+    def _optimise(self, facts: Sequence[Fact]) -> Values:
+        with progress_bar(len(facts), f"batch {self.state.n_batches + 1}: values", "fact", self._show_progress) as bar:
+            return optimise_values(self.model, self.layout, facts, self.hparams, bar)
+
+    def _open(self, change: Change, removed: Sequence[int]) -> None:
+        """Take edits out, mend what has drifted, and write the weights."""
+        change.open(removed)
+        for layer in change.solutions if removed or change.rebuilt else ():
+            self.layout.edited[layer].write(change.solutions[layer].weight)
+
+    def _write(self, change: Change, walk: LayerWalk, values: Values) -> None:
+        """Write the values into all layers, lowest first."""
+        hp = self.hparams
+        for i, (layer, weight) in enumerate(self.layout.edited.items()):
+            W, layers_left = change.solutions[layer].weight, len(hp.layers) - i
+            K = walk.keys(layer).to(W.device)
+            if values.goals is None:
+                share = walk.needed(layer, (values.z - walk.value_states(layer)) / layers_left)
+            else:
+                share = walk.left(layer, values.goals[i].state, values.goals[i].output)
+            V = _targets(K.to(W), W, share.to(W), layers_left, hp.targets).to(K)
+            change.bring_in(layer, K, V, walk.importance)
+            weight.write(change.solutions[layer].weight)
+
+    def _layer_reports(self, change: Change) -> list[LayerReport]:
+        reports = []
+        for layer, solution in change.solutions.items():
+            W_0, before = self.state.now.unedited[layer], change.start.solutions[layer].weight
+            step, deviation = (float((solution.weight - W).norm() / W_0.norm()) for W in (before, W_0))
+            reports.append(LayerReport(layer, step, deviation, solution.drift()))
+        return reports
+
+
+def _targets(K: Tensor, W: Tensor, share: Tensor, layers_left: int, kind: str) -> Tensor:
+    """Target outputs V of one layer: the old output plus this layer's share of what is missing at the value layer."""
+    output = K @ W
+    share = share if K.dim() == 2 else share[:, None]  # a fact's rows all change alike
+    if kind == "published":  # the authors' code takes z − h itself for the target output, and shares out what that leaves
+        return output + share - output / layers_left
+    return output + share

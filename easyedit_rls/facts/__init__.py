@@ -1,0 +1,1 @@
+"""A fact on its way: tokens, keys, values."""

@@ -1,0 +1,251 @@
+"""Keys: where a fact sits (MEMIT, Meng et al. 2023, section 4).
+
+The key of a fact at a layer is the input of the MLP's output projection at the subject's last token, averaged over context
+templates: the bare prompt counts half, the templates with a text in front share the other half. A subject at the very start of a
+text has keys that are far from those it has further on (the first tokens draw attention to themselves; Xiao et al. 2024, arXiv
+2309.17453), and a mean of both is neither: with ``keys: each`` every template's key is a row of its own, with the same shares as
+weights. Attention is causal, so prompts run only up to the subject.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from easyedit_rls.data.requests import EditRequest
+from easyedit_rls.errors import RequestError
+from easyedit_rls.model.batching import Batch, chunks, device_of, pad, price_of_pass, run
+from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap
+from easyedit_rls.model.layout import Layout
+from easyedit_rls.model.limits import refuse_unfit
+from easyedit_rls.model.prefix_cache import fork, share_beginnings
+from easyedit_rls.model.subject import Row, tokenize_fact
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A request, tokenised.
+
+    Attributes:
+        request: what was asked for.
+        rows: prompt and target in each template; the bare prompt is the first.
+        statements: subject and target in short texts of their own, for the value alone.
+        essence: "{subject} is a", whose next-token distribution at the subject should stay.
+    """
+
+    request: EditRequest
+    rows: tuple[Row, ...]
+    statements: tuple[Row, ...]
+    essence: Row
+
+
+def locate_facts(
+    tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest], templates: Sequence[str], statements: Sequence[str] = ()
+) -> list[Fact]:
+    """Tokenise requests in every template.
+
+    Args:
+        tok: the model's tokenizer.
+        requests: parsed requests.
+        templates: texts to put before the prompt, besides the bare prompt; within the user's turn, where the request is a chat.
+        statements: short texts with {} for the subject, to put the target behind.
+
+    Raises:
+        RequestError: a subject or a target that the tokenizer can't represent; names the request.
+    """
+    facts = []
+    for index, request in enumerate(requests):
+        try:
+            rows = tuple(
+                tokenize_fact(
+                    tok, template + request.before, request.subject, request.after, request.target, joint=request.joint, chat=request.chat
+                )
+                for template in ("", *templates)
+            )
+            cut = [text.split("{}") for text in statements]
+            short = tuple(tokenize_fact(tok, before, request.subject, after, request.target) for before, after in cut)
+            facts.append(Fact(request, rows, short, tokenize_fact(tok, "", request.subject, " is a")))
+        except RequestError as exc:
+            raise exc.at(index) from exc
+    return facts
+
+
+def refuse_unfit_facts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:
+    """See that the model can take the rows of facts.
+
+    Raises:
+        RequestError: one is longer than the model's table of positions; names the request.
+        ModelError: a token of one is none of the model's.
+    """
+    rows = [(number, row.ids) for number, fact in enumerate(facts) for row in (*fact.rows, *fact.statements, fact.essence)]
+    refuse_unfit(
+        model,
+        tok,
+        [ids for _, ids in rows],
+        [number for number, _ in rows],
+        what="The prompt with its target and the text before it",
+        cure="Shorten the prompt, or context_templates.",
+    )
+
+
+class LayerWalk:
+    """The states of a batch's facts, layer after layer, as the layers below are edited for good.
+
+    Nothing is run twice without need: going on to a layer starts from the states below it, which no later edit changes.
+
+    Args:
+        model: the model.
+        layout: its modules.
+        facts: tokenised facts.
+        batch_tokens: tokens in one pass, at most.
+        keys: 'mean' over a fact's templates, or 'each' template's.
+
+    Attributes:
+        importance: of the rows in the objective, (facts,), or with 'each' (facts, templates): every fact's own, shared out.
+    """
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int, keys: str = "mean") -> None:
+        self._layout, self._n_templates, self._keys = layout, len(facts[0].rows), keys
+        self.importance = torch.tensor([fact.request.importance for fact in facts])
+        if keys == "each":
+            self.importance = self.importance[:, None] * _shares(self._n_templates)
+        rows = [row.ids[: row.place + 1] for fact in facts for row in fact.rows]
+        self._all = _Stage(model, layout, rows, batch_tokens)
+        self._bare = _Stage(model, layout, rows[:: self._n_templates], batch_tokens)
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys at one layer, (facts, d_k), or with 'each' (facts, templates, d_k), float32.
+
+        From here on, the layers below it must not change any more.
+        """
+        states = self._all.last_states(self._layout.edited[layer].module, True, layer)
+        states = states.reshape(-1, self._n_templates, states.shape[-1])
+        if self._keys == "each":
+            return states
+        return states[:, 0] if self._n_templates == 1 else 0.5 * states[:, 0] + 0.5 * states[:, 1:].mean(1)
+
+    def value_states(self, layer: int) -> Tensor:
+        """Hidden states h at the value layer, subject's last token, bare prompt: (facts, d), float32.
+
+        Args:
+            layer: from here on, the layers below this one must not change any more.
+        """
+        return self._bare.last_states(self._layout.value_layer, False, layer)
+
+    def needed(self, layer: int, change: Tensor) -> Tensor:
+        """The change of the projection's output that a change of the layer's output, (facts, d), asks for, (facts, d), float32."""
+        outlet = self._layout.outlets[layer]
+        return outlet.needed(change, None if outlet.norm is None else self._bare.last_states(outlet.norm, True, layer))
+
+    def left(self, layer: int, state: Tensor, output: Tensor) -> Tensor:
+        """The change of the projection's output that brings the layer to a goal, (facts, d), float32.
+
+        Args:
+            layer: see `value_states`.
+            state: what the layer shall pass on, (facts, d).
+            output: what the projection would write for that if all came to the layer as planned, (facts, d).
+        """
+        outlet = self._layout.outlets[layer]
+        missing = state - self._bare.last_states(self._layout.layers[layer], False, layer)
+        if outlet.norm is None:
+            return outlet.needed(missing, None)
+        planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
+        return outlet.needed(missing, self._bare.last_states(outlet.norm, True, layer), planned)
+
+
+def _shares(n_templates: int) -> Tensor:
+    """Each template's share of a fact, (templates,): half for the bare prompt, the other half for the others."""
+    if n_templates == 1:
+        return torch.ones(1)
+    return torch.tensor([0.5] + [0.5 / (n_templates - 1)] * (n_templates - 1))
+
+
+def collect_keys(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int) -> Tensor:
+    """Keys of facts at one layer, with the weights as they are now: (facts, d_k), float32."""
+    return LayerWalk(model, layout, facts, batch_tokens).keys(layer)
+
+
+def value_states(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int) -> Tensor:
+    """Hidden states h at the value layer with the weights as they are now: (facts, d), float32."""
+    return LayerWalk(model, layout, facts, batch_tokens).value_states(0)
+
+
+@dataclass
+class _Part:
+    """Rows that run together.
+
+    Attributes:
+        rows: their numbers.
+        batch: their tokens.
+        beginnings: for each row, the shared beginning that comes before it; None if there are none.
+        level: layers whose output is known for good.
+        forms: what these layers return beside the hidden states.
+        hidden: output of the last of them, (rows, length, d); None at level 0.
+    """
+
+    rows: list[int]
+    batch: Batch
+    beginnings: Tensor | None = None
+    level: int = 0
+    forms: list[Any] = field(default_factory=list)
+    hidden: Tensor | None = None
+
+
+class _Stage:
+    """Rows of tokens on their way up through the layers. What several rows begin with runs once, into a cache."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int) -> None:
+        self._model, self._layers, self._n_rows = model, layout.lower_layers, len(rows)
+        device = device_of(model)
+        self._shared = share_beginnings([row[:-1] for row in rows], device)
+        rests = rows if self._shared is None else [row[n:] for row, n in zip(rows, self._shared.lengths)]
+        self._parts = []
+        for group in chunks([len(rest) for rest in rests], batch_tokens, price_of_pass(device)):
+            mask, numbers = (None, None) if self._shared is None else (self._shared.mask[group], self._shared.numbers[group])
+            self._parts.append(_Part(group, pad([rests[i] for i in group], "left", device, mask), numbers))
+        if self._shared is not None:
+            self._beginnings = _Part([], self._shared.texts)
+            self._cache = DynamicCache(config=model.config)
+            with torch.no_grad():  # through all layers, since a model may ask any of them for the length
+                run(model, self._shared.texts, cache=self._cache, use_cache=True)
+
+    def last_states(self, module: nn.Module, is_input: bool, level: int) -> Tensor:
+        """Input or output of a module at each row's last token, (rows, width), float32; keeps the states below `level`."""
+        wanted = {"inputs" if is_input else "outputs": {"state": module}}
+        if self._shared is not None:
+            cache = DynamicCache(config=self._model.config)
+            below = self._beginnings.level
+            self._run(self._beginnings, wanted, level, cache)
+            self._cache.layers[below:] = [
+                new if new.is_initialized else old for new, old in zip(cache.layers[below:], self._cache.layers[below:])
+            ]
+        found: list[Tensor | None] = [None] * self._n_rows
+        for part in self._parts:
+            for i, state in zip(part.rows, self._run(part, wanted, level, self._cache_of(part))[:, -1].float()):
+                found[i] = state
+        return torch.stack(found)  # type: ignore[arg-type]
+
+    def _run(self, part: _Part, wanted: dict[str, Any], level: int, cache: DynamicCache | None) -> Tensor:
+        """What the wanted module sees, (rows, length, width); the part goes up to `level`."""
+        below, between = self._layers[: part.level], self._layers[part.level : level]
+        with (
+            torch.no_grad(),
+            skip_layers(below, part.forms, part.hidden),
+            record_outputs(between) as outputs,
+            tap(**wanted, stop=True) as seen,
+        ):
+            run(self._model, part.batch, cache=cache, use_cache=cache is not None)
+        if between:
+            part.level, part.hidden = level, hidden_of(outputs[-1])
+            part.forms = part.forms + [form_of(output) for output in outputs]
+        return seen["state"].reshape(*part.batch.ids.shape, -1)  # some models flatten rows and tokens before the MLP
+
+    def _cache_of(self, part: _Part) -> DynamicCache | None:
+        if part.beginnings is None:
+            return None
+        cache = fork(self._cache)
+        cache.batch_select_indices(part.beginnings)
+        return cache

@@ -1,0 +1,69 @@
+"""All that is remembered of one model's edits, at one moment. It is a value: a change makes a new moment, the old one stays."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from easyedit_rls.ledger.history import History
+from easyedit_rls.ledger.ledger import Place
+from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.batch import Beginning
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What an editor remembers.
+
+    Attributes:
+        solutions: layer -> its running solution; empty before the first batch.
+        unedited: layer -> W_0, (d_k, d_v), float32.
+        beginnings: layer -> what a rebuild begins with.
+        templates: context templates of the keys and values.
+        history: what was edited.
+        before: the moment before the last change, which a roll-back goes to; None where that change can't be taken back.
+        place: in the ledger, if there is one.
+        unbegun: files of a journal that is to begin with the first change; None where it has begun, or there is no ledger.
+    """
+
+    solutions: Mapping[int, LayerSolution] = field(default_factory=dict)
+    unedited: Mapping[int, Tensor] = field(default_factory=dict)
+    beginnings: Mapping[int, Beginning] = field(default_factory=dict)
+    templates: tuple[str, ...] = ()
+    history: History = field(default_factory=History)
+    before: "Moment | None" = None
+    place: Place = field(default_factory=Place)
+    unbegun: Mapping[str, bytes] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Moment":
+        """A moment that stands on its own: what it needs of the ledger is in memory."""
+        before = None if self.before is None else copy.deepcopy(replace(self.before, place=Place()), memo)
+        history = self.history
+        if self.place.folder is not None:
+            loaded = {id(entry): entry.loaded() for entry in history.entries}
+            history = history.with_entries(loaded)
+            before = None if before is None else replace(before, history=before.history.with_entries(loaded))
+        own, beginnings = copy.deepcopy(dict(self.solutions), memo), dict(self.beginnings)
+        return replace(self, solutions=own, history=history, before=before, beginnings=beginnings, place=Place(), unbegun=None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the solutions live."""
+        return next(iter(self.solutions.values())).weight.device
+
+    def weight(self, layer: int) -> Tensor:
+        """What the model's weight is at this moment, (d_k, d_v). Anchors with values of their own count from the first edit on."""
+        return self.solutions[layer].weight if self.history.entries or self.history.n_batches else self.unedited[layer]
+
+    def changed(self, solutions: Mapping[int, LayerSolution], history: History, place: Place, *, is_final: bool = False) -> "Moment":
+        """The moment after a change; one that is final can't be rolled back."""
+        before = None if is_final else replace(self, before=None)
+        return replace(self, solutions=solutions, history=history, place=place, before=before)
+
+    def rolled_back(self, place: Place) -> "Moment":
+        """The moment before the last change once more; the numbers of its edits stay used."""
+        assert self.before is not None
+        return replace(self.before, history=self.before.history.using(self.history.next_id), place=place)

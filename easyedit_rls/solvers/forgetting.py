@@ -1,0 +1,273 @@
+"""Recursive least squares that forgets: the solution of one edited layer in information form.
+
+With a forgetting factor γ_t in (0, 1] for each batch, older edits count less while both soft constraints stay (legend as in
+`recursion`; P = A_0 is the prior's information, W_p the weight that the soft constraints alone give):
+
+    J_t(W) = Σ_i (Π_{i<s≤t} γ_s) ‖D_i^½ (K_i W − V_i)‖² + λ²‖W − W_0‖² + μ²‖K_0 W − V_0‖²
+
+The prior must not fade with the data, so Woodbury's step no longer applies: A itself is carried, and factored at each batch, O(d_k³),
+
+    A ← γ A + (1 − γ) P + KᵀDK           W ← W + A^-1 (KᵀD (V − K W) − (1 − γ) P (W − W_p))
+
+The adaptive factor keeps the information in the memory constant (Fortescue, Kershenbaum & Ydstie 1981, eq. 12, for a batch of
+vector-valued outputs): with the innovation E = V − K W and S = D^-1 + K C Kᵀ,
+
+    γ = 1 − tr(Eᵀ S^-1 E) / (N_0 σ²)     σ² the mean of tr(Eᵀ S^-1 E) an edit so far, N_0 the memory in edits
+
+so a batch as surprising as usual fades the past by u/N_0, a surprising one more, a foreseen one less.
+
+A solution is a value, as in `recursion`: a change makes a new one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from easyedit_rls.errors import NumericalError
+from easyedit_rls.solvers.base import LayerSolution, part_of
+from easyedit_rls.solvers.packed import PackedSymmetric
+from easyedit_rls.solvers.rls import prior
+from easyedit_rls.solvers.spd import cholesky, information_drift, row_major, spd_inverse, symmetrize_
+from easyedit_rls.solvers.watch import probes
+
+_LEAST_FACTOR = 0.5  # one batch never fades the past by more than half
+_CURE = "Raise lambda_reg, or use more text for the second moments (mom2_n_samples)."
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One change of the information: ``A ← γ A + (1 − γ) P + KᵀDK``; removals have negative D."""
+
+    K: Tensor  # shape: (u, d_k)
+    D: Tensor  # shape: (u,)
+    gamma: float
+
+
+@dataclass(frozen=True)
+class _Prior:
+    """What the soft constraints alone say, and how edits fade; solutions of one stream share it."""
+
+    P: Tensor  # shape: (d_k, d_k)
+    W_p: Tensor  # shape: (d_k, d_v)
+    factor: float | None
+    memory: float
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a solution consists of.
+
+    Attributes:
+        prior: shared.
+        A: information, (d_k, d_k); the solution before shares it, or the one after.
+        steps: of the last change.
+        W: weight, (d_k, d_v).
+        n_edits: edits in it.
+        surprise: sum of tr(Eᵀ S^-1 E), and edits summed over.
+        drift: relative error of the last solve.
+        is_whole: whether the steps are in A.
+    """
+
+    prior: _Prior
+    A: Tensor
+    steps: tuple[_Step, ...]
+    W: Tensor
+    n_edits: int
+    surprise: tuple[float, float]
+    drift: float
+    is_whole: bool = False
+
+
+class ForgettingLeastSquares(LayerSolution):
+    """Running solution of one layer's regularised least-squares problem, older edits fading. Interface as `RecursiveLeastSquares`.
+
+    A, P and W are kept in float64 where the device has it: two (d_k, d_k) matrices of twice the covariance's size. An edit of great
+    importance that is taken out again leaves the rounding of W times its importance behind.
+
+    Args:
+        W_0: unedited weight, (d_k, d_v), float32 or float64.
+        gram: ``K_0ᵀK_0``, (d_k, d_k), or None for no anchor term.
+        lambda_reg: λ ≥ 0, weight of the pull toward W_0.
+        mu_reg: μ ≥ 0, weight of the pull toward the anchor mapping.
+        anchor_cross: ``K_0ᵀV_0``, (d_k, d_v); None means V_0 = K_0 W_0.
+        factor: γ in (0, 1] for every batch, or None for the adaptive one.
+        memory: N_0, in edits, for the adaptive factor.
+        name: of the layer, for messages.
+
+    Raises:
+        NumericalError: ``A_0`` is not positive definite or not finite.
+    """
+
+    _parts: _Parts
+    can_drift = False  # A is carried, and factored for each batch
+
+    def __init__(
+        self,
+        W_0: Tensor,
+        gram: Tensor | None,
+        *,
+        lambda_reg: float,
+        mu_reg: float,
+        anchor_cross: Tensor | None = None,
+        factor: float | None,
+        memory: float = 1000.0,
+        name: str = "layer",
+    ) -> None:
+        A, _, W = prior(W_0, gram, lambda_reg=lambda_reg, mu_reg=mu_reg, anchor_cross=anchor_cross, name=name)
+        self.name = name
+        self._parts = _Parts(_Prior(A, W, factor, memory), A, (), W.clone(), 0, (0.0, 0.0), 0.0)
+
+    @classmethod
+    def _of(cls, parts: _Parts, name: str, gamma: float = 1.0) -> "ForgettingLeastSquares":
+        solution = cls.__new__(cls)
+        solution.name, solution._parts, solution.gamma = name, parts, gamma
+        return solution
+
+    def covariance(self) -> Tensor:
+        """C_t as a new (d_k, d_k) tensor in the solution's dtype; costs an inversion."""
+        return spd_inverse(self.information(), f"Information matrix of {self.name}", _CURE).to(self.weight)
+
+    def information(self) -> Tensor:
+        """A_t as a new (d_k, d_k) tensor, float64 where the device has it."""
+        A = self._parts.A.clone()
+        for step in () if self._parts.is_whole else self._parts.steps:
+            self._apply_(A, step)
+        return A
+
+    def update(
+        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False, factor: float | None = None
+    ) -> "ForgettingLeastSquares":
+        """The solution with one batch of edits more, what came before faded; `gamma` of the new one says by how much.
+
+        Args:
+            K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
+            V: target outputs, (u, d_v) or (u, r, d_v).
+            importance: diagonal of D, (u,) or (u, r), positive; ones if None.
+            joins_last: this solution is one on the way, which nobody goes back to: the batch belongs to the change that made it.
+            factor: γ of this batch instead of the object's own rule: to replay a stream.
+
+        Raises:
+            NumericalError: a non-finite input, or an information matrix that is not positive definite.
+        """
+        n_edits = len(K)
+        K, V, D = self._checked(K, V, importance, self._parts.A)
+        prior = self._parts.prior
+        W = self.weight.to(K)
+        E = V - K @ W
+        gamma, surprise = prior.factor if factor is None else factor, self._parts.surprise
+        if prior.factor is None and n_edits:
+            now = self._surprise_of(K, D, E)
+            surprise = (surprise[0] + now, surprise[1] + n_edits)
+            gamma = self._adapt(now, surprise) if gamma is None else gamma
+        step = _Step(K, D, 1.0 if gamma is None else gamma)
+        A = self._apply_(self.information(), step)
+        L = cholesky(A, f"Information matrix of {self.name}", _CURE)
+        right = K.T @ (D[:, None] * E) - (1.0 - step.gamma) * (prior.P @ (W - prior.W_p))
+        Z = probes(A)
+        drift = information_drift(A @ torch.cholesky_solve(Z, L), Z)
+        return self._changed(step, W + torch.cholesky_solve(right, L), n_edits, surprise, drift, joins_last)
+
+    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> "ForgettingLeastSquares":
+        """The solution without some edits, as if they had never been made.
+
+        Args:
+            K: keys that were given to `update`, (u, d_k) or (u, r, d_k).
+            V: their target outputs, (u, d_v) or (u, r, d_v).
+            importance: what is left of their importances: those given to `update` times every γ since, (u,) or (u, r).
+            joins_last: see `update`.
+
+        Raises:
+            NumericalError: the edits are not in the state (what is left is not positive definite).
+        """
+        n_edits = len(K)
+        K, V, D = self._checked(K, V, importance, self._parts.A)
+        W = self.weight.to(K)
+        step = _Step(K, -D, 1.0)
+        cure = "These edits are not part of the state: give those that were made."
+        L = cholesky(self._apply_(self.information(), step), f"Information matrix of {self.name} without the edits", cure)
+        W = W - torch.cholesky_solve(K.T @ (D[:, None] * (V - K @ W)), L)
+        return self._changed(step, W, -n_edits, self._parts.surprise, self.drift(), joins_last)
+
+    def adopt(self, W: Tensor) -> "ForgettingLeastSquares":
+        """The same information with a weight that somebody else wrote, (d_k, d_v)."""
+        return self._of(replace(self._parts, W=W.to(self.weight, copy=True)), self.name)
+
+    def drift(self) -> float:
+        """Relative error of the last batch's solve, seen through fixed random probes; A itself does not drift."""
+        return self._parts.drift
+
+    def weight_error(self) -> float:
+        """The same: each batch's weight comes from a solve with A."""
+        return self._parts.drift
+
+    def tensors(self, before: LayerSolution | None = None) -> dict[str, Tensor]:
+        """The solution as tensors that `from_tensors` takes; A and P are stored by half.
+
+        Args:
+            before: the solution that a roll-back goes to, to be stored with it; None for none.
+        """
+        p = self._parts
+        base = before if isinstance(before, ForgettingLeastSquares) else self
+        A, b = base.information(), base._parts
+        numbers = [p.prior.factor or 0.0, p.prior.memory, *b.surprise, b.drift]
+        stored = {key: PackedSymmetric.of(M).to_vector() for key, M in (("P", p.prior.P), ("A", A))}
+        stored |= {"W_p": p.prior.W_p, "W": b.W}
+        stored |= {"n_edits": torch.tensor([b.n_edits]), "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        if base is not self:
+            stored |= {"pending.W": p.W, "pending.n_edits": torch.tensor([p.n_edits])}
+            stored["pending.numbers"] = torch.tensor([*p.surprise, p.drift], dtype=torch.float64)
+            for i, step in enumerate(p.steps):
+                stored |= {f"pending.K.{i}": step.K, f"pending.D.{i}": step.D}
+                stored[f"pending.gamma.{i}"] = torch.tensor([step.gamma], dtype=torch.float64)
+        return stored
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor], name: str) -> tuple["ForgettingLeastSquares", "ForgettingLeastSquares | None"]:
+        """The solution that `tensors` was taken from, and the one before it, bit for bit; they own what they are given.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        factor, memory, first, second, drift = stored["numbers"].tolist()
+        P, A = (PackedSymmetric.from_vector(stored[key], len(stored["W"])).full() for key in ("P", "A"))
+        prior = _Prior(P, stored["W_p"].to(P), factor or None, memory)
+        base = cls._of(_Parts(prior, A, (), stored["W"].to(A), int(stored["n_edits"]), (first, second), drift), name)
+        pending = part_of(stored, "pending.")
+        if not pending:
+            return base, None
+        n = sum(key.startswith("K.") for key in pending)
+        steps = tuple(_Step(pending[f"K.{i}"], pending[f"D.{i}"], float(pending[f"gamma.{i}"])) for i in range(n))
+        first, second, drift = pending["numbers"].tolist()
+        return cls._of(_Parts(prior, A, steps, pending["W"].to(A), int(pending["n_edits"]), (first, second), drift), name), base
+
+    def _apply_(self, A: Tensor, step: _Step) -> Tensor:
+        """``A ← γ A + (1 − γ) P + KᵀDK`` in place, kept exactly symmetric."""
+        if step.gamma != 1.0:
+            A.mul_(step.gamma).add_(self._parts.prior.P, alpha=1.0 - step.gamma)
+        return symmetrize_(A.addmm_(step.K.T, step.D[:, None] * step.K))
+
+    def _surprise_of(self, K: Tensor, D: Tensor, E: Tensor) -> float:
+        """tr(Eᵀ S^-1 E) with ``S^-1 E = D (E − K A^-1 KᵀDE)``, A taking the batch in without fading."""
+        L = cholesky(self._apply_(self.information(), _Step(K, D, 1.0)), f"Information matrix of {self.name}", _CURE)
+        DE = D[:, None] * E
+        return float((DE * (E - K @ torch.cholesky_solve(K.T @ DE, L))).sum())
+
+    def _adapt(self, now: float, surprise: tuple[float, float]) -> float:
+        """The adaptive γ of a batch whose tr(Eᵀ S^-1 E) is `now`; `surprise` has it already."""
+        sigma2 = surprise[0] / surprise[1]
+        return 1.0 if sigma2 <= 0 else min(1.0, max(_LEAST_FACTOR, 1.0 - now / (self._parts.prior.memory * sigma2)))
+
+    def _changed(
+        self, step: _Step, W: Tensor, n_edits: int, surprise: tuple[float, float], drift: float, joins_last: bool
+    ) -> "ForgettingLeastSquares":
+        W = row_major(W, self.weight)
+        if not bool(torch.isfinite(W).all()):
+            raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
+        if not joins_last and not self._parts.is_whole:  # the same in another form, so that both solutions share one A
+            self._parts = replace(self._parts, A=self.information(), is_whole=True)
+        parts = replace(self._parts, W=W, n_edits=self.n_edits + n_edits, surprise=surprise, drift=drift)
+        if joins_last:
+            return self._of(replace(parts, steps=(*parts.steps, step)), self.name, step.gamma)
+        return self._of(replace(parts, steps=(step,), is_whole=False), self.name, step.gamma)
