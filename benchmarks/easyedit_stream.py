@@ -5,7 +5,7 @@
 runs five streams of `--count` records one behind another, each on the unedited model: thirty records differ much from the next thirty.
 EasyEdit tells a model's family by its name, hence the folder's. `--alg AlphaEdit --alpha-hparams FILE.yaml` runs EasyEdit's own editor on
 the same records instead. The metrics: rewrite_acc and rephrase_acc (tokens of the target that are the argmax, teacher-forced; the
-first paraphrase), locality (tokens of the neighbours' answers whose argmax stayed what it was).
+first paraphrase), locality (tokens of the neighbors' answers whose argmax stayed what it was).
 """
 
 import contextlib

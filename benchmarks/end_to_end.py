@@ -10,10 +10,10 @@ Seven editors take the same records in turns, each on a model of its own:
   fewer     as same, with our step rule: a momentum of 0.5 and a rate of 0.7, and `--steps` of them
   defaults  RLSEdit as shipped
   plain-bfloat16, defaults-bfloat16
-            as plain and defaults, the values optimised on a copy in bfloat16 (`v_dtype`)
+            as plain and defaults, the values optimized on a copy in bfloat16 (`v_dtype`)
 All edit the same layers. Preparation is left out on all sides: moments, projections, templates.
 The losses are those of the values at the last step (with bfloat16 as the copy sees them). From the second batch on the edited models
-differ, so before the peer edits a batch, the values of others with its settings are optimised on its own model too, off the clock, and
+differ, so before the peer edits a batch, the values of others with its settings are optimized on its own model too, off the clock, and
 their losses taken there, in its own type (`loss_to_peer_on_its_model`).
 """
 
@@ -32,12 +32,12 @@ from peers import make_peer
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.facts.keys import locate_facts
-from easyedit_rls.facts.values import losses_at, optimise_values
+from easyedit_rls.facts.values import losses_at, optimize_values
 from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
 
-THEIR_VALUES = ("plain", "same", "fewer", "plain-bfloat16")  # what is optimised with the peer's value settings
+THEIR_VALUES = ("plain", "same", "fewer", "plain-bfloat16")  # what is optimized with the peer's value settings
 
 
 def prepared(model: Any, tok: Any, hparams: RLSEditHyperParams) -> Callable[[Sequence[EditRequest]], list[float]]:
@@ -52,7 +52,7 @@ def losses_on(model: Any, tok: Any, hparams: RLSEditHyperParams, requests: Seque
     facts = locate_facts(tok, requests, hparams.context_templates or ())
     with undisturbed(model):
         layout = find_layout(model, hparams)
-        values = optimise_values(model, layout, facts, hparams)
+        values = optimize_values(model, layout, facts, hparams)
         return losses_at(model, layout, facts, hparams, values.delta).tolist()
 
 

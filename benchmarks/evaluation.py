@@ -2,7 +2,7 @@
 
     EASYEDIT_HOME=CHECKOUT python benchmarks/evaluation.py --model models/smollm2-135m-llama --data pararel_dev.json --threads 2
 
-Both score the same prompts by the same rule (rewrite, rephrase, all neighbours) with the same model, and must give the same numbers. A turn
+Both score the same prompts by the same rule (rewrite, rephrase, all neighbors) with the same model, and must give the same numbers. A turn
 is all records: in one call here, one call a record there, which is all that EasyEdit has. In bfloat16 a near tie may fall otherwise where
 texts run together: `records_with_another_number_than` says how often it did, and how often either differs from the figures in float32.
 EasyEdit loads a model by what its folder is called, so the folder's name must contain the family's, as in smollm2-llama.

@@ -2,7 +2,7 @@
 
     python benchmarks/facts_text.py --data pararel_dev.json --first 200 --count 1800 --paraphrases --out facts.txt
 
-Take records that are neither edited nor measured. Neighbours of one record may be asked of another, so with `--neighbors` say which
+Take records that are neither edited nor measured. Neighbors of one record may be asked of another, so with `--neighbors` say which
 records are measured: `--measured 2000 150` leaves out whatever these ask.
 """
 
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser(__doc__, "data", "first", "count", first=200, count=1800)
     options.add_argument("--out", type=Path, required=True, help="the text file to write")
     options.add_argument("--paraphrases", action="store_true", help="each statement in the records' other wordings too")
-    options.add_argument("--neighbors", action="store_true", help="the statements of their neighbours too")
+    options.add_argument("--neighbors", action="store_true", help="the statements of their neighbors too")
     span: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("FIRST", "COUNT")}
     options.add_argument("--measured", action="append", default=[], help="leave out what these records ask; may be repeated", **span)
     args = options.parse_args()

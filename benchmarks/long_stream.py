@@ -36,7 +36,7 @@ def tiny_model(vocabulary: int) -> LlamaForCausalLM:
 
 
 def fact(number: int) -> dict[str, str]:
-    return {"prompt": f"The colour of house {number} is", "subject": f"house {number}", "target_new": WORDS[number % len(WORDS)]}
+    return {"prompt": f"The color of house {number} is", "subject": f"house {number}", "target_new": WORDS[number % len(WORDS)]}
 
 
 def main() -> None:

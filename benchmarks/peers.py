@@ -26,7 +26,7 @@ def make_peer(model: Any, tok: Any, hparams: RLSEditHyperParams, templates: Sequ
     Args:
         model: the unedited model; the peer edits it in place.
         tok: its tokenizer.
-        hparams: layers, value optimisation and moments, which the peer shares with us.
+        hparams: layers, value optimization and moments, which the peer shares with us.
         templates: texts to put before each prompt, besides the bare prompt.
     """
     is_there = bool(os.environ.get("EASYEDIT_HOME"))

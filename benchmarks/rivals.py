@@ -22,7 +22,7 @@ from easyedit_rls import RLSEditHyperParams, evaluate, parse_requests, perplexit
 from easyedit_rls.anchors.cache import moments
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.facts.keys import LayerWalk, locate_facts
-from easyedit_rls.facts.values import optimise_values
+from easyedit_rls.facts.values import optimize_values
 from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.sampling import sample_templates
@@ -57,7 +57,7 @@ class Rival:
         """Edit a batch in place."""
         with undisturbed(self.model):
             facts = locate_facts(self.tok, requests, self.hparams.context_templates)
-            z = optimise_values(self.model, self.layout, facts, self.hparams).z
+            z = optimize_values(self.model, self.layout, facts, self.hparams).z
             walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens)
             for i, (layer, weight) in enumerate(self.layout.edited.items()):
                 K = walk.keys(layer).double()

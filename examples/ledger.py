@@ -31,7 +31,7 @@ def main(folder: str, ledger: str) -> None:
 
     fresh = AutoModelForCausalLM.from_pretrained(folder)  # unedited, as in a new process
     with RLSEditor(fresh, tok, hparams, state_dir=ledger) as editor:
-        print("again ", evaluate(fresh, tok, FACTS).rewrite_accuracy)  # nothing was optimised again
+        print("again ", evaluate(fresh, tok, FACTS).rewrite_accuracy)  # nothing was optimized again
         editor.retract(numbers[1])
         print("left  ", [evaluate(fresh, tok, fact).rewrite_accuracy for fact in FACTS])
 

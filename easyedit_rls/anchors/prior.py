@@ -48,7 +48,7 @@ def make_priors(
     Args:
         model: unedited.
         tok: its tokenizer.
-        hparams: regularisers, and where the second moments come from.
+        hparams: regularizers, and where the second moments come from.
         weights: layer -> W_0, (d_k, d_v), float32.
         anchors: explicit anchors, or None for second moments.
         show_progress: None shows progress bars on a terminal only.

@@ -1,4 +1,4 @@
-"""Ordinary text, tokenised: what comes with the package, from a file, from a Hugging Face data set, or written by the model itself."""
+"""Ordinary text, tokenized: what comes with the package, from a file, from a Hugging Face data set, or written by the model itself."""
 
 import importlib.resources
 import random
@@ -86,7 +86,7 @@ def shipped_text() -> str:
 
 
 def _paragraphs(text: str, seed: int) -> list[str]:
-    """A text's paragraphs, shuffled: neighbours are alike, so the first thousand say little about the rest."""
+    """A text's paragraphs, shuffled: neighbors are alike, so the first thousand say little about the rest."""
     texts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
     return random.Random(seed).sample(texts, len(texts))
 

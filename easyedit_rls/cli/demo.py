@@ -27,7 +27,7 @@ from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.evaluation import Evaluation, evaluate, generate, perplexity
-from easyedit_rls.evaluation.metrics import summarise
+from easyedit_rls.evaluation.metrics import summarize
 from easyedit_rls.model.load import load_model
 
 
@@ -123,11 +123,11 @@ def _measure(model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequ
 def _retention(
     model: PreTrainedModel, tok: PreTrainedTokenizerBase, batches: Sequence[Sequence[EditRequest]]
 ) -> list[dict[str, float | None]]:
-    """How each batch so far fares now: one entry a batch, neighbours left out."""
+    """How each batch so far fares now: one entry a batch, neighbors left out."""
     records = [replace(record, neighbors=()) for batch in batches for record in batch]
     scores = evaluate(model, tok, records, show_progress=True).records
     ends = [sum(len(batch) for batch in batches[: i + 1]) for i in range(len(batches))]
-    per_batch: list[Evaluation] = [summarise(scores[end - len(batch) : end]) for end, batch in zip(ends, batches)]
+    per_batch: list[Evaluation] = [summarize(scores[end - len(batch) : end]) for end, batch in zip(ends, batches)]
     return [evaluation.means() for evaluation in per_batch]
 
 

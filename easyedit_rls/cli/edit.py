@@ -21,7 +21,7 @@ _SHOWN = (
     ("efficacy", "Efficacy: P(new) > P(true)"),
     ("rewrite_accuracy", "Rewrite accuracy: new answer is the argmax"),
     ("paraphrase_accuracy", "Paraphrase accuracy: argmax"),
-    ("specificity", "Specificity: P(true) > P(new) on neighbours"),
+    ("specificity", "Specificity: P(true) > P(new) on neighbors"),
 )
 
 

@@ -12,8 +12,8 @@ _ROWS = (
     ("rewrite_accuracy", "Rewrite accuracy: new answer is the argmax"),
     ("generalization", "Generalization: P(new) > P(true) on paraphrases"),
     ("paraphrase_accuracy", "Paraphrase accuracy: argmax"),
-    ("specificity", "Specificity: P(true) > P(new) on neighbours"),
-    ("neighborhood_accuracy", "Neighbourhood accuracy: argmax"),
+    ("specificity", "Specificity: P(true) > P(new) on neighbors"),
+    ("neighborhood_accuracy", "Neighborhood accuracy: argmax"),
     ("perplexity", "Perplexity on plain text"),
 )
 _PLOTTED = (("rewrite_accuracy", "Rewrite accuracy"), ("generalization", "Generalization"), ("paraphrase_accuracy", "Paraphrase accuracy"))

@@ -1,4 +1,4 @@
-"""Figures of a comparison, each as PNG and SVG. Colours are Okabe and Ito's, told apart by colour-blind readers; markers differ too."""
+"""Figures of a comparison, each as PNG and SVG. Colors are Okabe and Ito's, told apart by color-blind readers; markers differ too."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -18,7 +18,7 @@ from easyedit_rls.errors import RLSEditError
 METRICS = {  # name -> what tables call it
     "rewrite_accuracy": "rewrite accuracy",
     "paraphrase_accuracy": "paraphrase accuracy",
-    "neighborhood_accuracy": "neighbourhood accuracy",
+    "neighborhood_accuracy": "neighborhood accuracy",
     "efficacy": "efficacy (ES)",
     "generalization": "generalization (PS)",
     "specificity": "specificity (NS)",

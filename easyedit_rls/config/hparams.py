@@ -33,7 +33,7 @@ class RLSEditHyperParams:
     """
 
     model_name: str = _setting("Hub name or folder of the model that these settings are for.")
-    layers: list[int] = _setting("Decoder layers to edit, 0-based, ascending; values are optimised at the last one.")
+    layers: list[int] = _setting("Decoder layers to edit, 0-based, ascending; values are optimized at the last one.")
     clamp_norm_factor: float = _setting("Radius of the ball that keeps the value's change δ, as a multiple of ‖h‖.")
     v_num_grad_steps: int = _setting(
         "Evaluations of the value's loss, at most, from 2 on: there is one Adam step less, so 1 would leave the model as it is."
@@ -67,7 +67,7 @@ class RLSEditHyperParams:
         0.15,
     )
     mom2_dtype: str = _setting("Type the moments are summed in: float32 or float64.", "float32")
-    max_length: int = _setting("Longest prompt that EasyEdit's evaluation tokenises.", 40)
+    max_length: int = _setting("Longest prompt that EasyEdit's evaluation tokenizes.", 40)
     batch_size: int = _setting("Edits that EasyEdit hands over at once.", 1)
     model_parallel: bool = _setting("EasyEdit's key.", False)
 
@@ -93,7 +93,7 @@ class RLSEditHyperParams:
         "β₁ of Adam on δ. ROME, MEMIT and AlphaEdit have 0.9; with about 0.5 a fact is done in fewer steps, with a shorter δ.", 0.9
     )
     early_stopping: str = _setting(
-        "When a fact's optimisation ends: 'argmax' (Most-Probable Early Stopping, arXiv 2502.01636: the target is the most "
+        "When a fact's optimization ends: 'argmax' (Most-Probable Early Stopping, arXiv 2502.01636: the target is the most "
         "probable text in every template), 'loss' (total loss below 0.05, as in ROME), 'off'.",
         "argmax",
     )
@@ -110,7 +110,7 @@ class RLSEditHyperParams:
         1.0,
     )
     values: str = _setting(
-        "How values are found: 'adam' (optimised, as in MEMIT), or 'gradient' (one forward and backward pass a fact, as in UltraEdit: "
+        "How values are found: 'adam' (optimized, as in MEMIT), or 'gradient' (one forward and backward pass a fact, as in UltraEdit: "
         "several times faster still, and weaker).",
         "adam",
     )
@@ -121,7 +121,7 @@ class RLSEditHyperParams:
         None,
     )
     v_dtype: str | None = _setting(
-        "Type of the model's copy that values are optimised on: bfloat16 takes half of a float32 model's memory more, and less time on "
+        "Type of the model's copy that values are optimized on: bfloat16 takes half of a float32 model's memory more, and less time on "
         "processors that multiply bfloat16 (AMX, tensor cores); None takes the model as it is. All else stays in the model's own type.",
         None,
     )
@@ -302,7 +302,7 @@ class RLSEditHyperParams:
         return "\n".join(lines) + "\n"
 
     def objective(self) -> dict[str, Any]:
-        """The settings that define the least-squares problem: what is edited, both regularisers, and where a fact sits."""
+        """The settings that define the least-squares problem: what is edited, both regularizers, and where a fact sits."""
         return {name: getattr(self, name) for name in _OBJECTIVE}
 
 

@@ -27,7 +27,7 @@ class EditRecord:
     """One edit with everything it is measured on.
 
     Attributes:
-        request: the edit, with its paraphrases and neighbours (CounterFact's figures).
+        request: the edit, with its paraphrases and neighbors (CounterFact's figures).
         easyedit: the same in the shape that EasyEdit's evaluation takes: prompt (or messages), subject, target_new, and where there are any
             ground_truth, rephrase_prompt, locality and portability, the last two as {name: {"prompt": [...], "ground_truth": [...]}};
             and the request's joint.

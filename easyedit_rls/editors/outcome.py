@@ -23,7 +23,7 @@ def find_said(model: PreTrainedModel, facts: Sequence[Fact], batch_tokens: int) 
 
     Args:
         model: the edited model.
-        facts: tokenised facts.
+        facts: tokenized facts.
         batch_tokens: tokens in one pass, at most.
     """
     rows = [fact.rows[0] for fact in facts]

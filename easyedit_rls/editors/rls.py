@@ -26,7 +26,7 @@ from easyedit_rls.editors.reports import EditReport, LayerReport, RetractReport
 from easyedit_rls.errors import ArgumentError, RequestError, RLSEditWarning
 from easyedit_rls.facts.keys import Fact, LayerWalk, locate_facts, refuse_unfit_facts
 from easyedit_rls.facts.templates import templates_of
-from easyedit_rls.facts.values import Values, optimise_values
+from easyedit_rls.facts.values import Values, optimize_values
 from easyedit_rls.ledger.change import Change
 from easyedit_rls.ledger.history import Edit
 from easyedit_rls.ledger.resume import attach, identify
@@ -256,7 +256,7 @@ class RLSEditor:
             facts = self._locate(requests, self.state.now.templates)
             with self.state.change(self.layout.edited) as change:
                 self._open(change, removed)  # what the new facts contradict, and what was lost, goes first: their values start without it
-                values = self._optimise(facts)
+                values = self._optimize(facts)
                 clock.append(time.perf_counter())
                 walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
                 self._write(change, walk, values)
@@ -295,7 +295,7 @@ class RLSEditor:
         return found
 
     def _locate(self, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[Fact]:
-        """Tokenise requests, and see that the model can take them."""
+        """Tokenize requests, and see that the model can take them."""
         facts = locate_facts(self.tok, requests, templates, self.hparams.statements)
         refuse_unfit_facts(self.model, self.tok, facts)
         return facts
@@ -314,9 +314,9 @@ class RLSEditor:
         self.state.begin(priors, templates, identify(self.model, self.layout, hp, self._anchors, templates) if has_ledger else None)
         logger.info("Prepared layers %s of %s", hp.layers, hp.model_name)
 
-    def _optimise(self, facts: Sequence[Fact]) -> Values:
+    def _optimize(self, facts: Sequence[Fact]) -> Values:
         with progress_bar(len(facts), f"batch {self.state.n_batches + 1}: values", "fact", self._show_progress) as bar:
-            return optimise_values(self.model, self.layout, facts, self.hparams, bar)
+            return optimize_values(self.model, self.layout, facts, self.hparams, bar)
 
     def _open(self, change: Change, removed: Sequence[int]) -> None:
         """Take edits out, mend what has drifted, and write the weights."""

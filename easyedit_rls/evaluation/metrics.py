@@ -38,8 +38,8 @@ class Evaluation:
         rewrite_accuracy: how often the new answer is the argmax on the edited prompt.
         generalization: how often P(new) > P(true) on paraphrases, averaged within a record first (PS).
         paraphrase_accuracy: how often the new answer is the argmax on paraphrases.
-        specificity: how often P(true) > P(new) on neighbourhood prompts (NS).
-        neighborhood_accuracy: how often the true answer is the argmax on neighbourhood prompts.
+        specificity: how often P(true) > P(new) on neighborhood prompts (NS).
+        neighborhood_accuracy: how often the true answer is the argmax on neighborhood prompts.
         records: the same, a record each.
     """
 
@@ -72,7 +72,7 @@ def evaluate(
     batch_tokens: int = 8192,
     show_progress: bool | None = None,
 ) -> Evaluation:
-    """Measure how a model answers the records' prompts, their paraphrases and their neighbours.
+    """Measure how a model answers the records' prompts, their paraphrases and their neighbors.
 
     Args:
         model: edited or not.
@@ -92,7 +92,7 @@ def evaluate(
         model, tok, list(askers), numbers=list(askers.values()), batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress
     )
     scores = dict(zip(askers, found))
-    return summarise([_record_scores(request, scores) for request in requests])
+    return summarize([_record_scores(request, scores) for request in requests])
 
 
 def refuse_unfit_records(model: PreTrainedModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> None:
@@ -111,7 +111,7 @@ def _askers(requests: Sequence[EditRequest]) -> dict[Probe, int]:
     return askers
 
 
-def summarise(records: Sequence[RecordScores]) -> Evaluation:
+def summarize(records: Sequence[RecordScores]) -> Evaluation:
     """Means over records; those that lack a figure don't count for it."""
     means = {name: _mean([getattr(record, name) for record in records]) for name in METRICS}
     return Evaluation(**means, records=tuple(records))

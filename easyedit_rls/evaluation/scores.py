@@ -90,7 +90,7 @@ def score(
 def predict_rows(
     model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 8192, desc: str = "scoring", show_progress: bool | None = None
 ) -> list[tuple[int, ...]]:
-    """The most probable token where each token of tokenised rows' targets stands: `Score.predicted` alone, in a little less time."""
+    """The most probable token where each token of tokenized rows' targets stands: `Score.predicted` alone, in a little less time."""
     predicted: dict[int, tuple[int, ...]] = {}
 
     def take(numbers: list[int], logits: Tensor, places: Tensor) -> None:

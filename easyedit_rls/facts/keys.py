@@ -27,7 +27,7 @@ from easyedit_rls.model.subject import Row, tokenize_fact
 
 @dataclass(frozen=True)
 class Fact:
-    """A request, tokenised.
+    """A request, tokenized.
 
     Attributes:
         request: what was asked for.
@@ -45,7 +45,7 @@ class Fact:
 def locate_facts(
     tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest], templates: Sequence[str], statements: Sequence[str] = ()
 ) -> list[Fact]:
-    """Tokenise requests in every template.
+    """Tokenize requests in every template.
 
     Args:
         tok: the model's tokenizer.
@@ -99,7 +99,7 @@ class LayerWalk:
     Args:
         model: the model.
         layout: its modules.
-        facts: tokenised facts.
+        facts: tokenized facts.
         batch_tokens: tokens in one pass, at most.
         keys: 'mean' over a fact's templates, or 'each' template's.
 

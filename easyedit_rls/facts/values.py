@@ -1,4 +1,4 @@
-"""Values: the hidden state that states a fact, optimised for all facts of a batch together.
+"""Values: the hidden state that states a fact, optimized for all facts of a batch together.
 
 For each fact, ``z = h + δ`` at the last edited layer and the subject's last token (MEMIT, Meng et al. 2023, eq. 16), with δ by Adam on
 
@@ -46,7 +46,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Values:
-    """Optimised values of a batch; every tensor has a row a fact and is float32.
+    """Optimized values of a batch; every tensor has a row a fact and is float32.
 
     Attributes:
         z: target hidden states at the value layer, (facts, d).
@@ -78,18 +78,18 @@ class _Found:
     steps: Tensor
 
 
-def optimise_values(
+def optimize_values(
     model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, progress: "tqdm[Any] | None" = None
 ) -> Values:
-    """Optimise the values of all facts, in groups that fit `batch_tokens`.
+    """Optimize the values of all facts, in groups that fit `batch_tokens`.
 
-    With `v_dtype`, a copy of the model in that type is optimised on (see `twin`), and the losses are as it
+    With `v_dtype`, a copy of the model in that type is optimized on (see `twin`), and the losses are as it
     sees them; h is the model's own. The copy has the weights that the model holds, rounded as they are there.
 
     Args:
         model: in evaluation mode, its parameters without gradient.
         layout: its modules.
-        facts: tokenised facts.
+        facts: tokenized facts.
         hparams: v_*, clamp_norm_factor, kl_factor, statement_share, early_stopping*, overshoot, settled_*, batch_tokens.
         progress: a bar to advance by the facts that are done.
 
@@ -127,8 +127,8 @@ def _find(
     lengths = [max(len(row.ids) for row in fact.rows) * (len(fact.rows) + len(fact.statements) + 1) for fact in facts]
     parts: dict[int, list[Tensor]] = {}
     for group in _groups(lengths, hparams.batch_tokens):
-        optimisation = _Optimisation(model, layout, [facts[i] for i in group], hparams)
-        found = optimisation.run(progress) if hparams.values == "adam" else optimisation.step_once(progress)
+        optimization = _Optimization(model, layout, [facts[i] for i in group], hparams)
+        found = optimization.run(progress) if hparams.values == "adam" else optimization.step_once(progress)
         for j, i in enumerate(group):
             parts[i] = [found.delta[j], found.h[j], found.loss[j], found.nll[j], found.steps[j]]
     merged = _Found(*(torch.stack(column) for column in zip(*(parts[i] for i in range(len(facts))))))
@@ -153,15 +153,15 @@ def losses_at(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hpa
     """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all heads in memory.
 
     Args:
-        model, layout, facts, hparams: see `optimise_values`.
+        model, layout, facts, hparams: see `optimize_values`.
         delta: see `Values`.
     """
-    optimisation = _Optimisation(model, layout, facts, hparams)
-    return optimisation.loss_at(delta)
+    optimization = _Optimization(model, layout, facts, hparams)
+    return optimization.loss_at(delta)
 
 
 def _groups(n_tokens: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Facts that are optimised together: in turn as many as have no more tokens than that, or one that has."""
+    """Facts that are optimized together: in turn as many as have no more tokens than that, or one that has."""
     group: list[int] = []
     for fact, tokens in enumerate(n_tokens):
         if group and sum(n_tokens[i] for i in group) + tokens > most:
@@ -171,7 +171,7 @@ def _groups(n_tokens: Sequence[int], most: int) -> Iterator[list[int]]:
     yield group
 
 
-class _Optimisation:
+class _Optimization:
     """One group of facts on their way to their values.
 
     `delta` and `gradient` live beside the model; what decides on the next step lives on the CPU, and comes there in one piece.

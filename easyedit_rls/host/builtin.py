@@ -79,7 +79,7 @@ class BuiltinEditor:
         model: the unedited model.
         tok: its tokenizer; its padding side, and a pad token where it has none, are set during an edit as EasyEdit's own paths set
             them, and put back.
-        hparams: RLSEdit's settings: layers, module names, value optimisation, moments.
+        hparams: RLSEdit's settings: layers, module names, value optimization, moments.
         templates: texts to put before each prompt, besides the bare prompt.
         settings: what shall differ from the settings made of these.
         show_progress: of the moments; None shows bars on a terminal only.

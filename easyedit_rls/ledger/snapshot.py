@@ -64,7 +64,7 @@ def prior_files(priors: Mapping[int, Prior]) -> dict[str, bytes]:
         if prior.beginning.gram is not None:
             tensors["gram"] = prior.beginning.gram.to_vector()
         if prior.beginning.C_0 is None:
-            tensors["regularisers"] = torch.tensor([prior.beginning.lambda_reg, prior.beginning.mu_reg], dtype=torch.float64)
+            tensors["regularizers"] = torch.tensor([prior.beginning.lambda_reg, prior.beginning.mu_reg], dtype=torch.float64)
         files |= {_prior_name(layer): pack(tensors, {}), _unedited_name(layer): pack({"W": prior.unedited}, {})}
     return files
 
@@ -79,11 +79,11 @@ def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu")
     name = _prior_name(layer)
     tensors = journal.load(name, device=device)
     unedited = read_unedited(journal, layer, device)
-    energy, gram, regularisers = (tensors.pop(key, None) for key in ("anchor_energy", "gram", "regularisers"))
+    energy, gram, regularizers = (tensors.pop(key, None) for key in ("anchor_energy", "gram", "regularizers"))
     solution, _ = _solutions({"W": unedited.clone(), **tensors}, layer)
-    lambda_reg, mu_reg = (0.0, 0.0) if regularisers is None else regularisers.tolist()
+    lambda_reg, mu_reg = (0.0, 0.0) if regularizers is None else regularizers.tolist()
     packed = None if gram is None else PackedSymmetric.from_vector(gram, len(unedited))
-    C_0 = PackedSymmetric.of(solution.covariance()) if regularisers is None else None  # a ledger of the first format
+    C_0 = PackedSymmetric.of(solution.covariance()) if regularizers is None else None  # a ledger of the first format
     beginning = Beginning(packed, C_0, lambda_reg, mu_reg, solution.weight, solution.watch)
     return Prior(solution, unedited, beginning, None if energy is None else float(energy))
 

@@ -13,7 +13,7 @@ from easyedit_rls.model.tokens import Encoded, continue_all, continue_with, enco
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised text.
+    """One tokenized text.
 
     Attributes:
         ids: its tokens, special ones in front included.
@@ -41,7 +41,7 @@ def tokenize_fact(
     joint: str | None = None,
     chat: Chat | None = None,
 ) -> Row:
-    """Tokenise ``before + subject + after`` and the target behind it, and find the positions.
+    """Tokenize ``before + subject + after`` and the target behind it, and find the positions.
 
     The subject's last token is the last one that shares a character with the subject, so a token that joins its last
     letters with what follows in the prompt counts. The prompt's tokens are those it has without a target.
@@ -97,7 +97,7 @@ def prompt_rows(tok: PreTrainedTokenizerBase, prompts: Sequence[str | Probe]) ->
 
 
 def answer_rows(tok: PreTrainedTokenizerBase, probes: Sequence[Probe], numbers: Sequence[int] | None = None) -> list[Row]:
-    """Tokenise prompts and answers; an answer's tokens are its row's target, the prompt's last token its place.
+    """Tokenize prompts and answers; an answer's tokens are its row's target, the prompt's last token its place.
 
     Args:
         tok: a fast tokenizer.
@@ -124,7 +124,7 @@ def answer_rows(tok: PreTrainedTokenizerBase, probes: Sequence[Probe], numbers: 
 
 
 def tokenize_answer(tok: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:
-    """Tokenise a plain prompt and an answer; see `answer_rows`."""
+    """Tokenize a plain prompt and an answer; see `answer_rows`."""
     return answer_rows(tok, [Probe(prompt, answer)])[0]
 
 

@@ -25,7 +25,7 @@ class Parts(Protocol):
 
 
 class LayerSolution(ABC):
-    """The solution of one edited layer's regularised least-squares problem, as a value: a change makes a new one.
+    """The solution of one edited layer's regularized least-squares problem, as a value: a change makes a new one.
 
     It stays good until the change after the next; older ones may give up their memory.
 

@@ -81,7 +81,7 @@ class _Parts:
 
 
 class ForgettingLeastSquares(LayerSolution):
-    """Running solution of one layer's regularised least-squares problem, older edits fading. Interface as `RecursiveLeastSquares`.
+    """Running solution of one layer's regularized least-squares problem, older edits fading. Interface as `RecursiveLeastSquares`.
 
     A, P and W are kept in float64 where the device has it: two (d_k, d_k) matrices of twice the covariance's size. An edit of great
     importance that is taken out again leaves the rounding of W times its importance behind.

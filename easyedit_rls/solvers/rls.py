@@ -7,7 +7,7 @@ Legend, one orientation throughout (rows are edits):
     D    (u,)        importances (a diagonal)        C     (d_k, d_k) covariance, A^-1
     K_0, V_0         anchor mapping                  λ, μ  weights of the two soft constraints
 
-After t batches W_t minimises
+After t batches W_t minimizes
 
     J_t(W) = Σ_i ‖D_i^½ (K_i W − V_i)‖² + λ²‖W − W_0‖² + μ²‖K_0 W − V_0‖²
 
@@ -85,7 +85,7 @@ class _Parts:
 
 
 class RecursiveLeastSquares(LayerSolution):
-    """Running solution of one layer's regularised least-squares problem.
+    """Running solution of one layer's regularized least-squares problem.
 
     Owns its tensors: nothing given to it is kept by reference, except that `weight` hands out the live tensor (read only, by
     convention).

@@ -70,14 +70,14 @@ class Search:
         model: in float32, on its device; unedited, and left so.
         tok: its tokenizer.
         start: settings to begin with; what the search doesn't vary stays as it is there.
-        records: development records with paraphrases and neighbours.
+        records: development records with paraphrases and neighbors.
         text: plain text for the perplexity.
         batch: edits a batch.
         seed: of Optuna's sampler.
         max_tokens: of the text.
 
     Raises:
-        RequestError: no record has a paraphrase, or none a neighbour.
+        RequestError: no record has a paraphrase, or none a neighbor.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Search:
         seed: int = 0,
         max_tokens: int = 4096,
     ) -> None:
-        for name, have in (("paraphrases", [r.paraphrases for r in records]), ("neighbours", [r.neighbors for r in records])):
+        for name, have in (("paraphrases", [r.paraphrases for r in records]), ("neighbors", [r.neighbors for r in records])):
             if not any(have):
                 raise RequestError(f"hold no {name}, which the search is judged on. Give records in CounterFact's format.", field="records")
         records = as_chat(records) if start.chat_template else list(records)  # measured as they are edited
@@ -195,7 +195,7 @@ class Search:
 
 
 def _study(seed: int) -> "optuna.Study":
-    """A maximising study in memory, by the tree-structured Parzen estimator (Bergstra et al. 2011; multivariate, Falkner et al. 2018)."""
+    """A maximizing study in memory, by the tree-structured Parzen estimator (Bergstra et al. 2011; multivariate, Falkner et al. 2018)."""
     try:
         import optuna
     except ImportError as exc:

@@ -1,7 +1,7 @@
 """Causal tracing: where in a model a fact sits (ROME, Meng et al. 2022, section 2).
 
 The subject's embeddings are blurred by noise until the model no longer knows the fact; then clean states are put back, one place at
-a time. What a place gives back of the answer's probability is its indirect effect. For MLPs and attentions a window of neighbouring
+a time. What a place gives back of the answer's probability is its indirect effect. For MLPs and attentions a window of neighboring
 layers is put back at once, as in ROME. The layers whose MLPs give back most at the subject's last token are those to edit.
 """
 

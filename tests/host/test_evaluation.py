@@ -14,7 +14,7 @@ N_RECORDS = 50
 def of_easyedit(record: dict) -> dict:
     """A record in EasyEdit's shape.
 
-    Each neighbour and each further paraphrase has a name of its own: prompts of one name run there left-padded together, which
+    Each neighbor and each further paraphrase has a name of its own: prompts of one name run there left-padded together, which
     shifts GPT-2's positions.
     """
     fact = record["requested_rewrite"]

@@ -9,7 +9,7 @@ import torch
 from easyedit_rls import parse_requests
 from easyedit_rls.anchors.cache import easyedit_files, moments
 from easyedit_rls.facts.keys import collect_keys, locate_facts
-from easyedit_rls.facts.values import optimise_values
+from easyedit_rls.facts.values import optimize_values
 from easyedit_rls.host import write_moments
 from easyedit_rls.host.__main__ import main
 from easyedit_rls.model.hooks import undisturbed
@@ -63,7 +63,7 @@ def test_plain_values_equal_compute_z(easyeditor, hparams, padding):
     editor.tok.padding_side = padding
     facts = locate_facts(editor.tok, parse_requests(REQUESTS), hp.context_templates)
     with undisturbed(editor.model):
-        values = optimise_values(editor.model, find_layout(editor.model, hp), facts, hp)
+        values = optimize_values(editor.model, find_layout(editor.model, hp), facts, hp)
     assert (values.z - values.h).norm(dim=1).min() > 0.1  # there is something to compare
     torch.testing.assert_close(values.z, expected, rtol=0, atol=1e-3)
 

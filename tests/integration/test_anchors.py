@@ -85,7 +85,7 @@ def test_the_number_of_texts_limits_what_is_read(model, tok, settings, text_file
     few = {anchors.moments(model, tok, settings(mom2_dataset=text_file, mom2_n_samples=1, seed=seed))[1].n_tokens for seed in range(6)}
     lengths = {len(tok(text)["input_ids"]) for text in TEXT.replace(" \n", "\n").split("\n\n")}
     assert few <= lengths
-    assert len(few) > 1  # which text comes first depends on the seed: neighbours in a file are alike
+    assert len(few) > 1  # which text comes first depends on the seed: neighbors in a file are alike
 
 
 def rows_of(model, tok, hparams):

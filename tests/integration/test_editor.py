@@ -96,8 +96,8 @@ def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(model, tok, 
 
     monkeypatch.setattr(RecursiveLeastSquares, "update", update)
     z = []
-    real_values = editor_module.optimise_values
-    monkeypatch.setattr(editor_module, "optimise_values", lambda *args: z.append(real_values(*args)) or z[0])
+    real_values = editor_module.optimize_values
+    monkeypatch.setattr(editor_module, "optimize_values", lambda *args: z.append(real_values(*args)) or z[0])
     editor.edit(requests)
     for layers_left, (K, V, W, h) in zip((2, 1), seen):
         share = (z[0].z - h) / layers_left
@@ -300,7 +300,7 @@ def interrupt_write(editor, requests, monkeypatch):
         (bad_request({"target_new": "<unk>"}, 1), RequestError, "Request 1, field 'target_new'.*unknown token"),
         (nan_weight, NumericalError, "holds NaN.*Load the model again"),
         (nan_elsewhere, NumericalError, "NaN|not finite"),
-        (interrupt("optimise_values", 1), KeyboardInterrupt, None),
+        (interrupt("optimize_values", 1), KeyboardInterrupt, None),
         (interrupt("LayerWalk.keys", 1), KeyboardInterrupt, None),
         (interrupt("LayerWalk.keys", 2), KeyboardInterrupt, None),
         (interrupt("LayerWalk.value_states", 2), KeyboardInterrupt, None),

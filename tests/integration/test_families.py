@@ -11,7 +11,7 @@ from easyedit_rls.data.requests import Probe, parse_requests
 from easyedit_rls.errors import HyperParamsError, LayoutError
 from easyedit_rls.evaluation.scores import score
 from easyedit_rls.facts.keys import LayerWalk, locate_facts
-from easyedit_rls.facts.values import losses_at, optimise_values, value_place
+from easyedit_rls.facts.values import losses_at, optimize_values, value_place
 from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import find_layout, twin
 from easyedit_rls.model.prefix_cache import Heads, share_beginnings
@@ -193,7 +193,7 @@ def test_keys_equal_the_plain_path(located):
 def test_values_equal_the_plain_path(located):
     model, layout, facts, hp = located
     with undisturbed(model):
-        values = optimise_values(model, layout, facts, hp)
+        values = optimize_values(model, layout, facts, hp)
     for i, fact in enumerate(facts):
         z, loss, _, steps = plain_value(model, layout, fact, hp)
         assert int(values.steps[i]) == steps
@@ -206,7 +206,7 @@ def test_losses_on_a_copy_in_bfloat16_are_alike(located):
     model, layout, facts, hp = located
     with undisturbed(model):
         low = twin(layout, torch.bfloat16)
-        values = optimise_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
+        values = optimize_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
         for delta in (torch.zeros_like(values.delta), values.delta):
             exact = losses_at(model, layout, facts, hp, delta)
             torch.testing.assert_close(losses_at(low.model, low, facts, hp, delta), exact, rtol=BFLOAT16, atol=BFLOAT16)

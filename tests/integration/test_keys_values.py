@@ -11,7 +11,7 @@ from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.errors import RequestError
 from easyedit_rls.facts.keys import LayerWalk, collect_keys, locate_facts, value_states
 from easyedit_rls.facts.suffix import Tails
-from easyedit_rls.facts.values import losses_at, optimise_values
+from easyedit_rls.facts.values import losses_at, optimize_values
 from easyedit_rls.model.hooks import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
 from tests.conftest import FAMILIES
@@ -70,7 +70,7 @@ def test_batched_values_equal_the_plain_path(model, located, settings, early_sto
     layout, facts = located
     hp = settings(early_stopping=early_stopping)
     with undisturbed(model):
-        values = optimise_values(model, layout, facts, hp)
+        values = optimize_values(model, layout, facts, hp)
     for i, fact in enumerate(facts):
         z, loss, nll, steps = plain_value(model, layout, fact, hp)
         assert int(values.steps[i]) == steps
@@ -89,9 +89,9 @@ def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settin
     layout, facts = located
     hp = settings(early_stopping=early_stopping, settled_nll=5.0, settled_every=4, v_momentum=0.5)
     with undisturbed(model):
-        values = optimise_values(model, layout, facts, hp)
+        values = optimize_values(model, layout, facts, hp)
         lazy, n_rows[:] = sum(n_rows), []
-        full = optimise_values(model, layout, facts, settings(early_stopping=early_stopping, v_momentum=0.5, settled_nll=1e-9))
+        full = optimize_values(model, layout, facts, settings(early_stopping=early_stopping, v_momentum=0.5, settled_nll=1e-9))
     for i, fact in enumerate(facts):
         z, loss, nll, steps = plain_value(model, layout, fact, hp)
         assert int(values.steps[i]) == steps
@@ -114,10 +114,10 @@ def test_a_copy_in_bfloat16_finds_values_as_good(model, located, settings, monke
         return found
 
     with undisturbed(model):
-        plain = optimise_values(model, layout, facts, hp)
+        plain = optimize_values(model, layout, facts, hp)
         with monkeypatch.context() as patch:
             patch.setattr(Tails, "forward", noting)
-            low = optimise_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
+            low = optimize_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
         assert dtypes == {torch.bfloat16}
         losses = losses_at(model, layout, facts, hp, low.delta)
         assert torch.equal(low.h, value_states(model, layout, facts, hp.batch_tokens))  # not rounded
@@ -133,14 +133,14 @@ def test_a_model_of_that_type_already_is_not_copied(family, tok, requests, setti
     monkeypatch.setattr(easyedit_rls.facts.values, "twin", None)
     facts = locate_facts(tok, parse_requests(requests), hp.context_templates, hp.statements)
     with undisturbed(model):
-        assert optimise_values(model, find_layout(model, hp), facts, hp).z.isfinite().all()
+        assert optimize_values(model, find_layout(model, hp), facts, hp).z.isfinite().all()
 
 
 def test_losses_at_a_value_are_those_it_was_found_with(model, located, settings):
     layout, facts = located
     hp = settings(early_stopping="argmax")
     with undisturbed(model):
-        values = optimise_values(model, layout, facts, hp)
+        values = optimize_values(model, layout, facts, hp)
         torch.testing.assert_close(losses_at(model, layout, facts, hp, values.delta), values.loss, rtol=VALUES, atol=VALUES)
         assert (losses_at(model, layout, facts, hp, torch.zeros_like(values.delta)) > values.loss).all()
 
@@ -167,8 +167,8 @@ def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, 
     begins_bare = [any(row.ids[: row.place + 1] == fact.essence.ids[: row.place + 1] for row in fact.rows) for fact in facts]
     assert set(begins_bare) == {True, False}
     with undisturbed(model):
-        optimise_values(model, layout, facts, one_look(settings()))
-        optimise_values(model, layout, without, one_look(settings()))
+        optimize_values(model, layout, facts, one_look(settings()))
+        optimize_values(model, layout, without, one_look(settings()))
     prompts = sum(len(fact.rows) for fact in facts)
     assert n_rows == [prompts + 2 * len(facts), prompts + begins_bare.count(False)]
 
@@ -181,7 +181,7 @@ def test_facts_of_any_length_share_their_passes(model, tok, requests, settings, 
         facts = locate_facts(tok, parse_requests(2 * requests + 2 * long), hp.context_templates, hp.statements)
         n_rows.append(0)
         with undisturbed(model):
-            optimise_values(model, find_layout(model, hp), facts, hp)
+            optimize_values(model, find_layout(model, hp), facts, hp)
     whole, divided = n_rows[1 : n_rows.index(0, 1)], n_rows[n_rows.index(0, 1) + 1 :]
     assert len(whole) == 1
     assert len(divided) > 1
@@ -194,9 +194,9 @@ def test_rows_that_run_again_are_not_prepared_again(model, located, settings, n_
     plan = Tails.plan
     monkeypatch.setattr(Tails, "plan", lambda self, chosen: plans.append(list(chosen)) or plan(self, chosen))
     with undisturbed(model):
-        optimise_values(model, layout, facts, settings(early_stopping="off", v_num_grad_steps=6))
+        optimize_values(model, layout, facts, settings(early_stopping="off", v_num_grad_steps=6))
         assert (len(plans), len(n_rows)) == (1, 6)
-        values = optimise_values(model, layout, facts, settings(early_stopping="argmax"))
+        values = optimize_values(model, layout, facts, settings(early_stopping="argmax"))
     assert len(plans) - 1 == len(set(values.steps.tolist()))  # one for each set of facts that are still under way
 
 
@@ -204,7 +204,7 @@ def test_one_step_goes_down_the_plain_gradient(model, located, settings):
     layout, facts = located
     hp = settings(values="gradient", gradient_step=0.3)
     with undisturbed(model):
-        values = optimise_values(model, layout, facts, hp)
+        values = optimize_values(model, layout, facts, hp)
     delta = values.z - values.h
     torch.testing.assert_close(delta.norm(dim=1), 0.3 * values.h.norm(dim=1))
     for i, fact in enumerate(facts):
@@ -222,9 +222,9 @@ def test_a_fact_gets_the_same_value_alone_or_in_any_batch(model, located, settin
     layout, facts = located
     hp = settings(batch_tokens=batch_tokens, early_stopping_margin=0.5)
     with undisturbed(model):
-        together = optimise_values(model, layout, facts[::-1], hp)
+        together = optimize_values(model, layout, facts[::-1], hp)
         for i, fact in enumerate(facts):
-            alone = optimise_values(model, layout, [fact], hp)
+            alone = optimize_values(model, layout, [fact], hp)
             j = len(facts) - 1 - i
             assert int(alone.steps) == int(together.steps[j])
             assert float((alone.z[0] - together.z[j]).norm() / (alone.z - alone.h).norm()) < VALUES
@@ -237,7 +237,7 @@ def test_a_subject_without_anything_before_it(model, tok, settings):
     facts = locate_facts(tok, parse_requests({"prompt": "I", "subject": "I", "target_new": "bread"}), [])
     assert facts[0].rows[0].place == 0
     with undisturbed(model):
-        values = optimise_values(model, layout, facts, hp)
+        values = optimize_values(model, layout, facts, hp)
     z, _, _, steps = plain_value(model, layout, facts[0], hp)
     assert int(values.steps) == steps
     assert float((values.z[0] - z).norm() / (z - values.h[0]).norm()) < VALUES
@@ -247,7 +247,7 @@ def test_values_stay_in_the_ball(model, located, settings):
     layout, facts = located
     hp = settings(clamp_norm_factor=0.2, early_stopping="off")
     with undisturbed(model):
-        values = optimise_values(model, layout, facts, hp)
+        values = optimize_values(model, layout, facts, hp)
     ratio = (values.z - values.h).norm(dim=1) / values.h.norm(dim=1)
     assert float(ratio.max()) <= 0.2 * (1 + 1e-5)
     assert float(ratio.max()) > 0.19
@@ -262,12 +262,12 @@ def test_the_tokenizers_padding_side_makes_no_difference(model, tok, requests, s
     assert locate_facts(tok, parse_requests(requests), hp.context_templates) == expected
     keys = collect_keys(model, layout, expected, 1, 10_000)
     with undisturbed(model):
-        values = optimise_values(model, layout, expected, hp)
+        values = optimize_values(model, layout, expected, hp)
     assert tok.padding_side == side
     monkeypatch.undo()
     assert torch.equal(keys, collect_keys(model, layout, expected, 1, 10_000))
     with undisturbed(model):
-        assert torch.equal(values.z, optimise_values(model, layout, expected, hp).z)
+        assert torch.equal(values.z, optimize_values(model, layout, expected, hp).z)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -306,7 +306,7 @@ def test_layers_up_to_the_value_layer_run_once_and_are_left_as_found(model, loca
     above = next(module for name, module in layout.loss_layer.named_modules() if "mlp" in name)
     handles = [below.register_forward_hook(count("below")), above.register_forward_hook(count("above"))]
     with undisturbed(model):
-        optimise_values(model, layout, facts, hp)
+        optimize_values(model, layout, facts, hp)
     for handle in handles:
         handle.remove()
     groups = (runs["above"] - runs["below"]) / (hp.v_num_grad_steps - 1)  # both have the heads; below, tails once, above, every step

@@ -86,10 +86,10 @@ def test_three_batches_equal_two_a_new_process_and_one(fresh, requests, settings
     assert second.state.templates == straight.state.templates
 
 
-def test_no_value_is_optimised_again(fresh, requests, settings, tmp_path, monkeypatch):
+def test_no_value_is_optimized_again(fresh, requests, settings, tmp_path, monkeypatch):
     with fresh(settings(), tmp_path) as editor:
         editor.edit(requests)
-    for name in ("optimise_values", "make_priors", "templates_of", "LayerWalk"):
+    for name in ("optimize_values", "make_priors", "templates_of", "LayerWalk"):
         monkeypatch.setattr(f"easyedit_rls.editors.rls.{name}", None)
     assert same_state(fresh(settings(), tmp_path), editor)
 
@@ -159,7 +159,7 @@ def test_a_batch_that_the_host_rolled_back_leaves_the_ledger(fresh, requests, se
 
 
 @pytest.mark.parametrize("at", ["unedited", "earlier", "now"])
-def test_a_saved_model_is_recognised(fresh, family, tok, requests, settings, tmp_path, at):
+def test_a_saved_model_is_recognized(fresh, family, tok, requests, settings, tmp_path, at):
     editor = fresh(settings(), tmp_path / "state")
     if at == "unedited":
         editor.model.save_pretrained(tmp_path / "model")
@@ -368,7 +368,7 @@ def test_an_amendment_that_fails_leaves_the_old_edit(fresh, requests, settings, 
     editor.edit(requests)
     before, on_disk, covariance = weights(editor), content(tmp_path), editor.state.layers[1].covariance()
     with monkeypatch.context() as patch:
-        patch.setattr("easyedit_rls.editors.rls.optimise_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("easyedit_rls.editors.rls.optimize_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             editor.amend(2, {**requests[1], "target_new": "bread"})
     assert same(weights(editor), before)

@@ -10,7 +10,7 @@ import torch
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.facts.keys import locate_facts
-from easyedit_rls.facts.values import optimise_values
+from easyedit_rls.facts.values import optimize_values
 from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
 from tests.reference import plain_value
@@ -44,7 +44,7 @@ def test_values_equal_the_plain_path(smollm2, hparams, facts):
     layout = find_layout(model, settings)
     located = locate_facts(tok, parse_requests(facts[:2]), ["It was a fine day. "])
     with undisturbed(model):
-        values = optimise_values(model, layout, located, settings)
+        values = optimize_values(model, layout, located, settings)
         for i, fact in enumerate(located):
             with torch.enable_grad():
                 z, loss, _, steps = plain_value(model, layout, fact, settings)

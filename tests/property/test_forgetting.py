@@ -52,7 +52,7 @@ def test_a_factor_of_one_equals_no_forgetting(problem, data):
 @settings(deadline=None, max_examples=100)
 @given(problem=problems, data=st.data(), factor=st.sampled_from([0.5, 0.9, 0.99, None]))
 def test_forgetting_equals_the_weighted_batch_solution(problem, data, factor):
-    """Both regularisers stay while the data fades; the adaptive rule gives some factors, and these count."""
+    """Both regularizers stay while the data fades; the adaptive rule gives some factors, and these count."""
     state, parts = forgetting(problem, factor), splits(data, len(problem.K))
     factors = []
     for start, end in parts:

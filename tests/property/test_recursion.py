@@ -1,4 +1,4 @@
-"""The recursion against the float64 batch solution: any split, any regularisers, importances, anchors; and its memory."""
+"""The recursion against the float64 batch solution: any split, any regularizers, importances, anchors; and its memory."""
 
 import copy
 import sys
@@ -20,13 +20,13 @@ from tests.tolerances import FLOAT32, FLOAT64, LONG_STREAM_FLOAT32, RETRACTION
 class Problem:
     """One layer's whole stream, and the batch solution by a dense float64 solve."""
 
-    def __init__(self, seed, n_edits, regularisers, has_importance, anchors, d_k=12, d_v=5):
+    def __init__(self, seed, n_edits, regularizers, has_importance, anchors, d_k=12, d_v=5):
         g = torch.Generator().manual_seed(seed)
 
         def randn(*shape):
             return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-        self.lam, self.mu = {"lambda": (0.7, 0.0), "mu": (0.0, 1.3), "both": (0.4, 0.9)}[regularisers]
+        self.lam, self.mu = {"lambda": (0.7, 0.0), "mu": (0.0, 1.3), "both": (0.4, 0.9)}[regularizers]
         self.W_0, self.K, self.V = randn(d_k, d_v), randn(n_edits, d_k), randn(n_edits, d_v)
         self.d = (
             torch.rand(n_edits, generator=g, dtype=torch.float64) * 3 + 0.1 if has_importance else torch.ones(n_edits, dtype=torch.float64)
@@ -61,7 +61,7 @@ problems = st.builds(
     Problem,
     seed=st.integers(0, 10_000),
     n_edits=st.integers(2, 40),
-    regularisers=st.sampled_from(["lambda", "mu", "both"]),
+    regularizers=st.sampled_from(["lambda", "mu", "both"]),
     has_importance=st.booleans(),
     anchors=st.sampled_from(["moments", "pairs"]),
 )

@@ -37,7 +37,7 @@ def test_statements_are_those_of_the_records_asked_for_each_once(written):
 
 
 def test_what_is_measured_is_left_out(written):
-    """A neighbour of a record that is read may be what another record asks or edits."""
+    """A neighbor of a record that is read may be what another record asks or edits."""
     assert written("--first", "1", "--count", "2", "--neighbors") == [
         *("Bali lies in Asia.", "Goa lies in Asia.", "Oman lies in Asia.", "Iran lies in Asia.")
     ]

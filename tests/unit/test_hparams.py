@@ -131,7 +131,7 @@ def test_yamls_bare_off_is_off(tmp_path):
     assert (found.early_stopping, found.max_deviation) == ("off", "off")
 
 
-def test_the_objective_is_what_is_edited_and_regularised_not_how_values_are_found():
+def test_the_objective_is_what_is_edited_and_regularized_not_how_values_are_found():
     base = tiny_settings("llama")
     for change in ({"layers": [1, 3]}, {"lambda_reg": 2.0}, {"mom2_update_weight": 7.0}, {"seed": 1}, {"context_templates": []}):
         assert tiny_settings("llama", **change).objective() != base.objective(), change

@@ -69,7 +69,7 @@ def test_models_that_look_back_otherwise_take_none(make):
 
 
 def test_recurrence_is_seen(monkeypatch):
-    """A model that takes positions and a mask, and still mixes neighbours."""
+    """A model that takes positions and a mask, and still mixes neighbors."""
     model = zoo.make("llama")
     layer = model.model.layers[1]
     true = layer.forward
