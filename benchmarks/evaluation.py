@@ -21,7 +21,7 @@ from common import load, machine, parser, settings_of, spread, versions
 
 from easyedit_rls.data.records import read_records
 from easyedit_rls.evaluation import edit_quality, evaluate
-from easyedit_rls.host.builtin import BuiltinEditor
+from easyedit_rls.host.builtin import EasyEditBaseline
 from easyedit_rls.host.find import easyeditor
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     records = read_records(args.data, args.first, args.count)
     model, tok = load(args.model, getattr(torch, args.dtype), args.device)
     tok.pad_token = tok.pad_token or tok.eos_token  # as EasyEdit's own paths have it
-    settings = BuiltinEditor("FT", model, tok, settings_of(args, model), []).settings
+    settings = EasyEditBaseline("FT", model, tok, settings_of(args, model), []).settings
     seconds: dict[str, list[float]] = {"EasyEdit": [], "edit_quality": [], "evaluate": []}
     edit_quality(model, tok, [record.easyedit for record in records[:5]])  # warm
     for _ in range(args.repeats):

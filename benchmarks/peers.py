@@ -12,7 +12,7 @@ from easyedit_rls import RLSEditHyperParams
 from easyedit_rls.anchors.cache import moments
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.facts.keys import Fact, locate_facts
-from easyedit_rls.host.builtin import BuiltinEditor
+from easyedit_rls.host.builtin import EasyEditBaseline
 from easyedit_rls.model.hooks import tap
 from easyedit_rls.model.layout import find_layout
 
@@ -39,7 +39,7 @@ class AlphaEdit:
     name = "AlphaEdit of the EasyEdit checkout"
 
     def __init__(self, model: Any, tok: Any, hparams: RLSEditHyperParams, templates: Sequence[str]) -> None:
-        self._editor = BuiltinEditor("AlphaEdit", model, tok, hparams, templates, {"L2": 1.0})
+        self._editor = EasyEditBaseline("AlphaEdit", model, tok, hparams, templates, {"L2": 1.0})
 
     def edit(self, requests: Sequence[EditRequest]) -> list[float]:
         """Edit one batch; returns each fact's final loss, as printed."""
@@ -88,7 +88,7 @@ class PlainLoop:
     def _value(self, fact: Fact) -> tuple[torch.Tensor, float]:
         hp, h = self.hparams, self._states(fact, self.layout.value_layer, False)
         delta = torch.zeros_like(h, requires_grad=True)
-        adam, rows, p_0 = torch.optim.Adam([delta], lr=hp.v_lr), (*fact.rows, fact.essence), None
+        adam, rows, p_0 = torch.optim.Adam([delta], lr=hp.v_lr), (*fact.rows, fact.kl_prompt), None
         for step in range(hp.v_num_grad_steps):
             losses = []
             for row in rows:
@@ -96,7 +96,7 @@ class PlainLoop:
                 add = lambda hidden, at=at: torch.cat([hidden[:, :at], hidden[:, at : at + 1] + delta, hidden[:, at + 1 :]], 1)  # noqa: E731
                 with tap(edit={self.layout.value_layer: add}):
                     log_probs = F.log_softmax(self.model(torch.tensor([row.ids])).logits[0], dim=1)
-                if row is fact.essence:
+                if row is fact.kl_prompt:
                     p_0 = log_probs[at].detach() if p_0 is None else p_0
                     losses.append(hp.kl_factor * F.kl_div(p_0, log_probs[at], log_target=True, reduction="sum"))
                 else:

@@ -86,12 +86,12 @@ def _null_space(mean: Tensor, threshold: float) -> Tensor:
 
 def _check(args: argparse.Namespace, model: Any, tok: Any, hp: RLSEditHyperParams, requests: Sequence[EditRequest]) -> dict[str, Any]:
     """How far the weights of one batch lie from those of the checkout's own editor, relative to its step, by layer."""
-    from easyedit_rls.host.builtin import BuiltinEditor
+    from easyedit_rls.host.builtin import EasyEditBaseline
 
     layout, own = find_layout(model, hp), copy.deepcopy(model)
     before = {layer: weight.read() for layer, weight in layout.edited.items()}
     changes = {"mom2_update_weight": args.n0} if args.alg == "MEMIT" else {"L2": args.L2, "nullspace_threshold": args.threshold}
-    BuiltinEditor(args.alg, own, tok, hp, hp.context_templates or (), changes).edit(requests)
+    EasyEditBaseline(args.alg, own, tok, hp, hp.context_templates or (), changes).edit(requests)
     theirs = {layer: weight.read() for layer, weight in find_layout(own, hp).edited.items()}
     Rival(args, model, tok, hp).edit(requests)
     ours = {layer: weight.read() for layer, weight in layout.edited.items()}

@@ -20,7 +20,7 @@ from easyedit_rls import RLSEditor, evaluate, perplexity
 from easyedit_rls.anchors.moments import Moment, sum_moments
 from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import find_layout
-from easyedit_rls.model.residual import Outlet
+from easyedit_rls.model.residual import Residual
 from easyedit_rls.model.tokens import encode
 
 _ROW = 128  # tokens of a text
@@ -71,14 +71,14 @@ def main() -> None:
     layout = find_layout(model, hparams)
     rows = texts(tok, args.moments, args.rows)
     plain = copy.copy(layout)
-    plain.__dict__["outlets"] = {layer: Outlet(outlet.scale, None) for layer, outlet in layout.outlets.items()}
+    plain.__dict__["residuals"] = {layer: Residual(residual.scale, None) for layer, residual in layout.residuals.items()}
 
     def taken(where, texts_) -> dict[int, Moment]:
         return sum_moments(model, where, hparams.layers, [texts_], replace(hparams, mom2_tolerance=0), show_progress=False)
 
     every, first = taken(plain, rows), taken(plain, [row[:1] for row in rows])
     ways = {"with": every, "without": {layer: without_first(every[layer], first[layer]) for layer in every}}
-    if any(outlet.norm is not None for outlet in layout.outlets.values()):
+    if any(residual.norm is not None for residual in layout.residuals.values()):
         ways = {f"unweighed, {name}": found for name, found in ways.items()} | {"weighed, with": taken(layout, rows)}
 
     records, text = records_of(args), args.text.read_text(encoding="utf-8")

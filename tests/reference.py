@@ -69,13 +69,13 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
     )
     places = [group["params"][0] for group in adam.param_groups]
     with torch.no_grad():
-        essence_0 = F.log_softmax(logits(fact.essence, torch.zeros_like(h))[fact.essence.place], dim=0)
+        essence_0 = F.log_softmax(logits(fact.kl_prompt, torch.zeros_like(h))[fact.kl_prompt.place], dim=0)
 
     def look(row):
-        """Of one text: its NLL (the divergence for the essence prompt), by how much its target leads, and its gradient."""
-        if row is fact.essence:
-            essence = F.log_softmax(logits(row, delta)[row.place], dim=0)
-            term, lead = (essence.exp() * (essence - essence_0)).sum(), torch.inf
+        """Of one text: its NLL (the divergence for the kl_prompt prompt), by how much its target leads, and its gradient."""
+        if row is fact.kl_prompt:
+            kl_prompt = F.log_softmax(logits(row, delta)[row.place], dim=0)
+            term, lead = (kl_prompt.exp() * (kl_prompt - essence_0)).sum(), torch.inf
         else:
             out = logits(row, delta)[row.target_start - 1 : len(row.ids) - 1]
             targets = torch.tensor(row.target)
@@ -85,7 +85,7 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
             term = F.cross_entropy(out, targets)
         return term.item(), lead, *torch.autograd.grad(term, delta)
 
-    rows = [*fact.rows, *fact.statements, fact.essence]
+    rows = [*fact.rows, *fact.statements, fact.kl_prompt]
     prompts, statements = len(fact.rows), len(fact.statements)
     share = hp.statement_share if statements else 0
     weights = [*[(1 - share) / prompts] * prompts, *[share / max(statements, 1)] * statements, hp.kl_factor]
@@ -101,7 +101,7 @@ def plain_value(model, layout: Layout, fact: Fact, hp):
     for step in range(hp.v_num_grad_steps):
         is_last = step == hp.v_num_grad_steps - 1
         for r, row in enumerate(rows):
-            is_settled = r in seen and row is not fact.essence and seen[r][0] < hp.settled_nll and step - ran[r] < hp.settled_every
+            is_settled = r in seen and row is not fact.kl_prompt and seen[r][0] < hp.settled_nll and step - ran[r] < hp.settled_every
             if is_last or not is_settled:
                 seen[r], ran[r] = look(row), step
         if totals()[2]:

@@ -135,7 +135,7 @@ def _cache_places(model: PreTrainedModel, layout: Layout, tok: PreTrainedTokeniz
         if source == "self" and start_tokens(tok):
             identity += " from the start token"
     identity = f"{identity} {hparams.mom2_dtype} tolerance {hparams.mom2_tolerance} vocabulary {len(tok)}"
-    if any(outlet.norm is not None for outlet in layout.outlets.values()):
+    if any(residual.norm is not None for residual in layout.residuals.values()):
         identity += " behind norms"  # tokens are weighed there
     if end_tokens(tok):
         identity += " without end tokens"  # texts had them once

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.config.hparams import RLSEditHyperParams
-from easyedit_rls.model.batching import chunks, device_of, pad, price_of_pass, run
+from easyedit_rls.model.batching import device_of, pack_batches, pad, pass_overhead, run
 from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import Layout
 
@@ -62,7 +62,7 @@ def sum_moments(
         show_progress: None shows a bar on a terminal only.
     """
     modules = {layer: layout.edited[layer].module for layer in layers}
-    norms = {layer: norm for layer in layers if (norm := layout.outlets[layer].norm) is not None}
+    norms = {layer: norm for layer in layers if (norm := layout.residuals[layer].norm) is not None}
     logs: dict[int, float] = dict.fromkeys(norms, 0.0)  # of the lengths of what comes to the norms, summed
     sums: dict[int, Tensor] = {}
     watches: dict[int, _Convergence] = {}
@@ -102,7 +102,7 @@ def _keys(
     dtype = getattr(torch, hparams.mom2_dtype)
     device = device_of(model)
     taps: dict[Any, nn.Module] = {**modules, **{("norm", layer): norm for layer, norm in norms.items()}}
-    for group in chunks([len(row) for row in rows], hparams.batch_tokens, price_of_pass(device)):
+    for group in pack_batches([len(row) for row in rows], hparams.batch_tokens, pass_overhead(device)):
         batch = pad([rows[i] for i in group], "right", device)
         with tap(inputs=taps, stop=True) as seen:
             run(model, batch)

@@ -11,7 +11,7 @@ from easyedit_rls.anchors.cache import moments
 from easyedit_rls.anchors.pairs import AnchorPairs, anchor_pairs
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import AnchorError
-from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
 from easyedit_rls.solvers.packed import PackedSymmetric
@@ -29,7 +29,7 @@ class Prior:
         anchor_energy: ‖V_0‖², for anchors with values of their own; None for V_0 = K_0 W_0.
     """
 
-    solution: LayerSolution
+    solution: LayerSolver
     unedited: Tensor
     beginning: Beginning
     anchor_energy: float | None
@@ -64,7 +64,7 @@ def make_priors(
 def _prior(hp: RLSEditHyperParams, W_0: Tensor, name: str, gram: Tensor | None, cross: Tensor | None, energy: float | None) -> Prior:
     """One layer before the first edit. What a rebuild needs of it stays in main memory."""
     solution = _new_solution(hp, W_0, gram, cross, name)
-    packed = None if gram is None else PackedSymmetric.of(gram.cpu())
+    packed = None if gram is None else PackedSymmetric.from_dense(gram.cpu())
     watch = None if solution.watch is None else solution.watch.to(torch.device("cpu"))
     W_p = W_0 if torch.equal(W_0, solution.weight) else solution.weight.clone()
     return Prior(solution, W_0, Beginning(packed, None, hp.lambda_reg, hp.mu_reg, W_p, watch), energy)
@@ -102,7 +102,7 @@ def _moment_gram(mean: Tensor, hp: RLSEditHyperParams) -> Tensor:
     return gram.double().add_(ordinary @ ordinary.T, alpha=hp.nullspace_weight)
 
 
-def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> LayerSolution:
+def _new_solution(hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str) -> LayerSolver:
     """The state of one layer before the first edit."""
     if hp.forgetting_factor == 1:
         return RecursiveLeastSquares(W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, name=name)

@@ -86,8 +86,8 @@ def make_editor(plan: Plan, contender: Contender, model: PreTrainedModel, tok: P
     """
     if contender.alg_name == "RLSEdit":
         return OurEditor(model, tok, {**plan.hparams, **contender.settings}, plan.templates, place / LEDGER)
-    from easyedit_rls.host.builtin import BuiltinEditor
+    from easyedit_rls.host.builtin import EasyEditBaseline
 
-    return BuiltinEditor(
+    return EasyEditBaseline(
         contender.alg_name, model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)), plan.templates, contender.settings
     )

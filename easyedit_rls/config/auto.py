@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from easyedit_rls.errors import LayoutError
 from easyedit_rls.model.discovery import Structure, read_structure
 from easyedit_rls.model.hooks import tap
-from easyedit_rls.model.residual import find_outlet
+from easyedit_rls.model.residual import find_residual
 
 _DEPTH = (0.07, 0.34)  # SmolLM2-135M: layers 2 to 10 of 30
 _STEP = 0.11  # SmolLM2-135M: v_lr 0.7, 24 = sqrt(d), hidden states of norm 150
@@ -65,7 +65,7 @@ def _value_settings(model: PreTrainedModel, structure: Structure, layers: Sequen
     for layer in layers:
         name = f"{structure.layers}.{layer}"
         projection = f"{name}.{structure.projection}"
-        if find_outlet(model, model.get_submodule(name), model.get_submodule(projection), projection).norm is not None:
+        if find_residual(model, model.get_submodule(name), model.get_submodule(projection), projection).norm is not None:
             return {"value_at": "output", **_AT_OUTPUTS}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (8, 16), generator=generator).to(model.device)

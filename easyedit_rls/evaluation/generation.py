@@ -19,7 +19,7 @@ from easyedit_rls._base.arguments import listed
 from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.data.requests import Probe
 from easyedit_rls.errors import RLSEditError
-from easyedit_rls.model.batching import chunks, device_of, pad, price_of_pass
+from easyedit_rls.model.batching import device_of, pack_batches, pad, pass_overhead
 from easyedit_rls.model.generation import greedy, sampled, write_on
 from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.subject import prompt_rows
@@ -129,7 +129,7 @@ def generate(
     random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with random, progress_bar(len(rows), desc, "text", show_progress) as bar:
         torch.manual_seed(seed)
-        for group in chunks([len(row) + max_new_tokens for row in rows], batch_tokens, price_of_pass(device)):
+        for group in pack_batches([len(row) + max_new_tokens for row in rows], batch_tokens, pass_overhead(device)):
             batch = pad([rows[i] for i in group], "left", device)
             out = write_on(model, tok, batch.ids, batch.mask, config)
             new = tok.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.data.requests import Probe
-from easyedit_rls.model.batching import Batch, chunks, device_of, price_of_pass, run
+from easyedit_rls.model.batching import Batch, device_of, pack_batches, pass_overhead, run
 from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.prefix_tree import grow, takes_trees, tree_batch
@@ -117,9 +117,9 @@ def _run_rows(
         askers.setdefault(row.ids[:-1], []).append(i)
     with undisturbed(model), progress_bar(len(rows), desc, "text", show_progress) as bar:
         is_packed = len(askers) > _FEW and takes_trees(model, max(map(len, askers)))
-        price = price_of_pass(device_of(model), model.dtype)
+        price = pass_overhead(device_of(model), model.dtype)
         trees = grow(askers, min(_WIDTH, batch_tokens) if is_packed else 0)
-        for group in chunks([len(tree.ids) for tree in trees], batch_tokens, price):
+        for group in pack_batches([len(tree.ids) for tree in trees], batch_tokens, price):
             asked = [(i, r, path) for r, g in enumerate(group) for text, path in trees[g].paths.items() for i in askers[text]]
             wanted = [(r, path[rows[i].target_start - 1 + k]) for i, r, path in asked for k in range(len(rows[i].target))]
             places = sorted(set(wanted))

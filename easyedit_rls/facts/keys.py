@@ -17,11 +17,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.errors import RequestError
-from easyedit_rls.model.batching import Batch, chunks, device_of, pad, price_of_pass, run
+from easyedit_rls.model.batching import Batch, device_of, pack_batches, pad, pass_overhead, run
 from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.limits import refuse_unfit
-from easyedit_rls.model.prefix_cache import fork, share_beginnings
+from easyedit_rls.model.prefix_cache import fork, share_prefixes
 from easyedit_rls.model.subject import Row, tokenize_fact
 
 
@@ -33,13 +33,13 @@ class Fact:
         request: what was asked for.
         rows: prompt and target in each template; the bare prompt is the first.
         statements: subject and target in short texts of their own, for the value alone.
-        essence: "{subject} is a", whose next-token distribution at the subject should stay.
+        kl_prompt: "{subject} is a", whose next-token distribution at the subject should stay.
     """
 
     request: EditRequest
     rows: tuple[Row, ...]
     statements: tuple[Row, ...]
-    essence: Row
+    kl_prompt: Row
 
 
 def locate_facts(
@@ -80,7 +80,7 @@ def refuse_unfit_facts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, fac
         RequestError: one is longer than the model's table of positions; names the request.
         ModelError: a token of one is none of the model's.
     """
-    rows = [(number, row.ids) for number, fact in enumerate(facts) for row in (*fact.rows, *fact.statements, fact.essence)]
+    rows = [(number, row.ids) for number, fact in enumerate(facts) for row in (*fact.rows, *fact.statements, fact.kl_prompt)]
     refuse_unfit(
         model,
         tok,
@@ -137,8 +137,8 @@ class LayerWalk:
 
     def needed(self, layer: int, change: Tensor) -> Tensor:
         """The change of the projection's output that a change of the layer's output, (facts, d), asks for, (facts, d), float32."""
-        outlet = self._layout.outlets[layer]
-        return outlet.needed(change, None if outlet.norm is None else self._bare.last_states(outlet.norm, True, layer))
+        residual = self._layout.residuals[layer]
+        return residual.needed(change, None if residual.norm is None else self._bare.last_states(residual.norm, True, layer))
 
     def left(self, layer: int, state: Tensor, output: Tensor) -> Tensor:
         """The change of the projection's output that brings the layer to a goal, (facts, d), float32.
@@ -148,12 +148,12 @@ class LayerWalk:
             state: what the layer shall pass on, (facts, d).
             output: what the projection would write for that if all came to the layer as planned, (facts, d).
         """
-        outlet = self._layout.outlets[layer]
+        residual = self._layout.residuals[layer]
         missing = state - self._bare.last_states(self._layout.layers[layer], False, layer)
-        if outlet.norm is None:
-            return outlet.needed(missing, None)
+        if residual.norm is None:
+            return residual.needed(missing, None)
         planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
-        return outlet.needed(missing, self._bare.last_states(outlet.norm, True, layer), planned)
+        return residual.needed(missing, self._bare.last_states(residual.norm, True, layer), planned)
 
 
 def _shares(n_templates: int) -> Tensor:
@@ -180,7 +180,7 @@ class _Part:
     Attributes:
         rows: their numbers.
         batch: their tokens.
-        beginnings: for each row, the shared beginning that comes before it; None if there are none.
+        common_prefixes: for each row, the shared beginning that comes before it; None if there are none.
         level: layers whose output is known for good.
         forms: what these layers return beside the hidden states.
         hidden: output of the last of them, (rows, length, d); None at level 0.
@@ -188,7 +188,7 @@ class _Part:
 
     rows: list[int]
     batch: Batch
-    beginnings: Tensor | None = None
+    common_prefixes: Tensor | None = None
     level: int = 0
     forms: list[Any] = field(default_factory=list)
     hidden: Tensor | None = None
@@ -200,14 +200,14 @@ class _Stage:
     def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int) -> None:
         self._model, self._layers, self._n_rows = model, layout.lower_layers, len(rows)
         device = device_of(model)
-        self._shared = share_beginnings([row[:-1] for row in rows], device)
+        self._shared = share_prefixes([row[:-1] for row in rows], device)
         rests = rows if self._shared is None else [row[n:] for row, n in zip(rows, self._shared.lengths)]
         self._parts = []
-        for group in chunks([len(rest) for rest in rests], batch_tokens, price_of_pass(device)):
+        for group in pack_batches([len(rest) for rest in rests], batch_tokens, pass_overhead(device)):
             mask, numbers = (None, None) if self._shared is None else (self._shared.mask[group], self._shared.numbers[group])
             self._parts.append(_Part(group, pad([rests[i] for i in group], "left", device, mask), numbers))
         if self._shared is not None:
-            self._beginnings = _Part([], self._shared.texts)
+            self._common = _Part([], self._shared.texts)
             self._cache = DynamicCache(config=model.config)
             with torch.no_grad():  # through all layers, since a model may ask any of them for the length
                 run(model, self._shared.texts, cache=self._cache, use_cache=True)
@@ -217,8 +217,8 @@ class _Stage:
         wanted = {"inputs" if is_input else "outputs": {"state": module}}
         if self._shared is not None:
             cache = DynamicCache(config=self._model.config)
-            below = self._beginnings.level
-            self._run(self._beginnings, wanted, level, cache)
+            below = self._common.level
+            self._run(self._common, wanted, level, cache)
             self._cache.layers[below:] = [
                 new if new.is_initialized else old for new, old in zip(cache.layers[below:], self._cache.layers[below:])
             ]
@@ -244,8 +244,8 @@ class _Stage:
         return seen["state"].reshape(*part.batch.ids.shape, -1)  # some models flatten rows and tokens before the MLP
 
     def _cache_of(self, part: _Part) -> DynamicCache | None:
-        if part.beginnings is None:
+        if part.common_prefixes is None:
             return None
         cache = fork(self._cache)
-        cache.batch_select_indices(part.beginnings)
+        cache.batch_select_indices(part.common_prefixes)
         return cache

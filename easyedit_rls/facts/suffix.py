@@ -1,4 +1,4 @@
-"""Tails: the texts of facts from the subject's last token on, which is where a value is put.
+"""Suffixes: the texts of facts from the subject's last token on, which is where a value is put.
 
 Tokens before it never see the value (attention is causal), so they run once and stay in the model's own key-value cache; each step runs
 only the tokens, from the first layer on that sees the value: the one above the value layer, or the first edited one (`at`).
@@ -14,44 +14,44 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from easyedit_rls.facts.keys import Fact
-from easyedit_rls.model.batching import Batch, chunks, device_of, pad, price_of_pass, run
+from easyedit_rls.model.batching import Batch, device_of, pack_batches, pad, pass_overhead, run
 from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.layout import Layout
-from easyedit_rls.model.prefix_cache import Heads, fork
+from easyedit_rls.model.prefix_cache import PrefixCache, fork
 
-_NO_TOKEN = -1  # stands where an output has no target: the essence prompt's
+_NO_TOKEN = -1  # stands where an output has no target: the KL prompt's
 
 
 @dataclass(frozen=True)
-class Row:
+class SuffixRow:
     """One text, cut at the subject's last token: what stands before it never sees δ, since attention is causal.
 
     Attributes:
         fact: number of its fact.
-        head: tokens before the subject's last one.
-        tail: tokens from there on, as far as an output is wanted.
-        first: position in the tail of the first output that is wanted.
-        target: tokens that the outputs from there on shall predict; none for an essence prompt that has a row of its own.
+        prefix: tokens before the subject's last one.
+        suffix: tokens from there on, as far as an output is wanted.
+        first: position in the suffix of the first output that is wanted.
+        target: tokens that the outputs from there on shall predict; none for a KL prompt that has a row of its own.
         share: of its mean NLL in its fact's loss.
         must_lead: whether early stopping asks for its target to lead: that of a prompt, not that of a statement.
-        has_essence: whether its first output is that of the essence prompt, whose distribution shall stay.
+        has_kl: whether its first output is that of the KL prompt, whose distribution shall stay.
     """
 
     fact: int
-    head: tuple[int, ...]
-    tail: tuple[int, ...]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
     first: int
     target: tuple[int, ...]
     share: float
     must_lead: bool
-    has_essence: bool = False
+    has_kl: bool = False
 
 
-def rows_of(facts: Sequence[Fact], statement_share: float, shares_essence: bool) -> list[Row]:
-    """Of each fact its prompts, the bare one first, then its statements and the essence prompt.
+def rows_of(facts: Sequence[Fact], statement_share: float, shares_kl: bool) -> list[SuffixRow]:
+    """Of each fact its prompts, the bare one first, then its statements and the KL prompt.
 
-    The essence prompt is needed up to the subject only. Where another text begins with the same tokens (a statement mostly does), its
-    output there is read off that one, the shortest of them, if `shares_essence`.
+    The KL prompt is needed up to the subject only. Where another text begins with the same tokens (a statement mostly does), its
+    output there is read off that one, the shortest of them, if `shares_kl`.
     """
     rows = []
     for f, fact in enumerate(facts):
@@ -60,16 +60,16 @@ def rows_of(facts: Sequence[Fact], statement_share: float, shares_essence: bool)
         for texts, share in ((fact.rows, 1.0 - of_statements), (fact.statements, of_statements)):
             for row in texts:
                 cut = row.place
-                first, tail = row.target_start - 1 - cut, row.ids[cut:-1]
-                own.append(Row(f, row.ids[:cut], tail, first, row.target, share / len(texts), must_lead=texts is fact.rows))
-        cut = fact.essence.place
-        head, last = fact.essence.ids[:cut], fact.essence.ids[cut]
-        alike = [i for i, row in enumerate(own) if shares_essence and row.head == head and row.tail[0] == last]
+                first, suffix = row.target_start - 1 - cut, row.ids[cut:-1]
+                own.append(SuffixRow(f, row.ids[:cut], suffix, first, row.target, share / len(texts), must_lead=texts is fact.rows))
+        cut = fact.kl_prompt.place
+        prefix, last = fact.kl_prompt.ids[:cut], fact.kl_prompt.ids[cut]
+        alike = [i for i, row in enumerate(own) if shares_kl and row.prefix == prefix and row.suffix[0] == last]
         if alike:
-            shortest = min(alike, key=lambda i: len(own[i].tail))
-            own[shortest] = replace(own[shortest], has_essence=True)
+            shortest = min(alike, key=lambda i: len(own[i].suffix))
+            own[shortest] = replace(own[shortest], has_kl=True)
         else:
-            own.append(Row(f, head, (last,), 0, (), 0.0, must_lead=False, has_essence=True))
+            own.append(SuffixRow(f, prefix, (last,), 0, (), 0.0, must_lead=False, has_kl=True))
         rows += own
     return rows
 
@@ -80,9 +80,9 @@ class _Pass:
 
     Attributes:
         places: which of the chosen rows.
-        batch: their tails.
-        cache: their heads in the model's cache, or None.
-        states: of their tails behind the layers that see no value, (rows, length, d); None where all layers see it.
+        batch: their suffixes.
+        cache: their prefixes in the model's cache, or None.
+        states: of their suffixes behind the layers that see no value, (rows, length, d); None where all layers see it.
         wanted: which outputs are wanted, as indices of rows and tokens; on the CPU, since layers may lie on several devices.
     """
 
@@ -94,7 +94,7 @@ class _Pass:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SuffixPasses:
     """How chosen rows run, and what the outputs of the loss layer that are wanted of them mean, in the order in which they come.
 
     Attributes:
@@ -103,7 +103,7 @@ class Plan:
         targets: which of the outputs shall predict a token.
         token: that token, (targets,).
         weight: of its NLL in the fact's loss, (targets,).
-        essences: which of the outputs are of essence prompts.
+        kl_places: which of the outputs are of KL prompts.
     """
 
     passes: list[_Pass]
@@ -111,13 +111,13 @@ class Plan:
     targets: Tensor
     token: Tensor
     weight: Tensor
-    essences: Tensor
+    kl_places: Tensor
 
 
-class Tails:
-    """The tails of a group of facts: their states below the value, and in the model's cache what stands before them, their heads.
+class Suffixes:
+    """The suffixes of a group of facts: their states below the value, and in the model's cache what stands before them, their prefixes.
 
-    Heads run once through all layers, tails once up to the value layer; each step starts from there.
+    Prefixes run once through all layers, suffixes once up to the value layer; each step starts from there.
 
     Args:
         model: the model.
@@ -127,38 +127,38 @@ class Tails:
         at: where the value is put: at the value layer's 'hidden' state, or at every edited layer's MLP 'output'.
 
     Attributes:
-        places: of each tail what stands where the value is put, (n, d): its first token's hidden state at the value layer (n = 1), or the
+        places: of each suffix what stands where the value is put, (n, d): its first token's hidden state at the value layer (n = 1), or the
             output of each edited layer's MLP (n = edited layers).
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Row], batch_tokens: int, at: str = "hidden") -> None:
+    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[SuffixRow], batch_tokens: int, at: str = "hidden") -> None:
         self._model, self._layout, self._rows, self._batch_tokens, self._at = model, layout, rows, batch_tokens, at
         self._below = layout.lower_layers if at == "hidden" else layout.layers[: min(layout.edited)]
-        self._heads = Heads(model, layout.loss_layer, {row.head for row in rows}, batch_tokens)
+        self._prefixes = PrefixCache(model, layout.loss_layer, {row.prefix for row in rows}, batch_tokens)
         self._forms: list[Any] = []
         states: dict[int, Tensor] = {}
         places: dict[int, Tensor] = {}
-        for group in chunks([len(row.tail) for row in rows], batch_tokens, price_of_pass(device_of(model))):
+        for group in pack_batches([len(row.suffix) for row in rows], batch_tokens, pass_overhead(device_of(model))):
             with record_outputs(self._below) as below:
                 end, outputs = self._run(*self._batch(group), layout.value_layer)
             self._forms = [form_of(output) for output in below]
             if below:
-                states |= {i: state[: len(rows[i].tail)] for i, state in zip(group, hidden_of(below[-1]))}
+                states |= {i: state[: len(rows[i].suffix)] for i, state in zip(group, hidden_of(below[-1]))}
             places |= dict(zip(group, outputs if at == "output" else end[:, :1]))
         self._states = [states[i] for i in range(len(rows))] if self._below else None
         self.places = [places[i] for i in range(len(rows))]
 
-    def plan(self, chosen: Sequence[int]) -> Plan:
+    def plan(self, chosen: Sequence[int]) -> SuffixPasses:
         """Get ready to run rows, as often as one likes."""
         passes = []
         outputs: list[tuple[int, int, float]] = []  # which of the chosen, token, weight
         device = self.places[0].device
-        price = price_of_pass(device, self.places[0].dtype)
-        for group in chunks([len(self._rows[i].tail) for i in chosen], self._batch_tokens, price):
+        price = pass_overhead(device, self.places[0].dtype)
+        for group in pack_batches([len(self._rows[i].suffix) for i in chosen], self._batch_tokens, price):
             numbers = [chosen[k] for k in group]
             wanted = []
             for j, (k, row) in enumerate(zip(group, (self._rows[i] for i in numbers))):
-                if row.has_essence:
+                if row.has_kl:
                     wanted.append((j, 0))
                     outputs.append((k, _NO_TOKEN, 0.0))
                 wanted += [(j, row.first + n) for n in range(len(row.target))]
@@ -166,17 +166,17 @@ class Tails:
             rows, tokens = torch.tensor(wanted).unbind(1)
             passes.append(_Pass(group, *self._batch(numbers), self._states_of(numbers), (rows, tokens)))
         targets = [place for place, (_, token, _) in enumerate(outputs) if token != _NO_TOKEN]
-        essences = [place for place, (_, token, _) in enumerate(outputs) if token == _NO_TOKEN]
-        return Plan(
+        kl_places = [place for place, (_, token, _) in enumerate(outputs) if token == _NO_TOKEN]
+        return SuffixPasses(
             passes,
             number=torch.tensor([k for k, _, _ in outputs], device=device),
             targets=torch.tensor(targets, dtype=torch.long, device=device),
             token=torch.tensor([outputs[place][1] for place in targets], dtype=torch.long, device=device),
             weight=torch.tensor([outputs[place][2] for place in targets], device=device),
-            essences=torch.tensor(essences, dtype=torch.long, device=device),
+            kl_places=torch.tensor(kl_places, dtype=torch.long, device=device),
         )
 
-    def forward(self, plan: Plan, delta: Tensor) -> Tensor:
+    def forward(self, plan: SuffixPasses, delta: Tensor) -> Tensor:
         """Run rows with δ, (chosen, n, d), added at the places of each; returns the wanted outputs of the loss layer, (wanted, d)."""
         found = [
             self._with_value(one.batch, one.cache, one.states, delta[one.places], self._layout.loss_layer)[0][one.wanted]
@@ -213,9 +213,9 @@ class Tails:
             return self._run(batch, cache, until, edits)
 
     def _batch(self, numbers: Sequence[int]) -> tuple[Batch, DynamicCache | None]:
-        """Rows' tails, and the cache of their heads."""
-        cache, head_mask = self._heads.of([self._rows[i].head for i in numbers])
-        return pad([self._rows[i].tail for i in numbers], "right", device_of(self._model), after=head_mask), cache
+        """Rows' suffixes, and the cache of their prefixes."""
+        cache, prefix_mask = self._prefixes.select([self._rows[i].prefix for i in numbers])
+        return pad([self._rows[i].suffix for i in numbers], "right", device_of(self._model), after=prefix_mask), cache
 
     def _states_of(self, numbers: Sequence[int]) -> Tensor | None:
         if self._states is None:
@@ -229,7 +229,7 @@ class Tails:
         until: nn.Module,
         edits: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run tails.
+        """Run suffixes.
 
         Returns:
             What the module `until` gives, (rows, length, d), and where values are put at outputs, what each edited layer's MLP gives at

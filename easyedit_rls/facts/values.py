@@ -8,7 +8,7 @@ For each fact, ``z = h + δ`` at the last edited layer and the subject's last to
 ball of radius clamp_norm_factor · ‖h‖; what is found may be lengthened (`overshoot`). The facts don't interact: the loss is a sum, Adam
 works coordinate by coordinate, and each fact stops by itself.
 
-Each step runs only the tokens that see δ (`tails`). A text that already predicts its target well hardly pulls any more, so it keeps its
+Each step runs only the tokens that see δ (`suffixes`). A text that already predicts its target well hardly pulls any more, so it keeps its
 last gradient for some steps (`settled_nll`, `settled_every`); before a fact is called done, all its texts are run.
 """
 
@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError, NumericalError
 from easyedit_rls.facts.keys import Fact, value_states
-from easyedit_rls.facts.suffix import Plan, Tails, rows_of
-from easyedit_rls.model.layout import Layout, twin
+from easyedit_rls.facts.suffix import Suffixes, SuffixPasses, rows_of
+from easyedit_rls.model.layout import Layout, cast_copy
 
 _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
 
@@ -83,7 +83,7 @@ def optimize_values(
 ) -> Values:
     """Optimize the values of all facts, in groups that fit `batch_tokens`.
 
-    With `v_dtype`, a copy of the model in that type is optimized on (see `twin`), and the losses are as it
+    With `v_dtype`, a copy of the model in that type is optimized on (see `cast_copy`), and the losses are as it
     sees them; h is the model's own. The copy has the weights that the model holds, rounded as they are there.
 
     Args:
@@ -97,7 +97,7 @@ def optimize_values(
         NumericalError: a loss or a value is not finite; names the request.
     """
     dtype = model.dtype if hparams.v_dtype is None else getattr(torch, hparams.v_dtype)
-    low = layout if dtype == model.dtype else twin(layout, dtype)
+    low = layout if dtype == model.dtype else cast_copy(layout, dtype)
     found = _find(low.model, low, facts, hparams, progress)
     if value_place(layout, hparams) == "output":
         goals = _goals(model, layout, facts, hparams, found.delta)
@@ -111,7 +111,7 @@ def optimize_values(
 def value_place(layout: Layout, hparams: RLSEditHyperParams) -> str:
     """Where values are put: as `value_at` says, or else at the MLPs' outputs if a norm stands behind an edited one, which lets no
     length through, so that not every hidden state can be reached."""
-    has_norm = any(outlet.norm is not None for outlet in layout.outlets.values())
+    has_norm = any(residual.norm is not None for residual in layout.residuals.values())
     place = hparams.value_at or ("output" if has_norm else "hidden")
     if place == "output" and hparams.targets == "published":
         raise HyperParamsError(
@@ -144,8 +144,8 @@ def _find(
 def _goals(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor) -> list[Goal]:
     """What the edited layers do in bare prompts when δ, (facts, edited layers, d), is put in by hand."""
     bare = [replace(fact, rows=fact.rows[:1], statements=()) for fact in facts]
-    rows = [row for row in rows_of(bare, 0.0, shares_essence=False) if not row.has_essence]
-    states, outputs = Tails(model, layout, rows, hparams.batch_tokens, "output").with_value(range(len(rows)), delta)
+    rows = [row for row in rows_of(bare, 0.0, shares_kl=False) if not row.has_kl]
+    states, outputs = Suffixes(model, layout, rows, hparams.batch_tokens, "output").with_value(range(len(rows)), delta)
     return [Goal(state, output) for state, output in zip(states.unbind(1), outputs.unbind(1))]
 
 
@@ -179,25 +179,25 @@ class _Optimization:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
         self.layout, self.hparams = layout, hparams
-        self.rows = rows_of(facts, hparams.statement_share, shares_essence=hparams.settled_nll == 0)  # a settled row skips steps
+        self.rows = rows_of(facts, hparams.statement_share, shares_kl=hparams.settled_nll == 0)  # a settled row skips steps
         place = value_place(layout, hparams)
-        self.tails = Tails(model, layout, self.rows, hparams.batch_tokens, place)
+        self.suffixes = Suffixes(model, layout, self.rows, hparams.batch_tokens, place)
         firsts = [next(i for i, row in enumerate(self.rows) if row.fact == f) for f in range(len(facts))]
-        self.h = torch.stack([self.tails.places[i].float() for i in firsts])  # where δ is put, (facts, n, d)
+        self.h = torch.stack([self.suffixes.places[i].float() for i in firsts])  # where δ is put, (facts, n, d)
         self.length = self.h.norm(dim=2, keepdim=True)
         # Adam's unit: hidden states have one length, so v_lr is in their own; outputs of layers don't, so there it is relative
         self.unit = torch.ones_like(self.length) if place == "hidden" else self.length / self.h.shape[2] ** 0.5
         self.delta = torch.zeros_like(self.h)
         self.gradient = self.h.new_zeros(len(self.rows), *self.h.shape[1:])  # of each row's part of the loss, when it last ran
-        self.last_plan: tuple[Tensor, Plan] | None = None  # the rows that ran last
-        self.essence: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
+        self.last_plan: tuple[Tensor, SuffixPasses] | None = None  # the rows that ran last
+        self.kl_prompt: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
 
         self.fact = torch.tensor([row.fact for row in self.rows])
         self.share = torch.tensor([row.share for row in self.rows])
         self.must_lead = torch.tensor([row.must_lead for row in self.rows])
         self.part = torch.zeros(len(self.rows))  # of each row's target in its fact's loss, when it last ran
-        self.divergence = torch.zeros(len(self.rows))  # kl_factor times that at the essence prompt's output, for rows that have it
-        self.has_essence = torch.tensor([row.has_essence for row in self.rows])
+        self.divergence = torch.zeros(len(self.rows))  # kl_factor times that at the KL prompt's output, for rows that have it
+        self.has_kl = torch.tensor([row.has_kl for row in self.rows])
         self.falls_short = torch.zeros(len(self.rows), dtype=torch.bool)  # whether its target was not the most probable text
         self.age = torch.full((len(self.rows),), hparams.settled_every)  # steps since it last ran
         self.decay = torch.zeros(len(facts))
@@ -263,7 +263,7 @@ class _Optimization:
         """Rows that must run in this step: those of active facts; before the last step not the settled ones that ran a short while ago."""
         due = self.is_active[self.fact]
         if not is_last:
-            is_settled = ~self.has_essence & (self.part < self.hparams.settled_nll * self.share)
+            is_settled = ~self.has_kl & (self.part < self.hparams.settled_nll * self.share)
             due = due & ~(is_settled & (self.age < self.hparams.settled_every))
         return due.nonzero().flatten()
 
@@ -278,7 +278,7 @@ class _Optimization:
         delta = self.delta[fact].requires_grad_(wants_gradient)
         plan = self._plan(chosen)
         with torch.set_grad_enabled(wants_gradient):
-            logits = self.layout.logits(self.tails.forward(plan, delta)).to(self.h.device)  # the head may lie elsewhere
+            logits = self.layout.logits(self.suffixes.forward(plan, delta)).to(self.h.device)  # the head may lie elsewhere
         part, divergence, falls_short, slope = self._judge(logits.detach(), plan, fact)
         if wants_gradient:
             (self.gradient[where],) = torch.autograd.grad(logits, delta, slope)
@@ -289,23 +289,23 @@ class _Optimization:
         self.decay = known[3 * len(fact) :]
         self.age[chosen] = 0
 
-    def _plan(self, chosen: Tensor) -> Plan:
+    def _plan(self, chosen: Tensor) -> SuffixPasses:
         """That of the last step, where the same rows run again; otherwise a new one."""
         if self.last_plan is None or not torch.equal(self.last_plan[0], chosen):
             self.last_plan = None  # its memory first
-            self.last_plan = (chosen, self.tails.plan(chosen.tolist()))
+            self.last_plan = (chosen, self.suffixes.plan(chosen.tolist()))
         return self.last_plan[1]
 
-    def _judge(self, logits: Tensor, plan: Plan, fact: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _judge(self, logits: Tensor, plan: SuffixPasses, fact: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the outputs say of the rows that ran.
 
         Returns:
-            Each row's part of the loss, by its target, (rows,), and by the essence prompt's divergence, (rows,); how many target tokens
+            Each row's part of the loss, by its target, (rows,), and by the KL prompt's divergence, (rows,); how many target tokens
             fall short of the most probable text, (rows,); the gradient of the parts' sum in the logits, (wanted, vocabulary):
             w·(p − 1_target) for a target token's −w·log p, and kl_factor · p · (log p − log p_0 − KL) for the divergence.
         """
         log_probs = F.log_softmax(logits, dim=1)
-        targets, token, essences = plan.targets, plan.token, plan.essences
+        targets, token, kl_places = plan.targets, plan.token, plan.kl_places
         part, divergences, falls_short = log_probs.new_zeros(3, len(fact))
         of_target = log_probs[targets, token]
         part.index_add_(0, plan.number[targets], -of_target * plan.weight)
@@ -315,17 +315,17 @@ class _Optimization:
         is_short = of_target - others <= self.hparams.early_stopping_margin
         falls_short.index_add_(0, plan.number[targets], is_short.to(falls_short))
 
-        if self.essence is None:
-            self.essence = log_probs.new_empty(len(self.h), log_probs.shape[1])
-            self.essence[fact[plan.number[essences]]] = log_probs[essences]
-        change = log_probs[essences] - self.essence[fact[plan.number[essences]]]
+        if self.kl_prompt is None:
+            self.kl_prompt = log_probs.new_empty(len(self.h), log_probs.shape[1])
+            self.kl_prompt[fact[plan.number[kl_places]]] = log_probs[kl_places]
+        change = log_probs[kl_places] - self.kl_prompt[fact[plan.number[kl_places]]]
         slope = log_probs.exp_()
-        divergence = (slope[essences] * change).sum(1, keepdim=True)
-        divergences[plan.number[essences]] = self.hparams.kl_factor * divergence.squeeze(1)
+        divergence = (slope[kl_places] * change).sum(1, keepdim=True)
+        divergences[plan.number[kl_places]] = self.hparams.kl_factor * divergence.squeeze(1)
         scale = slope.new_ones(len(slope), 1).index_put((targets,), plan.weight[:, None])
         slope *= scale
         slope[targets, token] -= plan.weight
-        slope[essences] *= self.hparams.kl_factor * (change - divergence)
+        slope[kl_places] *= self.hparams.kl_factor * (change - divergence)
         return part, divergences, falls_short, slope
 
     def _whole_gradient(self) -> Tensor:

@@ -69,7 +69,7 @@ _NEEDS_MOMENTS = ("AlphaEdit", "MEMIT", "ROME")
 BUILTIN = tuple(_SETTINGS)
 
 
-class BuiltinEditor:
+class EasyEditBaseline:
     """One of EasyEdit's editors as a function of a batch; edits the model in place.
 
     What these editors keep in module globals and in objects of the module is put there when one is made: one at a time in a process.

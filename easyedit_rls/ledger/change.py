@@ -11,7 +11,7 @@ from easyedit_rls.errors import NumericalError, PrecisionError
 from easyedit_rls.ledger.history import Edit, Entry
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.rebuild import rebuilt
-from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.base import LayerSolver
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Change:
     data: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.solutions: dict[int, LayerSolution] = dict(self.start.solutions)
+        self.solutions: dict[int, LayerSolver] = dict(self.start.solutions)
 
     def open(self, removed: Sequence[int] = ()) -> None:
         """Take edits out, and sum anew what has drifted. To be called once, first of all.
@@ -81,13 +81,13 @@ class Change:
         """
         solution = self.solutions[layer]
         try:
-            solution = solution.update(K, V, importance, joins_last=self._is_begun(layer))
+            solution = solution.update(K, V, importance, same_change=self._is_begun(layer))
         except PrecisionError as exc:
             if layer in self.rebuilt:
                 raise
             logger.info("%s", exc)
             self._rebuild(layer)
-            solution = self.solutions[layer].update(K, V, importance, joins_last=True)
+            solution = self.solutions[layer].update(K, V, importance, same_change=True)
         self.solutions[layer], self.factors[layer] = solution, solution.gamma
         self.data |= {f"K.{layer}": K, f"V.{layer}": V, "importance": importance}
 

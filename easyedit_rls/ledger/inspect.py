@@ -20,7 +20,7 @@ from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.reading import POINTER, journals, newest, read_pointer
 from easyedit_rls.ledger.snapshot import read_prior
 from easyedit_rls.ledger.tidy import leftovers, tails
-from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import batch_solution
 from easyedit_rls.solvers.spd import cholesky
 
@@ -106,7 +106,7 @@ def unexpected(folder: Path) -> list[str]:
     return [*map(str, leftovers(folder, in_use)), *behind]
 
 
-def layer_figures(prior: Prior, solution: LayerSolution, history: History, layer: int, manifest: Manifest) -> LayerFigures:
+def layer_figures(prior: Prior, solution: LayerSolver, history: History, layer: int, manifest: Manifest) -> LayerFigures:
     """Deviation and the three terms of the paper's objective at the weight as it is."""
     lambda_reg, mu_reg = float(manifest.objective["lambda_reg"]), float(manifest.objective["mu_reg"])
     W, W_0, W_p = (tensor.double() for tensor in (solution.weight, prior.unedited, prior.solution.weight))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from easyedit_rls.ledger.history import History
 from easyedit_rls.ledger.ledger import Place
-from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
 
 
@@ -29,7 +29,7 @@ class Moment:
         unbegun: files of a journal that is to begin with the first change; None where it has begun, or there is no ledger.
     """
 
-    solutions: Mapping[int, LayerSolution] = field(default_factory=dict)
+    solutions: Mapping[int, LayerSolver] = field(default_factory=dict)
     unedited: Mapping[int, Tensor] = field(default_factory=dict)
     beginnings: Mapping[int, Beginning] = field(default_factory=dict)
     templates: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Moment:
         """What the model's weight is at this moment, (d_k, d_v). Anchors with values of their own count from the first edit on."""
         return self.solutions[layer].weight if self.history.entries or self.history.n_batches else self.unedited[layer]
 
-    def changed(self, solutions: Mapping[int, LayerSolution], history: History, place: Place, *, is_final: bool = False) -> "Moment":
+    def changed(self, solutions: Mapping[int, LayerSolver], history: History, place: Place, *, is_final: bool = False) -> "Moment":
         """The moment after a change; one that is final can't be rolled back."""
         before = None if is_final else replace(self, before=None)
         return replace(self, solutions=solutions, history=history, place=place, before=before)

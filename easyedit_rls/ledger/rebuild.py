@@ -7,13 +7,13 @@ are to be taken out that were nearly all the state knew of their keys: no downda
 from collections.abc import Mapping, Sequence
 
 from easyedit_rls.ledger.history import Entry, History
-from easyedit_rls.solvers.base import LayerSolution, flat_rows
+from easyedit_rls.solvers.base import LayerSolver, flat_rows
 from easyedit_rls.solvers.batch import Beginning, batch_solution
 from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 
-def rebuilt(beginning: Beginning, current: LayerSolution, history: History, layer: int, removed: Sequence[int] = ()) -> LayerSolution:
+def rebuilt(beginning: Beginning, current: LayerSolver, history: History, layer: int, removed: Sequence[int] = ()) -> LayerSolver:
     """The solution of one layer summed anew, in float64 where the device has it, from where on it stays in float64.
 
     Args:
@@ -42,8 +42,8 @@ def rebuilt(beginning: Beginning, current: LayerSolution, history: History, laye
 
 
 def replayed(
-    solutions: Mapping[int, LayerSolution], entry: Entry, history: History, beginnings: "Mapping[int, Beginning]"
-) -> tuple[dict[int, LayerSolution], History]:
+    solutions: Mapping[int, LayerSolver], entry: Entry, history: History, beginnings: "Mapping[int, Beginning]"
+) -> tuple[dict[int, LayerSolver], History]:
     """The state after one change more, bit for bit as the editor made it.
 
     Args:
@@ -59,7 +59,7 @@ def replayed(
     gone = history.tensors(entry.removed, by_step, device) if entry.removed and by_step else {}
     has_tensors = entry.edits or entry.kind == "adopt" or any(factor != 1.0 for factor in entry.factors.values())
     data = entry.data() if has_tensors else {}
-    after: dict[int, LayerSolution] = {}
+    after: dict[int, LayerSolver] = {}
     for layer, solution in solutions.items():
         is_begun = False
         if layer in again:
@@ -68,7 +68,7 @@ def replayed(
             solution, is_begun = solution.retract(*gone[layer]), True
         if f"K.{layer}" in data:
             K, V, D = (data[name].to(device) for name in (f"K.{layer}", f"V.{layer}", "importance"))
-            solution = solution.update(K, V, D, joins_last=is_begun, factor=entry.factors[layer])
+            solution = solution.update(K, V, D, same_change=is_begun, factor=entry.factors[layer])
         if entry.kind == "adopt":
             solution = solution.adopt(data[f"W.{layer}"].to(device))
         after[layer] = solution

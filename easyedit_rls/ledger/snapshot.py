@@ -17,7 +17,7 @@ from easyedit_rls.ledger.ledger import Ledger, Place
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.rebuild import replayed
-from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
 from easyedit_rls.solvers.packed import PackedSymmetric
@@ -83,7 +83,7 @@ def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu")
     solution, _ = _solutions({"W": unedited.clone(), **tensors}, layer)
     lambda_reg, mu_reg = (0.0, 0.0) if regularizers is None else regularizers.tolist()
     packed = None if gram is None else PackedSymmetric.from_vector(gram, len(unedited))
-    C_0 = PackedSymmetric.of(solution.covariance()) if regularizers is None else None  # a ledger of the first format
+    C_0 = PackedSymmetric.from_dense(solution.covariance()) if regularizers is None else None  # a ledger of the first format
     beginning = Beginning(packed, C_0, lambda_reg, mu_reg, solution.weight, solution.watch)
     return Prior(solution, unedited, beginning, None if energy is None else float(energy))
 
@@ -172,13 +172,13 @@ def _read(journal: Journal, devices: Mapping[int, torch.device] | None, from_sta
     beginnings = StoredBeginnings(journal, devices)
     start = 1 if from_start else len(journal.lines) - journal.position.since_checkpoint
     history, history_before = parsed_history(journal, start)
-    before: Mapping[int, LayerSolution] | None = None
+    before: Mapping[int, LayerSolver] | None = None
     if journal.lines[start - 1].kind == "checkpoint":
         pairs = {}
         for name, stamp in journal.lines[start - 1].files.items():
             layer = int(name.rsplit("-", 1)[1].split(".")[0])
             pairs[layer] = _solutions(journal.load(name, stamp, devices[layer]), layer)
-        solutions: Mapping[int, LayerSolution] = {layer: pairs[layer][0] for layer in devices}
+        solutions: Mapping[int, LayerSolver] = {layer: pairs[layer][0] for layer in devices}
         found = {layer: pair[1] for layer, pair in pairs.items() if pair[1] is not None}
         before = found if len(found) == len(devices) and history_before is not None else None
     else:
@@ -226,7 +226,7 @@ def _is_loose(journal: Journal, line: Line) -> bool:
     return line is first and _first_id(journal) > 1 and "n_batches" not in journal.lines[0].entry
 
 
-def _solutions(tensors: Mapping[str, Tensor], layer: int) -> tuple[LayerSolution, LayerSolution | None]:
+def _solutions(tensors: Mapping[str, Tensor], layer: int) -> tuple[LayerSolver, LayerSolver | None]:
     kind = ForgettingLeastSquares if "P" in tensors else RecursiveLeastSquares
     try:
         return kind.from_tensors(tensors, f"layer {layer}")

@@ -28,7 +28,7 @@ from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.snapshot import StoredBeginnings, prior_files, write_checkpoint
 from easyedit_rls.model.cast import CastParameters
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
-from easyedit_rls.solvers.base import LayerSolution
+from easyedit_rls.solvers.base import LayerSolver
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class EditorState:
         return other
 
     @property
-    def layers(self) -> Mapping[int, LayerSolution]:
+    def layers(self) -> Mapping[int, LayerSolver]:
         """Layer number -> its running solution; empty before the first batch."""
         return self.now.solutions
 

@@ -99,12 +99,12 @@ def window_of(model: PreTrainedModel) -> int | None:
     return min((window for window in windows if window), default=None)
 
 
-def price_of_pass(device: torch.device, dtype: torch.dtype = torch.float32) -> int:
+def pass_overhead(device: torch.device, dtype: torch.dtype = torch.float32) -> int:
     """Tokens that a pass costs as much as beside its own. Measured on the CPU; a GPU's is the one of two-byte types, unmeasured."""
     return _PASS if device.type == "cpu" and dtype.itemsize > 2 else _PASS_OF_FAST_PRODUCTS
 
 
-def chunks(lengths: Sequence[int], max_tokens: int, price: int = _PASS) -> Iterator[list[int]]:
+def pack_batches(lengths: Sequence[int], max_tokens: int, price: int = _PASS) -> Iterator[list[int]]:
     """Cut indices into groups of similar length, so that passes and padding together cost the least, and no padded group holds more than
     `max_tokens`.
 
@@ -113,7 +113,7 @@ def chunks(lengths: Sequence[int], max_tokens: int, price: int = _PASS) -> Itera
     Args:
         lengths: tokens of each row.
         max_tokens: tokens in one pass, at most.
-        price: what a pass costs beside its tokens, in tokens; see `price_of_pass`.
+        price: what a pass costs beside its tokens, in tokens; see `pass_overhead`.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     ends = [k + 1 for k, i in enumerate(order) if k + 1 == len(order) or lengths[order[k + 1]] != lengths[i]]

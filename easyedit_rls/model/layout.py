@@ -17,7 +17,7 @@ from easyedit_rls.model.batching import positions_follow_mask
 from easyedit_rls.model.cast import CastParameters
 from easyedit_rls.model.discovery import obstacle
 from easyedit_rls.model.hooks import form_of, record_outputs, skip_layers
-from easyedit_rls.model.residual import Outlet, find_outlet
+from easyedit_rls.model.residual import Residual, find_residual
 from easyedit_rls.model.weights import EditedWeight, shared_with
 from easyedit_rls.model.wrapped import refuse_wrapped
 
@@ -45,7 +45,7 @@ class Layout:
         layers: all decoder layers.
         n_lower: how many there are up to the value layer, which is the last edited one.
         loss_layer: decoder layer whose output the model's end (final norm, head) reads.
-        casts: the model's parameters in another type, for `twin`; freed with the layout.
+        casts: the model's parameters in another type, for `cast_copy`; freed with the layout.
     """
 
     model: PreTrainedModel
@@ -90,14 +90,14 @@ class Layout:
         return logits[:, 0].float()
 
     @cached_property
-    def outlets(self) -> dict[int, Outlet]:
+    def residuals(self) -> dict[int, Residual]:
         """How each edited layer's output follows its projection's.
 
         Raises:
             LayoutError: something else than a factor and a norm stands between.
         """
         return {
-            layer: find_outlet(self.model, self.layers[layer], weight.module, weight.parameter_name)
+            layer: find_residual(self.model, self.layers[layer], weight.module, weight.parameter_name)
             for layer, weight in self.edited.items()
         }
 
@@ -147,11 +147,11 @@ def find_layout(model: PreTrainedModel, settings: ModuleNames) -> Layout:
     return Layout(model, edited, layers, settings.layers[-1] + 1, layers[-1])
 
 
-def twin(layout: Layout, dtype: torch.dtype) -> Layout:
+def cast_copy(layout: Layout, dtype: torch.dtype) -> Layout:
     """The same modules in a copy of the model whose parameters have another type.
 
     The casts belong to the layout: they are made once and then brought up to date in the same memory
-    (`CastParameters`), bit for bit as a fresh cast, so a twin is good until the next one is made. All else,
+    (`CastParameters`), bit for bit as a fresh cast, so a copy is good until the next one is made. All else,
     such as buffers, hooks and the configuration, is copied anew each time: on SmolLM2-135M that takes 0.02 s.
     Buffers stay in their type: a rotary embedding's frequencies hold positions apart only in float32.
     Parameters are never held twice in their own type. On the CPU attention is the model's plain one: there
@@ -162,7 +162,7 @@ def twin(layout: Layout, dtype: torch.dtype) -> Layout:
     edited = [weight.parameter for weight in layout.edited.values()]
     copies: dict[int, Any] = {**layout.casts.updated(floating, dtype, edited)}
     kept = [value for name, value in vars(model).items() if name.startswith(_KEPT)]
-    copies |= {id(value): {} for value in kept}  # states are large, and of no use in a twin
+    copies |= {id(value): {} for value in kept}  # states are large, and of no use in a copy
     low = copy.deepcopy(layout, copies)
     if low.model.device.type == "cpu":
         low.model.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""The beginnings of texts, run once and kept in the model's own key-value cache."""
+"""The common of texts, run once and kept in the model's own key-value cache."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from easyedit_rls._base.common_prefix import common_prefix
-from easyedit_rls.model.batching import Batch, chunks, device_of, pad, price_of_pass, run
+from easyedit_rls.model.batching import Batch, device_of, pack_batches, pad, pass_overhead, run
 from easyedit_rls.model.hooks import tap
 
 _LEAST_SHARED = 5  # tokens; sharing fewer saves little, and rows that differ after them would be kept apart from closer ones
 
 
-class Heads:
+class PrefixCache:
     """The key-value caches of texts; each text runs once, and what several texts begin with runs once.
 
     Args:
@@ -29,10 +29,10 @@ class Heads:
         self._config = model.config
         unlike = sorted(texts)
         self._number = {text: i for i, text in enumerate(unlike)}
-        self._found = _run_heads(model, end, unlike, batch_tokens) if any(unlike) else None
+        self._found = _run_prefixes(model, end, unlike, batch_tokens) if any(unlike) else None
         self._widths = [] if self._found is None else _widths(self._found[1])
 
-    def of(self, texts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache | None, Tensor | None]:
+    def select(self, texts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache | None, Tensor | None]:
         """One cache with a row for each text, and its mask, (rows, cached); (None, None) if the texts have no token at all."""
         if self._found is None or not any(texts):
             return None, None
@@ -54,20 +54,22 @@ def _widths(mask: Tensor) -> list[int]:
     return widths
 
 
-def _run_heads(model: PreTrainedModel, end: nn.Module, heads: Sequence[Sequence[int]], batch_tokens: int) -> tuple[DynamicCache, Tensor]:
-    """A cache with a row for each head, padded on the left, and its mask."""
+def _run_prefixes(
+    model: PreTrainedModel, end: nn.Module, prefixes: Sequence[Sequence[int]], batch_tokens: int
+) -> tuple[DynamicCache, Tensor]:
+    """A cache with a row for each prefix, padded on the left, and its mask."""
     device = device_of(model)
-    shared = share_beginnings(heads, device)
-    rests, beginnings = heads, DynamicCache(config=model.config)
+    shared = share_prefixes(prefixes, device)
+    rests, common = prefixes, DynamicCache(config=model.config)
     if shared is not None:
-        rests = [head[n:] for head, n in zip(heads, shared.lengths)]
+        rests = [prefix[n:] for prefix, n in zip(prefixes, shared.lengths)]
         with tap(outputs={"end": end}, stop=True):
-            run(model, shared.texts, cache=beginnings, use_cache=True)
+            run(model, shared.texts, cache=common, use_cache=True)
     parts = []
-    for group in chunks([len(rest) for rest in rests], batch_tokens, price_of_pass(device)):
+    for group in pack_batches([len(rest) for rest in rests], batch_tokens, pass_overhead(device)):
         cache, mask = DynamicCache(config=model.config), None
         if shared is not None:
-            cache, mask = fork(beginnings), shared.mask[group]
+            cache, mask = fork(common), shared.mask[group]
             cache.batch_select_indices(shared.numbers[group])
         if any(rests[i] for i in group):
             batch = pad([rests[i] for i in group], "left", device, after=mask)
@@ -76,7 +78,7 @@ def _run_heads(model: PreTrainedModel, end: nn.Module, heads: Sequence[Sequence[
             mask = batch.mask
         if mask is not None:
             parts.append((group, cache, mask))
-    return _merged(parts, len(heads), model)
+    return _merged(parts, len(prefixes), model)
 
 
 def _merged(parts: Sequence[tuple[list[int], DynamicCache, Tensor]], n_rows: int, model: PreTrainedModel) -> tuple[DynamicCache, Tensor]:
@@ -105,7 +107,7 @@ class Shared:
     """What rows of tokens begin with together.
 
     Attributes:
-        texts: the beginnings, each once.
+        texts: the common, each once.
         lengths: for each row, how many of its tokens they hold; 0 where it shares nothing.
         numbers: for each row, which text is its own, (rows,), on the CPU; any where it shares nothing.
         mask: for each row, which of the text's tokens it sees, (rows, length).
@@ -117,7 +119,7 @@ class Shared:
     mask: Tensor
 
 
-def share_beginnings(rows: Sequence[Sequence[int]], device: torch.device) -> Shared | None:
+def share_prefixes(rows: Sequence[Sequence[int]], device: torch.device) -> Shared | None:
     """Find what rows begin with together, None where sharing saves nothing.
 
     Rows with the same first few tokens are taken for a family, and what all of a family begin with is shared.

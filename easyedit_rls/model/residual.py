@@ -15,12 +15,12 @@ from easyedit_rls.errors import LayoutError
 from easyedit_rls.model.hooks import tap
 
 _TOKENS = (1, 2, 3, 4)
-_STEPS = 5  # of `Outlet.needed`
+_STEPS = 5  # of `Residual.needed`
 _ROUNDING = 0.03  # relative; bfloat16 has 8 bits
 
 
 @dataclass(frozen=True)
-class Outlet:
+class Residual:
     """How a layer's output u follows its projection's x, token by token: u = a + scale · x, or norm(a + scale · x).
 
     Attributes:
@@ -72,7 +72,7 @@ def _gain(norm: nn.Module, like: Tensor) -> Tensor:
     return (standard - bias) * signs.float()
 
 
-def find_outlet(model: PreTrainedModel, layer: nn.Module, projection: nn.Module, name: str) -> Outlet:
+def find_residual(model: PreTrainedModel, layer: nn.Module, projection: nn.Module, name: str) -> Residual:
     """See how a layer's output follows its projection's.
 
     Args:
@@ -104,7 +104,7 @@ def find_outlet(model: PreTrainedModel, layer: nn.Module, projection: nn.Module,
     scale = float((change * push).sum() / push.square().sum())
     if float((change - scale * push).norm()) > 2 * _ROUNDING * float(change.norm()) or scale == 0:
         raise LayoutError(f"What {name} writes does not reach its layer's output as it is, scaled, or through a norm; it can't be edited.")
-    return Outlet(1.0 if abs(scale - 1) < _ROUNDING else float(f"{scale:.3g}"), norm)  # rounded: it is the same whatever was edited
+    return Residual(1.0 if abs(scale - 1) < _ROUNDING else float(f"{scale:.3g}"), norm)  # rounded: it is the same whatever was edited
 
 
 def _norm_behind(model: PreTrainedModel, layer: nn.Module, projection: nn.Module, tokens: Tensor) -> nn.Module | None:

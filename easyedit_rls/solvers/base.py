@@ -11,7 +11,7 @@ from easyedit_rls.errors import NumericalError
 from easyedit_rls.solvers.spd import row_major
 from easyedit_rls.solvers.watch import WeightWatch
 
-S = TypeVar("S", bound="LayerSolution")
+S = TypeVar("S", bound="LayerSolver")
 
 
 class Parts(Protocol):
@@ -24,7 +24,7 @@ class Parts(Protocol):
     def n_edits(self) -> int: ...
 
 
-class LayerSolution(ABC):
+class LayerSolver(ABC):
     """The solution of one edited layer's regularized least-squares problem, as a value: a change makes a new one.
 
     It stays good until the change after the next; older ones may give up their memory.
@@ -61,12 +61,12 @@ class LayerSolution(ABC):
 
     @abstractmethod
     def update(
-        self: S, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False, factor: float | None = None
+        self: S, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False, factor: float | None = None
     ) -> S:
         """The solution with one batch of edits more."""
 
     @abstractmethod
-    def retract(self: S, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> S:
+    def retract(self: S, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False) -> S:
         """The solution without some edits, as if they had never been made."""
 
     @abstractmethod
@@ -82,7 +82,7 @@ class LayerSolution(ABC):
         """What the weight lacks of the least-squares solution, as a share of the edit."""
 
     @abstractmethod
-    def tensors(self, before: "LayerSolution | None" = None) -> dict[str, Tensor]:
+    def tensors(self, before: "LayerSolver | None" = None) -> dict[str, Tensor]:
         """The solution as tensors for a file, with the one before it."""
 
     def _checked(self, K: Tensor, V: Tensor, importance: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

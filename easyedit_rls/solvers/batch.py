@@ -43,8 +43,8 @@ class Beginning:
         """A_0, (d_k, d_k), in the widest dtype of the device."""
         wide = widest_dtype(device)
         if self.C_0 is not None:
-            return spd_inverse(self.C_0.full().to(device, wide), "Prior covariance", "Mend the ledger.")
-        gram = None if self.gram is None else self.gram.full().to(device)
+            return spd_inverse(self.C_0.to_dense().to(device, wide), "Prior covariance", "Mend the ledger.")
+        gram = None if self.gram is None else self.gram.to_dense().to(device)
         return information(len(self.W_p), gram, self.lambda_reg, self.mu_reg, device)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError
-from easyedit_rls.solvers.base import LayerSolution, part_of
+from easyedit_rls.solvers.base import LayerSolver, part_of
 from easyedit_rls.solvers.packed import PackedSymmetric
 from easyedit_rls.solvers.rls import prior
 from easyedit_rls.solvers.spd import cholesky, information_drift, row_major, spd_inverse, symmetrize_
@@ -80,7 +80,7 @@ class _Parts:
     is_whole: bool = False
 
 
-class ForgettingLeastSquares(LayerSolution):
+class ForgettingLeastSquares(LayerSolver):
     """Running solution of one layer's regularized least-squares problem, older edits fading. Interface as `RecursiveLeastSquares`.
 
     A, P and W are kept in float64 where the device has it: two (d_k, d_k) matrices of twice the covariance's size. An edit of great
@@ -137,7 +137,7 @@ class ForgettingLeastSquares(LayerSolution):
         return A
 
     def update(
-        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False, factor: float | None = None
+        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False, factor: float | None = None
     ) -> "ForgettingLeastSquares":
         """The solution with one batch of edits more, what came before faded; `gamma` of the new one says by how much.
 
@@ -145,7 +145,7 @@ class ForgettingLeastSquares(LayerSolution):
             K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
             V: target outputs, (u, d_v) or (u, r, d_v).
             importance: diagonal of D, (u,) or (u, r), positive; ones if None.
-            joins_last: this solution is one on the way, which nobody goes back to: the batch belongs to the change that made it.
+            same_change: this solution is one on the way, which nobody goes back to: the batch belongs to the change that made it.
             factor: γ of this batch instead of the object's own rule: to replay a stream.
 
         Raises:
@@ -167,16 +167,16 @@ class ForgettingLeastSquares(LayerSolution):
         right = K.T @ (D[:, None] * E) - (1.0 - step.gamma) * (prior.P @ (W - prior.W_p))
         Z = probes(A)
         drift = information_drift(A @ torch.cholesky_solve(Z, L), Z)
-        return self._changed(step, W + torch.cholesky_solve(right, L), n_edits, surprise, drift, joins_last)
+        return self._changed(step, W + torch.cholesky_solve(right, L), n_edits, surprise, drift, same_change)
 
-    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> "ForgettingLeastSquares":
+    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False) -> "ForgettingLeastSquares":
         """The solution without some edits, as if they had never been made.
 
         Args:
             K: keys that were given to `update`, (u, d_k) or (u, r, d_k).
             V: their target outputs, (u, d_v) or (u, r, d_v).
             importance: what is left of their importances: those given to `update` times every γ since, (u,) or (u, r).
-            joins_last: see `update`.
+            same_change: see `update`.
 
         Raises:
             NumericalError: the edits are not in the state (what is left is not positive definite).
@@ -188,7 +188,7 @@ class ForgettingLeastSquares(LayerSolution):
         cure = "These edits are not part of the state: give those that were made."
         L = cholesky(self._apply_(self.information(), step), f"Information matrix of {self.name} without the edits", cure)
         W = W - torch.cholesky_solve(K.T @ (D[:, None] * (V - K @ W)), L)
-        return self._changed(step, W, -n_edits, self._parts.surprise, self.drift(), joins_last)
+        return self._changed(step, W, -n_edits, self._parts.surprise, self.drift(), same_change)
 
     def adopt(self, W: Tensor) -> "ForgettingLeastSquares":
         """The same information with a weight that somebody else wrote, (d_k, d_v)."""
@@ -202,7 +202,7 @@ class ForgettingLeastSquares(LayerSolution):
         """The same: each batch's weight comes from a solve with A."""
         return self._parts.drift
 
-    def tensors(self, before: LayerSolution | None = None) -> dict[str, Tensor]:
+    def tensors(self, before: LayerSolver | None = None) -> dict[str, Tensor]:
         """The solution as tensors that `from_tensors` takes; A and P are stored by half.
 
         Args:
@@ -212,7 +212,7 @@ class ForgettingLeastSquares(LayerSolution):
         base = before if isinstance(before, ForgettingLeastSquares) else self
         A, b = base.information(), base._parts
         numbers = [p.prior.factor or 0.0, p.prior.memory, *b.surprise, b.drift]
-        stored = {key: PackedSymmetric.of(M).to_vector() for key, M in (("P", p.prior.P), ("A", A))}
+        stored = {key: PackedSymmetric.from_dense(M).to_vector() for key, M in (("P", p.prior.P), ("A", A))}
         stored |= {"W_p": p.prior.W_p, "W": b.W}
         stored |= {"n_edits": torch.tensor([b.n_edits]), "numbers": torch.tensor(numbers, dtype=torch.float64)}
         if base is not self:
@@ -231,7 +231,7 @@ class ForgettingLeastSquares(LayerSolution):
             KeyError: a tensor is missing.
         """
         factor, memory, first, second, drift = stored["numbers"].tolist()
-        P, A = (PackedSymmetric.from_vector(stored[key], len(stored["W"])).full() for key in ("P", "A"))
+        P, A = (PackedSymmetric.from_vector(stored[key], len(stored["W"])).to_dense() for key in ("P", "A"))
         prior = _Prior(P, stored["W_p"].to(P), factor or None, memory)
         base = cls._of(_Parts(prior, A, (), stored["W"].to(A), int(stored["n_edits"]), (first, second), drift), name)
         pending = part_of(stored, "pending.")
@@ -260,14 +260,14 @@ class ForgettingLeastSquares(LayerSolution):
         return 1.0 if sigma2 <= 0 else min(1.0, max(_LEAST_FACTOR, 1.0 - now / (self._parts.prior.memory * sigma2)))
 
     def _changed(
-        self, step: _Step, W: Tensor, n_edits: int, surprise: tuple[float, float], drift: float, joins_last: bool
+        self, step: _Step, W: Tensor, n_edits: int, surprise: tuple[float, float], drift: float, same_change: bool
     ) -> "ForgettingLeastSquares":
         W = row_major(W, self.weight)
         if not bool(torch.isfinite(W).all()):
             raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
-        if not joins_last and not self._parts.is_whole:  # the same in another form, so that both solutions share one A
+        if not same_change and not self._parts.is_whole:  # the same in another form, so that both solutions share one A
             self._parts = replace(self._parts, A=self.information(), is_whole=True)
         parts = replace(self._parts, W=W, n_edits=self.n_edits + n_edits, surprise=surprise, drift=drift)
-        if joins_last:
+        if same_change:
             return self._of(replace(parts, steps=(*parts.steps, step)), self.name, step.gamma)
         return self._of(replace(parts, steps=(step,), is_whole=False), self.name, step.gamma)

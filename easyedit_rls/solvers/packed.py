@@ -55,10 +55,10 @@ class PackedSymmetric:
     is a few large products on contiguous memory. Only the square at a panel's end holds both of its halves, and holds them exactly
     symmetric. On the CPU that is 52 % of the whole matrix at n = 14,336.
 
-    >>> C = PackedSymmetric.of(torch.eye(2))
+    >>> C = PackedSymmetric.from_dense(torch.eye(2))
     >>> C.update_([Term(torch.tensor([[1.0], [2.0]]), -1.0)], torch.tensor([[1.0, 1.0]]))
     tensor([[-2., -5.]])
-    >>> C.full()
+    >>> C.to_dense()
     tensor([[ 0., -2.],
             [-2., -3.]])
     """
@@ -67,7 +67,7 @@ class PackedSymmetric:
         self.panels = tuple(panels)
 
     @classmethod
-    def of(cls, M: Tensor, dtype: torch.dtype | None = None) -> "PackedSymmetric":
+    def from_dense(cls, M: Tensor, dtype: torch.dtype | None = None) -> "PackedSymmetric":
         """A copy of M's lower triangle.
 
         Args:
@@ -82,7 +82,7 @@ class PackedSymmetric:
     def clone(self) -> "PackedSymmetric":
         return PackedSymmetric([panel.clone() for panel in self.panels])
 
-    def full(self, terms: Sequence[Term] = ()) -> Tensor:
+    def to_dense(self, terms: Sequence[Term] = ()) -> Tensor:
         """The whole matrix, with some terms that need not be in it yet, as a new (n, n) tensor."""
         M = self.panels[0].new_empty(len(self), len(self))
         for number, (rows, panel) in enumerate(self._rows()):
@@ -148,7 +148,7 @@ class PackedSymmetric:
         Returns:
             A new vector of about n(n + 64)/2 entries, from which `from_vector` makes the matrix again, bit for bit.
 
-        >>> PackedSymmetric.of(torch.eye(2)).to_vector()
+        >>> PackedSymmetric.from_dense(torch.eye(2)).to_vector()
         tensor([1., 0., 0., 1.])
         """
         strips = []
@@ -161,7 +161,7 @@ class PackedSymmetric:
     def from_vector(cls, vector: Tensor, n: int) -> "PackedSymmetric":
         """The (n, n) matrix that `to_vector` was taken from.
 
-        >>> PackedSymmetric.from_vector(torch.tensor([1.0, 2.0, 2.0, 5.0]), 2).full()
+        >>> PackedSymmetric.from_vector(torch.tensor([1.0, 2.0, 2.0, 5.0]), 2).to_dense()
         tensor([[1., 2.],
                 [2., 5.]])
         """

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError, PrecisionError
-from easyedit_rls.solvers.base import LayerSolution, part_of
+from easyedit_rls.solvers.base import LayerSolver, part_of
 from easyedit_rls.solvers.packed import PackedSymmetric, Term
 from easyedit_rls.solvers.spd import cholesky, information_drift, innovation_factor, spd_inverse, symmetrize_
 from easyedit_rls.solvers.watch import WeightWatch, probes, widest_dtype
@@ -75,16 +75,16 @@ class _Parts:
     W_before: Tensor | None = None
     spare: list[Tensor] = field(default_factory=list)
 
-    def follow(self, joins_last: bool) -> "_Parts":
+    def follow(self, same_change: bool) -> "_Parts":
         """Where a change begins: one that does not join the last makes the one before the last final."""
-        if joins_last:
+        if same_change:
             return self
         settled = tuple(term for term in (*self.settled, *self.previous) if not term.is_in)
         spare = [] if self.W_before is None else [self.W_before]
         return replace(self, settled=settled, previous=self.last, last=(), W_before=self.W, spare=spare)
 
 
-class RecursiveLeastSquares(LayerSolution):
+class RecursiveLeastSquares(LayerSolver):
     """Running solution of one layer's regularized least-squares problem.
 
     Owns its tensors: nothing given to it is kept by reference, except that `weight` hands out the live tensor (read only, by
@@ -118,7 +118,7 @@ class RecursiveLeastSquares(LayerSolution):
         self.name = name
         Z = probes(W_0)
         Y = (A @ Z.to(A)).to(W_0.dtype)
-        self._parts = _Parts(PackedSymmetric.of(C, W_0.dtype), W.to(W_0.dtype).clone(), Z, Y, WeightWatch.begin(C, W), 0)
+        self._parts = _Parts(PackedSymmetric.from_dense(C, W_0.dtype), W.to(W_0.dtype).clone(), Z, Y, WeightWatch.begin(C, W), 0)
 
     @classmethod
     def _of(cls, parts: _Parts, name: str) -> "RecursiveLeastSquares":
@@ -140,7 +140,7 @@ class RecursiveLeastSquares(LayerSolution):
         """
         Z = probes(W)
         Y = (A @ Z.to(A)).to(W.dtype)
-        return cls._of(_Parts(PackedSymmetric.of(C, W.dtype), W.contiguous(), Z, Y, watch, n_edits), name)
+        return cls._of(_Parts(PackedSymmetric.from_dense(C, W.dtype), W.contiguous(), Z, Y, watch, n_edits), name)
 
     @property
     def watch(self) -> WeightWatch | None:
@@ -150,10 +150,10 @@ class RecursiveLeastSquares(LayerSolution):
     def covariance(self) -> Tensor:
         """C_t as a new (d_k, d_k) tensor."""
         p = self._parts
-        return p.C.full((*p.settled, *p.previous, *p.last))
+        return p.C.to_dense((*p.settled, *p.previous, *p.last))
 
     def update(
-        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False, factor: float | None = None
+        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False, factor: float | None = None
     ) -> "RecursiveLeastSquares":
         """The solution with one batch of edits more.
 
@@ -161,7 +161,7 @@ class RecursiveLeastSquares(LayerSolution):
             K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
             V: target outputs, (u, d_v) or (u, r, d_v).
             importance: diagonal of D, (u,) or (u, r), positive; ones if None.
-            joins_last: this solution is one on the way, which nobody goes back to: the batch belongs to the change that made it.
+            same_change: this solution is one on the way, which nobody goes back to: the batch belongs to the change that made it.
             factor: 1 or None; only `ForgettingLeastSquares` can let older edits fade.
 
         Raises:
@@ -172,22 +172,22 @@ class RecursiveLeastSquares(LayerSolution):
             raise NumericalError(f"The covariance of {self.name} can't forget (factor {factor}). Set forgetting_factor.")
         n_edits = len(K)
         K, V, D = self._checked(K, V, importance, self.weight)
-        parts = self._parts.follow(joins_last)
+        parts = self._parts.follow(same_change)
         KC = self._times(K, parts)
         self._refuse_if_too_firm(K, KC, D)
         L = innovation_factor(K, KC.T, D)
         G = torch.linalg.solve_triangular(L, KC, upper=False).T.contiguous()  # F L^-T
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)  # L^-1 (V − K W)
-        return self._changed(parts, Term(G, -1.0), step, (K, V, D), n_edits, joins_last)
+        return self._changed(parts, Term(G, -1.0), step, (K, V, D), n_edits, same_change)
 
-    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, joins_last: bool = False) -> "RecursiveLeastSquares":
+    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False) -> "RecursiveLeastSquares":
         """The solution without some edits, as if they had never been made: ``W = argmin J`` without them.
 
         Args:
             K: keys that were given to `update`, (u, d_k) or (u, r, d_k).
             V: their target outputs, (u, d_v) or (u, r, d_v).
             importance: their importances, (u,) or (u, r); ones if None.
-            joins_last: see `update`.
+            same_change: see `update`.
 
         Raises:
             NumericalError: the edits are not in the state (``D^-1 − K C Kᵀ`` is far from positive definite).
@@ -196,7 +196,7 @@ class RecursiveLeastSquares(LayerSolution):
         """
         n_edits = len(K)
         K, V, D = self._checked(K, V, importance, self.weight)
-        parts = self._parts.follow(joins_last)
+        parts = self._parts.follow(same_change)
         KC = self._times(K, parts)
         wide = widest_dtype(K.device)
         core = -symmetrize_(K.to(wide) @ KC.T.to(wide))
@@ -205,7 +205,7 @@ class RecursiveLeastSquares(LayerSolution):
         L = cholesky(core, f"Retraction core of {self.name}").to(KC)
         H = torch.linalg.solve_triangular(L, KC, upper=False).T.contiguous()
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)
-        return self._changed(parts, Term(H, 1.0), step, (K, V, -D), -n_edits, joins_last)
+        return self._changed(parts, Term(H, 1.0), step, (K, V, -D), -n_edits, same_change)
 
     def adopt(self, W: Tensor) -> "RecursiveLeastSquares":
         """The same covariance with a weight that somebody else wrote, (d_k, d_v)."""
@@ -234,7 +234,7 @@ class RecursiveLeastSquares(LayerSolution):
     def _weight_error(self) -> float:
         return 0.0 if self._parts.watch is None or self.n_edits == 0 else self._parts.watch.error(self.weight)
 
-    def tensors(self, before: LayerSolution | None = None) -> dict[str, Tensor]:
+    def tensors(self, before: LayerSolver | None = None) -> dict[str, Tensor]:
         """The solution as tensors that `from_tensors` takes; C is stored by half.
 
         Args:
@@ -297,11 +297,11 @@ class RecursiveLeastSquares(LayerSolution):
             )
 
     def _changed(
-        self, parts: _Parts, term: Term, step: Tensor, edits: tuple[Tensor, Tensor, Tensor], n_edits: int, joins_last: bool
+        self, parts: _Parts, term: Term, step: Tensor, edits: tuple[Tensor, Tensor, Tensor], n_edits: int, same_change: bool
     ) -> "RecursiveLeastSquares":
         """With ``W ← W − sign · G step``, in the memory of the weight before the last, if there is one."""
         K, V, D = edits
-        out = self._parts.spare.pop() if self._parts.spare and not joins_last else torch.empty_like(self.weight)
+        out = self._parts.spare.pop() if self._parts.spare and not same_change else torch.empty_like(self.weight)
         W = torch.addmm(self.weight, term.G, step, alpha=-term.sign, out=out)
         if not bool(torch.isfinite(W.sum())):  # one number holds every NaN and infinity
             raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")

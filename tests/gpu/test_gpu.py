@@ -39,7 +39,7 @@ def test_a_symmetric_update_in_blocks_equals_the_dense_one(n):
     g = torch.Generator("cuda").manual_seed(0)
     M, G, H = (torch.randn(n, m, generator=g, dtype=torch.float64, device="cuda") for m in (n, 30, 20))
     M = M + M.T
-    packed = PackedSymmetric.of(M)
+    packed = PackedSymmetric.from_dense(M)
     packed.update_([(G, 1.0), (H, -1.0)])
     torch.testing.assert_close(packed.full(), M + G @ G.T - H @ H.T, rtol=0, atol=FLOAT64 * n)
 

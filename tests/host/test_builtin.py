@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from easyedit_rls import HostError, HyperParamsError, RLSEditHyperParams, evaluate, parse_requests
 from easyedit_rls.data.requests import Probe
 from easyedit_rls.evaluation.scores import score
-from easyedit_rls.host.builtin import BUILTIN, BuiltinEditor
+from easyedit_rls.host.builtin import BUILTIN, EasyEditBaseline
 from tests.host.test_parity import REQUESTS
 
 CHANGES = {"FT": {"lr": 5e-2}, "ULTRAEDIT": {"lr": 3e-2}, "AlphaEdit": {"nullspace_threshold": 1e3}}
@@ -26,7 +26,7 @@ def editor(easyeditor, model_folder, demo_text, tmp_path, is_tied):
         model.lm_head.weight = model.model.embed_tokens.weight
     tok = AutoTokenizer.from_pretrained("tiny-llama")
     tok.pad_token = None  # as many published ones are
-    return lambda name, **changes: BuiltinEditor(name, model, tok, hparams, TEMPLATES, {**CHANGES.get(name, {}), **changes}, False)
+    return lambda name, **changes: EasyEditBaseline(name, model, tok, hparams, TEMPLATES, {**CHANGES.get(name, {}), **changes}, False)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from easyedit_rls.facts.keys import LayerWalk, locate_facts
 from easyedit_rls.facts.values import losses_at, optimize_values, value_place
 from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import find_layout, twin
-from easyedit_rls.model.prefix_cache import Heads, share_beginnings
+from easyedit_rls.model.prefix_cache import Heads, share_prefixes
 from tests import zoo
 from tests.reference import plain_key, plain_value
 from tests.tolerances import BFLOAT16, PADDING, VALUES
@@ -81,16 +81,16 @@ def test_a_small_change_of_a_layers_output_is_met(name):
     """Whatever stands between the MLP's projection and the layer's output: nothing, a factor, a norm of it, a norm of the sum."""
     model = zoo.make(name)
     layout = find_layout(model, RLSEditHyperParams.for_model(model, layers=[1]))
-    layer, module, outlet = layout.layers[1], layout.edited[1].module, layout.outlets[1]
-    assert (outlet.norm is not None) == (name in ("gemma2", "gemma3", "glm4", "olmo2", "opt_post"))
-    assert outlet.scale == (pytest.approx(0.4, rel=0.02) if name == "granite" else 1.0)
+    layer, module, residual = layout.layers[1], layout.edited[1].module, layout.residuals[1]
+    assert (residual.norm is not None) == (name in ("gemma2", "gemma3", "glm4", "olmo2", "opt_post"))
+    assert residual.scale == (pytest.approx(0.4, rel=0.02) if name == "granite" else 1.0)
     tokens = torch.tensor([[5, 6, 7]])
 
     def output(push):
         def add(out):
             return out + push.to(out).reshape(out.shape)
 
-        inputs = {} if outlet.norm is None else {"norm": outlet.norm}
+        inputs = {} if residual.norm is None else {"norm": residual.norm}
         with torch.no_grad(), tap(edit={module: add}, inputs=inputs, outputs={"end": layer}) as seen:
             model(tokens)
         return seen["end"][0].float(), seen["norm"].reshape(3, -1) if inputs else None
@@ -98,7 +98,7 @@ def test_a_small_change_of_a_layers_output_is_met(name):
     before, norm_input = output(torch.zeros(3, 32))
     wanted = output(torch.randn(3, 32) * 0.01 * before.norm() / before.numel() ** 0.5)[0] - before  # one that can be had
     with torch.no_grad():
-        change = output(outlet.needed(wanted, norm_input))[0] - before
+        change = output(residual.needed(wanted, norm_input))[0] - before
     closeness = torch.nn.functional.cosine_similarity(change, wanted, dim=1).min()
     assert closeness > 0.98  # a norm lets no change of length through
     assert float(change.norm() / wanted.norm()) == pytest.approx(1.0, abs=0.05)
@@ -164,7 +164,7 @@ def test_moments_are_weighed_by_what_comes_out_behind_a_norm(name):
     for layer, weight in layout.edited.items():
         keys, lengths = [], []
         for text in texts:
-            with torch.no_grad(), tap(inputs={"k": weight.module, "x": layout.outlets[layer].norm or weight.module}) as seen:
+            with torch.no_grad(), tap(inputs={"k": weight.module, "x": layout.residuals[layer].norm or weight.module}) as seen:
                 model(torch.tensor([text]))
             keys.append(seen["k"].reshape(len(text), -1))
             lengths.append(seen["x"].reshape(len(text), -1).norm(dim=1, keepdim=True))
@@ -183,7 +183,7 @@ def test_a_text_longer_than_the_sliding_window_is_refused(tok, requests):
 
 def test_keys_equal_the_plain_path(located):
     model, layout, facts, hp = located
-    assert share_beginnings([row.ids[: row.place] for fact in facts for row in fact.rows], torch.device("cpu")) is not None
+    assert share_prefixes([row.ids[: row.place] for fact in facts for row in fact.rows], torch.device("cpu")) is not None
     walk = LayerWalk(model, layout, facts, 10_000)
     for layer in hp.layers:
         for key, fact in zip(walk.keys(layer), facts):

@@ -19,7 +19,7 @@ from easyedit_rls.ledger.export import write_adapter
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_manifest, read_moment
 from easyedit_rls.model.cast import CastParameters
-from easyedit_rls.model.layout import find_layout, twin
+from easyedit_rls.model.layout import cast_copy, find_layout
 from tests.conftest import FAMILIES
 from tests.integration.test_host import host  # noqa: F401, a fixture
 from tests.tolerances import FLOAT32
@@ -94,7 +94,7 @@ def test_a_state_without_edits_exports_no_change(family, tok, requests, settings
 
 def fresh(layout, hp):
     """A twin that shares nothing with earlier ones."""
-    return twin(find_layout(layout.model, hp), LOW)
+    return cast_copy(find_layout(layout.model, hp), LOW)
 
 
 def assert_same(low, expected):
@@ -134,11 +134,11 @@ def twins(monkeypatch):
     found = []
 
     def noting(layout, dtype):
-        low = twin(layout, dtype)
+        low = cast_copy(layout, dtype)
         found.append(casts_of(low))
         return low
 
-    monkeypatch.setattr(easyedit_rls.facts.values, "twin", noting)
+    monkeypatch.setattr(easyedit_rls.facts.values, "cast_copy", noting)
     return found
 
 
@@ -164,7 +164,7 @@ def test_values_are_those_of_a_fresh_cast_throughout_a_stream(family, tok, reque
         editor.adopt_weights()
 
     def stream(make):
-        monkeypatch.setattr(easyedit_rls.facts.values, "twin", make)
+        monkeypatch.setattr(easyedit_rls.facts.values, "cast_copy", make)
         editor = RLSEditor(FAMILIES[family](), tok, settings(v_dtype="bfloat16", v_num_grad_steps=4))
         weights = []
         for act in (
@@ -184,10 +184,10 @@ def test_values_are_those_of_a_fresh_cast_throughout_a_stream(family, tok, reque
     first = []
 
     def never_brought_up_to_date(layout, dtype):
-        first.append(twin(layout, dtype) if not first else first[0])
+        first.append(cast_copy(layout, dtype) if not first else first[0])
         return first[0]
 
-    kept = stream(twin)
+    kept = stream(cast_copy)
     anew = stream(lambda layout, _: fresh(layout, settings()))
     stale = stream(never_brought_up_to_date)
     assert all(torch.equal(a, b) for one, other in zip(kept, anew) for a, b in zip(one, other))
@@ -243,11 +243,11 @@ REARRANGEMENTS = (other_memory, to_a_type_and_back, other_strides)
 def test_the_copy_follows_whatever_happens_to_the_model(model, settings, change):
     hp = settings()
     layout = find_layout(model, hp)
-    first = twin(layout, LOW)
+    first = cast_copy(layout, LOW)
     assert_same(first, fresh(layout, hp))
     before = {name: tensor.clone() for name, tensor in first.model.state_dict().items()}
     change(layout)
-    low = twin(layout, LOW)
+    low = cast_copy(layout, LOW)
     assert_same(low, fresh(layout, hp))
     after = low.model.state_dict()
     is_alike = after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in after)
@@ -258,16 +258,16 @@ def test_tensors_that_torch_does_not_count_are_cast_each_time(family, settings):
     with torch.inference_mode():
         model = FAMILIES[family]()
     layout = find_layout(model, settings())
-    twin(layout, LOW)
+    cast_copy(layout, LOW)
     with torch.inference_mode():
         model.get_input_embeddings().weight[0, 1] += 1.0
-    assert_same(twin(layout, LOW), fresh(layout, settings()))
+    assert_same(cast_copy(layout, LOW), fresh(layout, settings()))
 
 
 def test_another_type_frees_the_first_copy(model, settings):
     layout = find_layout(model, settings())
-    seen = weakref.ref(twin(layout, LOW).model.get_input_embeddings().weight)
-    low = twin(layout, torch.float16)
+    seen = weakref.ref(cast_copy(layout, LOW).model.get_input_embeddings().weight)
+    low = cast_copy(layout, torch.float16)
     gc.collect()
     assert {parameter.dtype for parameter in low.model.parameters()} == {torch.float16}
     assert seen() is None
@@ -288,7 +288,7 @@ def test_two_editors_of_one_model_share_no_copy(model, tok, requests, settings, 
     assert recast(second, fourth) == edited_names(other)
     assert not {id(cast) for cast, _ in first.values()} & {id(cast) for cast, _ in second.values()}
     for editor in (one, other):
-        assert_same(twin(editor.layout, LOW), fresh(editor.layout, editor.hparams))
+        assert_same(cast_copy(editor.layout, LOW), fresh(editor.layout, editor.hparams))
 
 
 def test_a_deep_copy_of_an_editor_casts_its_own_model(model, tok, requests, settings, twins):
@@ -301,12 +301,12 @@ def test_a_deep_copy_of_an_editor_casts_its_own_model(model, tok, requests, sett
     assert not {id(cast) for cast, _ in first.values()} & {id(cast) for cast, _ in second.values()}
     assert recast(first, third) == edited_names(editor)
     for one in (editor, other):
-        assert_same(twin(one.layout, LOW), fresh(one.layout, one.hparams))
+        assert_same(cast_copy(one.layout, LOW), fresh(one.layout, one.hparams))
 
 
 def test_a_deep_copy_takes_no_casts_along(model, settings):
     layout = find_layout(model, settings())
-    low = twin(layout, LOW)
+    low = cast_copy(layout, LOW)
     assert layout.casts._casts
     assert not copy.deepcopy(layout).casts._casts
     assert not low.casts._casts
@@ -335,7 +335,7 @@ def test_another_parameter_with_the_same_number_and_memory_is_cast_anew():
 
 def test_a_replaced_parameter_is_let_go(model, settings):
     layout = find_layout(model, settings())
-    twin(layout, LOW)
+    cast_copy(layout, LOW)
     seen = weakref.ref(model.get_output_embeddings().weight)
     model.set_input_embeddings(torch.nn.Embedding(600, 32))
     model.get_output_embeddings().weight = torch.nn.Parameter(torch.zeros(600, 32))
@@ -349,7 +349,7 @@ def test_states_that_the_host_keeps_on_the_model_are_not_copied(model, settings)
             raise AssertionError("a state was copied")
 
     model.__dict__["_easyedit_rls_states"] = {"objective": State()}
-    assert twin(find_layout(model, settings()), LOW).model.config.vocab_size == 600
+    assert cast_copy(find_layout(model, settings()), LOW).model.config.vocab_size == 600
 
 
 def test_the_host_casts_once_too(

@@ -10,7 +10,7 @@ from easyedit_rls import RLSEditor
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.errors import RequestError
 from easyedit_rls.facts.keys import LayerWalk, collect_keys, locate_facts, value_states
-from easyedit_rls.facts.suffix import Tails
+from easyedit_rls.facts.suffix import Suffixes
 from easyedit_rls.facts.values import losses_at, optimize_values
 from easyedit_rls.model.hooks import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
@@ -30,13 +30,13 @@ def located(model, tok, requests, settings):
 def n_rows(monkeypatch):
     """How many rows each step has run so far."""
     found = []
-    forward = Tails.forward
+    forward = Suffixes.forward
 
     def counted(self, plan, delta):
         found.append(sum(len(one.places) for one in plan.passes))
         return forward(self, plan, delta)
 
-    monkeypatch.setattr(Tails, "forward", counted)
+    monkeypatch.setattr(Suffixes, "forward", counted)
     return found
 
 
@@ -107,7 +107,7 @@ def test_a_copy_in_bfloat16_finds_values_as_good(model, located, settings, monke
     layout, facts = located
     hp, dtypes = settings(early_stopping="off"), set()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    forward = Tails.forward
+    forward = Suffixes.forward
 
     def noting(self, plan, delta):
         dtypes.add((found := forward(self, plan, delta)).dtype)
@@ -116,7 +116,7 @@ def test_a_copy_in_bfloat16_finds_values_as_good(model, located, settings, monke
     with undisturbed(model):
         plain = optimize_values(model, layout, facts, hp)
         with monkeypatch.context() as patch:
-            patch.setattr(Tails, "forward", noting)
+            patch.setattr(Suffixes, "forward", noting)
             low = optimize_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
         assert dtypes == {torch.bfloat16}
         losses = losses_at(model, layout, facts, hp, low.delta)
@@ -130,7 +130,7 @@ def test_a_copy_in_bfloat16_finds_values_as_good(model, located, settings, monke
 
 def test_a_model_of_that_type_already_is_not_copied(family, tok, requests, settings, monkeypatch):
     hp, model = settings(v_dtype="bfloat16", v_num_grad_steps=2), FAMILIES[family]().bfloat16()
-    monkeypatch.setattr(easyedit_rls.facts.values, "twin", None)
+    monkeypatch.setattr(easyedit_rls.facts.values, "cast_copy", None)
     facts = locate_facts(tok, parse_requests(requests), hp.context_templates, hp.statements)
     with undisturbed(model):
         assert optimize_values(model, find_layout(model, hp), facts, hp).z.isfinite().all()
@@ -164,7 +164,7 @@ def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, 
     """That this changes no value is held by the plain path above, which runs it by itself."""
     layout, facts = located
     without = [replace(fact, statements=()) for fact in facts]
-    begins_bare = [any(row.ids[: row.place + 1] == fact.essence.ids[: row.place + 1] for row in fact.rows) for fact in facts]
+    begins_bare = [any(row.ids[: row.place + 1] == fact.kl_prompt.ids[: row.place + 1] for row in fact.rows) for fact in facts]
     assert set(begins_bare) == {True, False}
     with undisturbed(model):
         optimize_values(model, layout, facts, one_look(settings()))
@@ -191,8 +191,8 @@ def test_facts_of_any_length_share_their_passes(model, tok, requests, settings, 
 def test_rows_that_run_again_are_not_prepared_again(model, located, settings, n_rows, monkeypatch):
     layout, facts = located
     plans = []
-    plan = Tails.plan
-    monkeypatch.setattr(Tails, "plan", lambda self, chosen: plans.append(list(chosen)) or plan(self, chosen))
+    plan = Suffixes.plan
+    monkeypatch.setattr(Suffixes, "plan", lambda self, chosen: plans.append(list(chosen)) or plan(self, chosen))
     with undisturbed(model):
         optimize_values(model, layout, facts, settings(early_stopping="off", v_num_grad_steps=6))
         assert (len(plans), len(n_rows)) == (1, 6)
@@ -294,7 +294,7 @@ def test_layers_up_to_the_value_layer_run_once_and_are_left_as_found(model, loca
     layout, facts = located
     hp = settings(early_stopping="off")
     runs = {"below": 0, "above": 0}
-    assert len(layout.outlets) == len(layout.edited)  # looked at in passes of their own, once
+    assert len(layout.residuals) == len(layout.edited)  # looked at in passes of their own, once
 
     def count(name):
         def hook(*_):

@@ -109,7 +109,7 @@ def test_values_and_storage_are_bit_for_bit(problem, data, factor):
     state = forgetting(problem, factor, torch.float32)
     before = feed(state, problem, 0, cut)
     weight, covariance, drift = before.weight.clone(), before.covariance(), before.drift()
-    now = feed(before.retract(problem.K[:1], problem.V[:1], problem.d[:1]), problem, cut, n, joins_last=True)
+    now = feed(before.retract(problem.K[:1], problem.V[:1], problem.d[:1]), problem, cut, n, same_change=True)
     assert torch.equal(before.weight, weight)
     assert torch.equal(before.covariance(), covariance)
     stored = {name: tensor.clone() for name, tensor in now.tensors(before).items()}

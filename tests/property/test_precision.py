@@ -28,7 +28,7 @@ class Stream:
         gram, W_0 = 10 * text.T @ text / len(text), 0.05 * torch.randn(D_K, D_V, generator=g)
         how = {"lambda_reg": LAMBDA, "mu_reg": 1.0, "name": "layer 0"}
         solution = ForgettingLeastSquares(W_0, gram, factor=1.0, **how) if forgets else RecursiveLeastSquares(W_0, gram, **how)
-        beginning = Beginning(PackedSymmetric.of(gram), None, LAMBDA, 1.0, W_0, solution.watch)
+        beginning = Beginning(PackedSymmetric.from_dense(gram), None, LAMBDA, 1.0, W_0, solution.watch)
         self.now = Moment({0: solution}, {0: W_0}, {0: beginning})
         self.A_0 = LAMBDA**2 * torch.eye(D_K, dtype=torch.float64) + gram.double()
         self.W_0, self.edits, self.rebuilds = W_0.double(), {}, 0

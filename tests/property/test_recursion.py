@@ -291,7 +291,7 @@ def test_a_pass_may_break_off_at_any_instruction(monkeypatch):
     n = 0
     while True:
         n += 1
-        C, G = PackedSymmetric.of(torch.zeros(5, 5)), torch.arange(1.0, 6.0)[:, None]
+        C, G = PackedSymmetric.from_dense(torch.zeros(5, 5)), torch.arange(1.0, 6.0)[:, None]
         terms = [Term(G, 1.0), Term(2 * G, -1.0)]
         has_failed = at_instruction(n, lambda C=C, terms=terms: C.update_(terms))
         assert torch.equal(C.full(terms), -3 * G @ G.T)
@@ -346,7 +346,7 @@ def test_amending_is_retracting_and_editing(problem, data):
     state = problem.feed(state, 0, cut)
     weight, covariance = state.weight.clone(), state.covariance()
     changed = state.retract(*(tensor[old : old + 1] for tensor in (problem.K, problem.V, problem.d)))
-    changed = problem.feed(changed, cut, n, joins_last=True)
+    changed = problem.feed(changed, cut, n, same_change=True)
     kept = [i for i in range(n) if i != old]
     assert_close(changed.weight, problem.solution(kept), RETRACTION)
     assert changed.n_edits == n - 1
@@ -364,7 +364,7 @@ def test_a_stored_state_goes_on_bit_for_bit(problem, data):
         before = problem.feed(before, start, min(start + 3, cut))
     now = problem.feed(before, cut, n)
     if data.draw(st.booleans(), label="joined"):
-        now = problem.feed(now, 0, 1, joins_last=True)
+        now = problem.feed(now, 0, 1, same_change=True)
     stored = {name: tensor.clone() for name, tensor in now.tensors(before).items()}
     pairs = zip(RecursiveLeastSquares.from_tensors(stored, "layer 0"), (now, before), strict=True)
     alone, none = RecursiveLeastSquares.from_tensors({name: t.clone() for name, t in now.tensors().items()}, "layer 0")

@@ -117,7 +117,7 @@ def test_templates_stand_within_the_users_turn(chat_tok):
     head = "<|system|>\nBe brief.<end>\n<|user|>\nHi<end>\n<|assistant|>\nHello.<end>\n<|user|>\n"
     tail = "What is bread made of?<end>\n<|assistant|>\nLeaves"
     assert [tok.decode(row.ids) for row in fact.rows] == [head + tail, head + "It is so. " + tail]
-    assert [tok.decode(row.ids) for row in (*fact.statements, fact.essence)] == ["<s>bread: Leaves", "<s>bread is a"]
+    assert [tok.decode(row.ids) for row in (*fact.statements, fact.kl_prompt)] == ["<s>bread: Leaves", "<s>bread is a"]
     assert all(tok.decode([row.ids[row.place]]).strip() in "bread" for row in fact.rows)
 
 

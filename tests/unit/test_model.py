@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from easyedit_rls import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
-from easyedit_rls.model.batching import chunks, pad, price_of_pass, run
+from easyedit_rls.model.batching import pack_batches, pad, pass_overhead, run
 from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import find_layout, twin
 from easyedit_rls.model.subject import tokenize_answer, tokenize_fact
@@ -150,7 +150,7 @@ def test_padding():
 
 def test_chunks_cover_everything_within_the_limit():
     lengths = [3, 50, 7, 7, 1, 20, 9]
-    groups = list(chunks(lengths, 24))
+    groups = list(pack_batches(lengths, 24))
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 24
@@ -177,7 +177,7 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(kind):
 
 
 def test_where_products_are_fast_a_pass_costs_more_of_them():
-    assert price_of_pass(torch.device("cuda")) == price_of_pass(torch.device("cpu"), torch.float16) > price_of_pass(torch.device("cpu"))
+    assert pass_overhead(torch.device("cuda")) == pass_overhead(torch.device("cpu"), torch.float16) > pass_overhead(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("dtype", "price"), [(torch.float32, 20), (torch.bfloat16, 250)])
@@ -191,8 +191,8 @@ def test_chunks_cost_the_least(seed, dtype, price):
     def cost(places: list[int]) -> int:
         return sum(price + (end - start) * rows[end - 1] for start, end in pairwise([0, *places, len(rows)]))
 
-    assert price_of_pass(torch.device("cpu"), dtype) == price
-    groups = list(chunks(lengths, 10**6, price))
+    assert pass_overhead(torch.device("cpu"), dtype) == price
+    groups = list(pack_batches(lengths, 10**6, price))
     ours = cost([sum(len(group) for group in groups[:k]) for k in range(1, len(groups))])
     few = [
         list(places) for n in range(3) for places in combinations(range(8, len(rows)), n) if all(b - a >= 8 for a, b in pairwise(places))

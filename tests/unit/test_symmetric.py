@@ -17,7 +17,7 @@ def symmetric(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("n", SIZES)
 def test_a_matrix_comes_back_whole(n):
     M = symmetric(n)
-    packed = PackedSymmetric.of(M)
+    packed = PackedSymmetric.from_dense(M)
     assert len(packed) == n
     assert torch.equal(packed.full(), M)
     assert sum(panel.numel() for panel in packed.panels) <= n * (n + 512) / 2 + 512 * 512
@@ -27,7 +27,7 @@ def test_a_matrix_comes_back_whole(n):
 
 def test_dtype_and_layout_do_not_matter():
     M = symmetric(600)
-    one, other = PackedSymmetric.of(M.float()), PackedSymmetric.of(M.T, torch.float32)
+    one, other = PackedSymmetric.from_dense(M.float()), PackedSymmetric.from_dense(M.T, torch.float32)
     assert all(panel.dtype == torch.float32 and panel.is_contiguous() for panel in other.panels)
     assert torch.equal(one.full(), other.full())
 
@@ -37,7 +37,7 @@ def test_an_update_equals_the_dense_one(n):
     g = torch.Generator().manual_seed(0)
     M = symmetric(n)
     G, H, X = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n, 3), (n, 2), (4, n)))
-    packed = PackedSymmetric.of(M)
+    packed = PackedSymmetric.from_dense(M)
     product = packed.update_([Term(G, -1.0), Term(H, 1.0)], X)
     expected = M - G @ G.T + H @ H.T
     torch.testing.assert_close(packed.full(), expected, rtol=0, atol=FLOAT64 * n)
@@ -46,7 +46,7 @@ def test_an_update_equals_the_dense_one(n):
 
 
 def test_without_anything_to_multiply_only_the_matrix_changes():
-    packed, G = PackedSymmetric.of(symmetric(600)), torch.ones(600, 1, dtype=torch.float64)
+    packed, G = PackedSymmetric.from_dense(symmetric(600)), torch.ones(600, 1, dtype=torch.float64)
     twin = packed.clone()
     assert packed.update_([Term(G, 1.0)]).shape == (0, 600)
     assert torch.equal(packed.full(), symmetric(600) + 1)
@@ -56,17 +56,17 @@ def test_without_anything_to_multiply_only_the_matrix_changes():
 @pytest.mark.parametrize("n", SIZES)
 def test_packing_keeps_every_bit_in_about_half(n):
     M = symmetric(n)
-    vector = PackedSymmetric.of(M).to_vector()
+    vector = PackedSymmetric.from_dense(M).to_vector()
     assert vector.numel() <= n * (n + 64) / 2 + 64 * 64
     back = PackedSymmetric.from_vector(vector, n)
     assert torch.equal(back.full(), M)
-    assert all(torch.equal(a, b) for a, b in zip(back.panels, PackedSymmetric.of(M).panels, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(back.panels, PackedSymmetric.from_dense(M).panels, strict=True))
 
 
 def test_the_vector_is_the_same_however_the_rows_are_cut(monkeypatch):
-    vector = PackedSymmetric.of(symmetric(300)).to_vector()
+    vector = PackedSymmetric.from_dense(symmetric(300)).to_vector()
     monkeypatch.setattr("easyedit_rls.solvers.packed._ROWS", 128)
-    packed = PackedSymmetric.of(symmetric(300))
+    packed = PackedSymmetric.from_dense(symmetric(300))
     assert len(packed.panels) == 3
     assert torch.equal(packed.to_vector(), vector)
     assert torch.equal(PackedSymmetric.from_vector(vector, 300).full(), symmetric(300))

@@ -64,7 +64,7 @@ def test_every_use_has_the_start_token_and_none_the_end_token(ending, wide_model
     (tmp_path / "text.txt").write_text(demo_text[:2000], encoding="utf-8")
     settings = tiny_settings("llama", mom2_dataset=str(tmp_path / "text.txt"), statements=["{}:"])
     (fact,) = locate_facts(ending, parse_requests(FACT), ["It is so. "], settings.statements)
-    rows = [row.ids for row in (*fact.rows, *fact.statements, fact.essence)]
+    rows = [row.ids for row in (*fact.rows, *fact.statements, fact.kl_prompt)]
     rows += [row.ids for row in answer_rows(ending, [Probe("The bread", "is")])]
     rows += prompt_rows(ending, ["The bread"])
     rows += [row for block in token_blocks(wide_model, ending, settings) for row in block]
