@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from easyedit_rls._base.files import user_path
 from easyedit_rls.cli.console import plain_warnings
 from easyedit_rls.cli.loading import failed
+from easyedit_rls.cli.schema import checked
 from easyedit_rls.errors import RLSEditError
 
 
@@ -40,7 +41,7 @@ def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[C
         def guarded(config: DictConfig) -> None:
             try:
                 with plain_warnings():
-                    function(config)
+                    function(checked(config, config_name))
             except RLSEditError as exc:
                 sys.exit(failed(exc))
 

@@ -8,13 +8,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from easyedit_rls._base.arguments import listed
 from easyedit_rls._base.device import choose_device
 from easyedit_rls._base.files import read_text
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
-from easyedit_rls.cli.records import fits, fitting, records_of
+from easyedit_rls.cli.records import fits, fitting, records_of, without_contradictions
+from easyedit_rls.cli.schema import check_settings, refuse_unknown_editors
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
 from easyedit_rls.compare.results import METRICS
@@ -61,10 +61,12 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         TextError: the text can't be read.
         ModelError: the model can't be loaded.
     """
-    names = [config.alg_name] if isinstance(config.alg_name, str) else [str(name) for name in config.alg_name]
+    names = list(config.alg_name)
     if len(set(names)) < len(names):
         raise HyperParamsError(f"alg_name names an editor twice: {', '.join(names)}. Tell them apart behind a hyphen, as in RLSEdit-soft.")
+    refuse_unknown_editors(names)
     changes: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
+    check_settings(changes)
     read = records_of(config.data)
     if config.eval.text is not None:
         read_text(config.eval.text, cure="Change eval.text.")
@@ -82,6 +84,7 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         sample_templates(model, tok, n_templates, hparams.seed) if hparams.context_templates is None else hparams.context_templates
     )
     records = fitting(read, fits(model, tok, hparams, templates, portability=True), config.data.file, config.data.on_bad)
+    records = without_contradictions(records, config.data.batch, hparams.on_conflict, config.data.file, config.data.on_bad)
     return Plan(
         model=str(config.model.path),
         hparams=hparams.to_dict(),
@@ -97,7 +100,7 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         answers=config.eval.answers,
         fluency=config.eval.fluency,
         threads=config.threads,
-        tasks=tuple(listed(config.eval.tasks, "eval.tasks", "names")),
+        tasks=tuple(config.eval.tasks),
         tasks_every=config.eval.tasks_every,
         tasks_limit=config.eval.tasks_limit,
         tasks_folder=config.eval.tasks_folder,

@@ -11,7 +11,7 @@ from easyedit_rls._base.device import choose_device
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
-from easyedit_rls.cli.records import fits, fitting, records_of
+from easyedit_rls.cli.records import fits, fitting, records_of, without_contradictions
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.evaluation import evaluate
@@ -37,6 +37,7 @@ def main(config: DictConfig) -> None:
         settings["state_dir"] = str(config.state_dir)
     hparams = settings_for(model, config.model.path, config.model.hparams, settings)
     records = fitting(records, fits(model, tok, hparams), config.data.file, config.data.on_bad)  # all, before the first is edited
+    records = without_contradictions(records, config.data.batch, hparams.on_conflict, config.data.file, config.data.on_bad)
     requests = parse_requests([record.request for record in records], chat_template=hparams.chat_template)  # measured as they are edited
     before = evaluate(model, tok, requests, show_progress=True).means()
     editor = RLSEditor(model, tok, hparams)

@@ -2,18 +2,22 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from easyedit_rls._base.arguments import at_least
 from easyedit_rls._base.device import add_device, choose_device
 from easyedit_rls._base.files import user_path
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import add_on_bad, add_trust, run_command
-from easyedit_rls.data.records import read_records
+from easyedit_rls.cli.records import fitting
+from easyedit_rls.cli.schema import check_folder
+from easyedit_rls.data.records import EditRecord, read_records
 from easyedit_rls.errors import RLSEditError
 from easyedit_rls.model.load import load_model
-from easyedit_rls.tuning.trace import KINDS, PLACES, Trace, trace
+from easyedit_rls.tuning.trace import KINDS, PLACES, Trace, refuse_untraceable, trace
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +45,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _locate(arguments: argparse.Namespace) -> None:
-    records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count, on_bad=arguments.on_bad)]
+    at_least(arguments.samples, 1, "--samples")
+    if arguments.window is not None:
+        at_least(arguments.window, 1, "--window")
+    check_folder(arguments.out, "--out")
+    read = read_records(arguments.data, arguments.first, arguments.count, on_bad=arguments.on_bad)
     model, tok = load_model(arguments.model, device=choose_device(arguments.device), trust_remote_code=arguments.trust_remote_code)
-    found = trace(model, tok, records, samples=arguments.samples, window=arguments.window, show_progress=True)
+
+    def check(records: Sequence[EditRecord]) -> None:
+        refuse_untraceable(model, tok, [record.request for record in records])
+
+    kept = fitting(read, check, arguments.data, arguments.on_bad)
+    found = trace(model, tok, [record.request for record in kept], samples=arguments.samples, window=arguments.window, show_progress=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "trace.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     _draw(found, arguments.out)

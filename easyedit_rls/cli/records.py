@@ -61,6 +61,50 @@ def fitting(records: Sequence[EditRecord], check: Check, source: str | Path, on_
     return kept
 
 
+def without_contradictions(
+    records: Sequence[EditRecord], batch: int, on_conflict: str, source: str | Path, on_bad: str
+) -> list[EditRecord]:
+    """Records as they go into batches; none asks what another of its batch asks for another answer to.
+
+    Args:
+        records: of one file.
+        batch: edits a batch.
+        on_conflict: the setting; with 'keep' both stay, with 'error' none may contradict any earlier one either.
+        source: the file, for messages.
+        on_bad: 'error' refuses them, 'skip' leaves the later one out, all edits of a file's record together.
+
+    Raises:
+        RequestError: two contradict each other (on_bad: error).
+    """
+    faults: dict[int, RequestError] = {}
+    kept = list(records)
+    while on_conflict != "keep" and (found := _contradiction(kept, batch, on_conflict)) is not None:
+        faults[found[0]] = found[1]
+        kept = [record for record in kept if record.index not in faults]
+    if faults and on_bad == "error":
+        raise refusal([RequestError(f"{exc.problem} (in {source})", index=index, field=exc.field) for index, exc in faults.items()])
+    if faults:
+        left_out = [LeftOut(index, reason(exc)) for index, exc in sorted(faults.items())]
+        said = listed(left_out, len({record.index for record in records}))
+        warnings.warn(f"{source}: left out {said}", RLSEditWarning, stacklevel=2)
+    return kept
+
+
+def _contradiction(records: Sequence[EditRecord], batch: int, on_conflict: str) -> tuple[int, RequestError] | None:
+    """The first record that contradicts an earlier one of its batch, or with on_conflict: error of any, and what to say of it."""
+    asked: dict[tuple[str, ...], EditRecord] = {}
+    for place, record in enumerate(records):
+        if place % batch == 0 and on_conflict != "error":
+            asked = {}
+        earlier = asked.setdefault(record.request.question, record)
+        if earlier.request.continuation != record.request.continuation:
+            given = f"gives {record.request.prompt!r} the target {record.request.target!r}"
+            return record.index, RequestError(
+                f"{given}, but record {earlier.index} of the same batch {earlier.request.target!r}. Keep one, or set on_conflict: keep."
+            )
+    return None
+
+
 def fits(
     model: PreTrainedModel,
     tok: PreTrainedTokenizerBase,

@@ -3,18 +3,23 @@
 import argparse
 import importlib.resources
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
 
+from easyedit_rls._base.arguments import at_least
 from easyedit_rls._base.device import add_device, choose_device
 from easyedit_rls._base.files import read_text, user_path
 from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import add_on_bad, add_trust, run_command, settings_for
+from easyedit_rls.cli.records import fits, fitting
+from easyedit_rls.cli.schema import check_folder
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import read_records
+from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.model.load import load_model
 from easyedit_rls.tuning.search import Search, Trial
 
@@ -48,13 +53,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _tune(arguments: argparse.Namespace) -> None:
     console = plain_console()
-    records = [record.request for record in read_records(arguments.data, arguments.first, arguments.count, on_bad=arguments.on_bad)]
+    for name, least in (("batch", 1), ("trials", 1), ("seed", 0)):
+        at_least(getattr(arguments, name), least, f"--{name}")
+    if not 0 < arguments.minutes < math.inf:
+        raise HyperParamsError(f"--minutes is {arguments.minutes}; allowed: above 0.")
+    check_folder(arguments.out, "--out")
+    read = read_records(arguments.data, arguments.first, arguments.count, on_bad=arguments.on_bad)
     text = _text(arguments.text)
     with progress_bar(None, "tuning", "trial", True) as bar:
         model, tok = load_model(arguments.model, device=choose_device(arguments.device), trust_remote_code=arguments.trust_remote_code)
         hparams = settings_for(model, arguments.model, arguments.hparams)
         quick = RLSEditHyperParams.from_dict({**hparams.to_dict(), "mom2_tolerance": max(_QUICK_TOLERANCE, hparams.mom2_tolerance)})
-        search = Search(model, tok, quick, records, text, batch=arguments.batch, seed=arguments.seed)
+        kept = fitting(read, fits(model, tok, quick), arguments.data, arguments.on_bad)
+        search = Search(model, tok, quick, [record.request for record in kept], text, batch=arguments.batch, seed=arguments.seed)
         bar.set_postfix_str("taking the moments")
         search.prepare()
 

@@ -1,5 +1,6 @@
 """Where settings files are: those that come with the package, by name, and the user's own, by path."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -26,10 +27,11 @@ def find_settings(path_or_name: str | Path) -> Path:
         HyperParamsError: there is none.
     """
     given = user_path(path_or_name)
-    candidates = [given, given.with_name(given.name + ".yaml")]
+    candidates = [given, given.parent / f"{given.name}.yaml"]
     if given.name == str(given):
         candidates.append(_shipped_folder() / f"{re.sub(r'[.]yaml$', '', given.name)}.yaml")
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
+    with contextlib.suppress(OSError):  # a name too long for any file
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate.resolve()
     raise HyperParamsError(f"No settings file at {given.absolute()}; shipped: {', '.join(shipped())}. Give a path or one of these names.")

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel
 
+from easyedit_rls._base.files import read_text
 from easyedit_rls.config.auto import settings_of
 from easyedit_rls.config.files import find_settings, shipped
 from easyedit_rls.errors import HyperParamsError
@@ -179,6 +181,10 @@ class RLSEditHyperParams:
         self._check_texts()
         is_fine = all(text.count("{}") == 1 and not text.endswith("{}") for text in self.statements)
         self._check("statements", is_fine, "texts with one {} for the subject, and something behind it, such as '{}:'")
+        self._check("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            self._check(setting.name, not isinstance(value, float) or math.isfinite(value), "a finite number")
         self._check("v_num_grad_steps", self.v_num_grad_steps >= 2, "2 or above")
         self._check("state_dir", _is_folder(self.state_dir), "a folder, or null for none")
         for name in _NOT_NEGATIVE:
@@ -226,10 +232,10 @@ class RLSEditHyperParams:
         path = find_settings(path_or_name)
         try:
             loaded = cls._load(path)
-        except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        except (yaml.YAMLError, RecursionError) as exc:
             raise HyperParamsError(f"{path} is not YAML: {' '.join(str(exc).split())}. Mend the file.") from exc
-        except OSError as exc:
-            raise HyperParamsError(f"{path} can't be read: {exc.strerror}.") from exc
+        except OSError as exc:  # OmegaConf's own, where the file holds no mapping and no list
+            raise HyperParamsError(f"{path} holds no mapping of settings. Write one 'key: value' a line.") from exc
         if not isinstance(loaded, dict):
             raise HyperParamsError(f"{path} holds no mapping of settings. Write one 'key: value' a line.")
         return cls.from_dict(loaded, source=str(path))
@@ -237,7 +243,7 @@ class RLSEditHyperParams:
     @classmethod
     def _load(cls, path: Path) -> Any:
         """What a settings file holds, as plain values: ``${`` in it is text, and nothing of the environment comes in."""
-        loaded = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8").replace("${", _SHIELD)))
+        loaded = OmegaConf.load(io.StringIO(read_text(path, HyperParamsError).replace("${", _SHIELD)))
         return _replaced(OmegaConf.to_container(loaded), _SHIELD, "${") if OmegaConf.is_config(loaded) else loaded
 
     @classmethod

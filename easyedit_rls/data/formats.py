@@ -6,7 +6,7 @@ to name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from easyedit_rls.errors import RequestError
@@ -15,6 +15,7 @@ Flat = dict[str, Any]
 Read = Callable[[Mapping[str, Any]], list[Flat]]
 
 _SHARED = ("case_id", "joint", "messages", "importance")  # a record of any format may say these
+_NOBODY_KNOWS = "<|endoftext|>"  # what stands for the true answer in MEMIT's ZsRE
 _HOPS = range(2, 7)  # HalluEditBench asks with two to six hops
 
 
@@ -28,6 +29,7 @@ class Format:
         read: gives a record's edits.
         fields: all that its records hold, whether they are read or not, those of ``requested_rewrite`` among them.
         beginnings: of further fields' names.
+        names: what the format calls a field that our messages would name otherwise.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Format:
     read: Read
     fields: frozenset[str]
     beginnings: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def unknown(self, raw: Mapping[str, Any]) -> list[str]:
         """Fields of a record that the format does not have."""
@@ -46,8 +49,9 @@ class Format:
 
 
 def format_of(raw: Mapping[str, Any]) -> Format:
-    """The format of a record."""
-    return next(one for one in FORMATS if one.tells(raw))
+    """The format of a record. One that has EasyEdit's own names is read by these, whatever else it holds."""
+    is_flat = _has("prompt", "target_new")(raw) or "messages" in raw
+    return FORMATS[-1] if is_flat else next(one for one in FORMATS if one.tells(raw))
 
 
 def counterfact(raw: Mapping[str, Any]) -> list[Flat]:
@@ -60,10 +64,12 @@ def counterfact(raw: Mapping[str, Any]) -> list[Flat]:
     if not isinstance(fact, Mapping):
         raise RequestError("is not a mapping.", field="requested_rewrite")
     flat = {**_kept(raw, *_SHARED, "paraphrase_prompts", "generation_prompts"), **fact}
-    near = _list(raw.get("neighborhood_prompts"))
-    if near:
-        true = _first(_text_of(fact.get("target_true")))
-        flat["locality"] = {"neighborhood": _pairs(_near(item, true) for item in near)}
+    true = _said(_first(_text_of(fact.get("target_true"))))
+    if true == _NOBODY_KNOWS:
+        flat["target_true"] = true = None
+    near = [_near(item, true) for item in _list(raw.get("neighborhood_prompts"))]
+    if answered := [pair for pair in near if pair[1] is not None]:
+        flat["locality"] = {"neighborhood": _pairs(answered)}
     return [_unstructured(flat, fact)]
 
 
@@ -161,7 +167,7 @@ def unke(raw: Mapping[str, Any]) -> list[Flat]:
 
     The whole question is the subject then, so that the value sits at the question's last token, where UnKE edits.
     """
-    flat = _kept(raw, *_SHARED) | {"prompt": raw["question"], "subject": raw["question"], "target_new": raw["answer"]}
+    flat = _kept(raw, *_SHARED) | {"prompt": "{}", "subject": raw["question"], "target_new": raw["answer"]}
     flat["rephrase_prompt"] = _said(raw.get("para_question"))
     asked, answers = _list(raw.get("sub_question")), _list(raw.get("sub_answer"))
     if asked:
@@ -175,16 +181,12 @@ def qaedit(raw: Mapping[str, Any]) -> list[Flat]:
     return [flat | {section: dict(_parts(raw, section)) for section in ("locality", "portability")}]
 
 
-def knowedit(raw: Mapping[str, Any]) -> list[Flat]:
-    """KnowEdit's other names (Zhang et al. 2024): ``text``, ``labels`` and ``concept``."""
-    return easyedit({**raw, "prompt": raw["text"], "target_new": raw.get("labels"), "subject": raw.get("concept", raw.get("subject"))})
-
-
 def easyedit(raw: Mapping[str, Any]) -> list[Flat]:
-    """EasyEdit's own flat names, KnowEdit among them, and what its data set classes give."""
+    """EasyEdit's own flat names, what its data set classes give, and KnowEdit (Zhang et al. 2024), which has other names for some."""
     flat = _kept(raw, *_SHARED, *_FLAT.split())
-    if not raw.get("rephrase_prompt") and "rephrase" in raw:
-        flat["rephrase_prompt"] = raw["rephrase"]
+    for name, other in _OTHER_NAMES.items():
+        if raw.get(name) is None and raw.get(other) is not None:
+            flat[name] = raw[other]
     return [flat | {section: dict(_parts(raw, section)) for section in ("locality", "portability")}]
 
 
@@ -278,8 +280,17 @@ _HALLU = (
     "paraphrased_question yes_question no_question locality_question reversed_relation_question"
 )
 
+_OTHER_NAMES = {"prompt": "text", "target_new": "labels", "subject": "concept", "rephrase_prompt": "rephrase"}
+_NAMES = {
+    "ZsRE": {"prompt": "src", "target_new": "alt", "rephrase_prompt": "rephrase", "ground_truth": "answers"},
+    "WikiBigEdit": {"prompt": "update", "target_new": "ans", "rephrase_prompt": "rephrase"},
+    "HalluEditBench": {"prompt": "question", "target_new": "object", "rephrase_prompt": "paraphrased_question"},
+    "UnKE": {"prompt": "question", "subject": "question", "target_new": "answer", "rephrase_prompt": "para_question"},
+    "QAEdit": {"target_new": "target", "rephrase_prompt": "rephrase"},
+}
+
 FORMATS = tuple(
-    Format(name, tells, read, frozenset(fields.split()), beginnings)
+    Format(name, tells, read, frozenset(fields.split()), beginnings, _NAMES.get(name, {}))
     for name, tells, read, fields, beginnings in (
         ("MQuAKE", _is_chain, mquake, f"{_REWRITE} {_CHAIN}", ()),
         (
@@ -318,13 +329,6 @@ FORMATS = tuple(
             "id source prompt target subject rephrase locality portability ground_truth",
             (),
         ),
-        (
-            "KnowEdit",
-            lambda raw: "text" in raw and not {"prompt", "messages"} & raw.keys(),
-            knowedit,
-            f"text labels concept {_FLAT} {_SECTIONS} rephrase",
-            (),
-        ),
-        ("EasyEdit", lambda raw: True, easyedit, f"{_FLAT} {_SECTIONS} rephrase id", ()),
+        ("EasyEdit", lambda raw: True, easyedit, f"{_FLAT} {_SECTIONS} {' '.join(_OTHER_NAMES.values())} id", ()),
     )
 )

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from easyedit_rls._base.files import read_text
 from easyedit_rls.errors import RequestError
 
 _LINES = (".jsonl", ".ndjson")
+_SETTINGS = ("joint", "importance", "case_id")  # columns whose empty cells say nothing
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,18 @@ def _json(text: str) -> Any:
         ValueError: it is none; so is a number of thousands of digits, and nesting without end.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once_each)
     except RecursionError as exc:
         raise ValueError("nested too deep") from exc
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping whose keys stand in it once each; of two, JSON's own reader would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} stands twice in one mapping")
+    return found
 
 
 def _is_lines(text: str) -> bool:
@@ -77,12 +88,25 @@ def _is_lines(text: str) -> bool:
     return len(lines) > 1 and all(_line(line, "").problem is None for line in lines[:2])
 
 
+def _columns(names: list[str], path: Path) -> list[str]:
+    """The names of a table's columns, each once."""
+    columns = [name.strip() for name in names]
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise RequestError(f"{path} has two columns of the name {twice[0]!r}. Give each its own.")
+    other = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
+    if other is not None:
+        raise RequestError(f"{path} has {other!r} between its columns. Save it with commas.")
+    return columns
+
+
 def _rows(text: str, path: Path) -> Iterator[RawRecord]:
-    """A table's rows by the names of its columns; empty cells are left out."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    """A table's rows by the names of its columns. An empty cell is an empty text; of `_SETTINGS`, it says nothing."""
+    reader = csv.DictReader(io.StringIO(text.lstrip("\n"), newline=""), strict=True)
     try:
+        reader.fieldnames = _columns(list(reader.fieldnames or ()), path)
         for row in reader:
-            cells = {name: cell for name, cell in row.items() if name is not None and cell}
+            cells = {name: cell for name, cell in row.items() if name and (cell or name not in _SETTINGS)}
             surplus = row.get(None)
             problem = f"has {len(surplus)} cells more than the table has columns." if surplus else None
             yield RawRecord(f"line {reader.line_num}", cells, problem)

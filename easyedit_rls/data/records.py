@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from easyedit_rls._base.arguments import at_least
 from easyedit_rls._base.files import user_path
 from easyedit_rls.data.formats import FORMATS, format_of
 from easyedit_rls.data.raw import RawRecord, raw_records
-from easyedit_rls.data.requests import EditRequest, parse_requests
-from easyedit_rls.errors import HyperParamsError, RequestError, RLSEditWarning
+from easyedit_rls.data.requests import EditRequest, check_text, parse_requests
+from easyedit_rls.errors import ArgumentError, HyperParamsError, RequestError, RLSEditWarning
 
 ON_BAD = ("error", "skip")
 _CURE = "Mend it, or leave such records out: on_bad=skip."
@@ -106,6 +107,8 @@ def read_file(path: str | Path, first: int = 0, count: int | None = None, *, joi
             (counted from the file's beginning) with its field, and how many others there are.
         HyperParamsError: an argument is out of its range.
     """
+    if not isinstance(path, (str, Path)):
+        raise ArgumentError(f"path is a {type(path).__name__}, not the name of a file.")
     path = user_path(path)
     _check(first, count, on_bad)
     records: list[EditRecord] = []
@@ -141,17 +144,16 @@ def read_file(path: str | Path, first: int = 0, count: int | None = None, *, joi
 
 
 def _check(first: int, count: int | None, on_bad: str) -> None:
-    if first < 0:
-        raise HyperParamsError(f"first is {first}; allowed: 0 or above.")
-    if count is not None and count < 1:
-        raise HyperParamsError(f"count is {count}; allowed: 1 or above, or None for all.")
+    at_least(first, 0, "first")
+    if count is not None:
+        at_least(count, 1, "count")
     if on_bad not in ON_BAD:
         raise HyperParamsError(f"on_bad is {on_bad!r}; allowed: {' or '.join(map(repr, ON_BAD))}.")
 
 
 def _has_no_edit(raw: RawRecord) -> bool:
     """Whether it is one of ZsRE's records without a new answer, which EasyEdit leaves out too."""
-    return isinstance(raw.content, Mapping) and raw.content.get("alt") == ""
+    return isinstance(raw.content, Mapping) and raw.content.get("alt") == "" and format_of(raw.content).name == "ZsRE"
 
 
 def _edits(raw: RawRecord, index: int, joint: str | None) -> list[EditRecord]:
@@ -169,7 +171,12 @@ def _edits(raw: RawRecord, index: int, joint: str | None) -> list[EditRecord]:
     prompts = item.get("generation_prompts") or ()
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(prompt, str) for prompt in prompts):
         raise RequestError("is not a list of texts.", field="generation_prompts")
-    return [_edit(flat, tuple(prompts), index) for flat in format_of(item).read(item)]
+    form = format_of(item)
+    try:
+        return [_edit(flat, tuple(prompts), index) for flat in form.read(item)]
+    except RequestError as exc:
+        names = {**form.names, **({"case_id": "id"} if "case_id" not in raw.content and "id" in raw.content else {})}
+        raise RequestError(exc.problem, field=names.get(exc.field, exc.field)) from exc
 
 
 def _edit(flat: Mapping[str, Any], generation_prompts: tuple[str, ...], index: int) -> EditRecord:
@@ -202,8 +209,10 @@ def _pair(part: Any, field: str) -> dict[str, list[str]]:
     for name in ("prompt", "ground_truth"):
         value = part.get(name)
         values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(isinstance(text, str) and text.strip() for text in values):
+        if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
             raise RequestError("is neither a text nor a list of texts.", field=f"{field}.{name}")
+        for text in values:
+            check_text(text, f"{field}.{name}")
         pair[name] = list(values)
     if len(pair["prompt"]) != len(pair["ground_truth"]):
         raise RequestError(f"has {len(pair['ground_truth'])} answers for {len(pair['prompt'])} prompts.", field=field)
@@ -236,5 +245,5 @@ def _unknown(names: Sequence[str]) -> str:
     """What is not read, and what may be meant."""
     known = sorted({name for one in FORMATS for name in one.fields})
     close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.75) for name in names}
-    shown = (f"{name} (did you mean {close[name][0]}?)" if close[name] else name for name in names)
+    shown = (f"{name or repr(name)} (did you mean {close[name][0]}?)" if close[name] else name or repr(name) for name in names)
     return f"fields that are not read: {', '.join(shown)}."

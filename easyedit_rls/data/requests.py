@@ -248,7 +248,7 @@ def _true_answer(fact: Mapping[str, Any], index: int) -> str | None:
         answer = answer.get("str")
     while isinstance(answer, (list, tuple)):  # KnowEdit has every right answer, in lists of lists
         answer = answer[0] if answer else None
-    if answer is None or (isinstance(answer, str) and not answer.strip()):
+    if answer is None or _is_nan(answer) or (isinstance(answer, str) and not answer.strip()):
         return None
     return _text({name: answer}, name, index)
 
@@ -282,6 +282,9 @@ def parse_messages(fact: Mapping[str, Any], index: int) -> tuple[Chat, str]:
             raise RequestError(f"has turn {number}, {turn!r}. Give {{'role': …, 'content': …}}, both texts.", index=index, field="messages")
     if turns[-1]["role"] != "user":
         raise RequestError(f"ends in a turn of the {turns[-1]['role']!r}. Let the user's turn be the last.", index=index, field="messages")
+    for turn in turns[:-1]:
+        if turn["content"]:
+            check_text(turn["content"] + ".", "messages", index)
     if not turns[-1]["content"].strip():
         raise RequestError("ends in an empty turn. Give its text.", index=index, field="messages")
     return tuple((turn["role"], turn["content"]) for turn in turns[:-1]), turns[-1]["content"]
@@ -336,19 +339,37 @@ def _text(fact: Mapping[str, Any], key: str, index: int) -> str:
         raise RequestError("is missing. Add it.", index=index, field=key)
     if not isinstance(value, str):
         raise RequestError(f"is a {type(value).__name__}, not text.", index=index, field=key)
-    if not value.strip():
-        raise RequestError("is empty. Give its text.", index=index, field=key)
-    return value
+    return check_text(value, key, index)
 
 
 def _texts(fact: Mapping[str, Any], key: str, index: int) -> list[str]:
     value = fact.get(key)
-    if value is None or value == "":
+    if value is None or value == "" or _is_nan(value):
         return []
     values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v.strip() for v in values):
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) for v in values):
         raise RequestError("is neither a text nor a list of texts.", index=index, field=key)
-    return list(values)
+    return [check_text(text, key, index) for text in values]
+
+
+def check_text(text: str, field: str, index: int | None = None) -> str:
+    """A text with something in it, of characters that are some.
+
+    Raises:
+        RequestError: it is empty, or holds half a character (a lone surrogate), which no tokenizer takes.
+    """
+    if not text.strip():
+        raise RequestError("is empty. Give its text.", index=index, field=field)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise RequestError(f"holds half a character, {text[exc.start]!r}. Write the whole one.", index=index, field=field) from exc
+    return text
+
+
+def _is_nan(value: object) -> bool:
+    """Whether it is what tables have in empty cells."""
+    return isinstance(value, float) and value != value
 
 
 def _mapping(fact: Mapping[str, Any], key: str, index: int) -> Mapping[str, Any]:

@@ -92,6 +92,8 @@ def add_locality(before: Sequence[Mapping[str, Any]], after: Sequence[dict[str, 
 
 def _asked(record: Mapping[str, Any], index: int, chat: Chat | None) -> Iterator[tuple[str, str, list[Probe]]]:
     """(section, name, prompts with answers) of everything a record asks; the section of the first two is empty."""
+    if not isinstance(record, Mapping):
+        raise RequestError(f"is a {type(record).__name__}, not a mapping.", index=index)
     if record.get("messages") is not None:
         chat, turn = parse_messages(record, index)
         record = {**record, "prompt": turn}

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.arguments import listed
+from easyedit_rls._base.arguments import texts as checked_texts
 from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.data.requests import Probe
 from easyedit_rls.errors import RLSEditError
@@ -147,7 +148,9 @@ def fluency(texts: Sequence[str]) -> float:
         ArgumentError: one text was given instead of a list.
         RLSEditError: nltk is missing.
     """
-    return fmean(fmean(weight * _entropy(_words(text), n) for n, weight in ((2, 2 / 3), (3, 4 / 3))) for text in listed(texts, "texts"))
+    return fmean(
+        fmean(weight * _entropy(_words(text), n) for n, weight in ((2, 2 / 3), (3, 4 / 3))) for text in checked_texts(texts, "texts")
+    )
 
 
 def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
@@ -164,7 +167,7 @@ def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ModuleNotFoundError as exc:
         raise RLSEditError("Consistency needs scikit-learn. Run `pip install 'easyedit-rls[evaluation]'`.") from exc
-    a, b = TfidfVectorizer().fit_transform([" ".join(listed(texts, "texts")), " ".join(listed(references, "references"))])
+    a, b = TfidfVectorizer().fit_transform([" ".join(checked_texts(texts, "texts")), " ".join(checked_texts(references, "references"))])
     return float((a @ b.T).toarray()[0, 0])
 
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from easyedit_rls._base.files import read_text, user_path
-from easyedit_rls.errors import HyperParamsError, ModelError
+from easyedit_rls.errors import HyperParamsError, ModelError, RLSEditWarning
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -41,6 +42,7 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )  # first found is read
 _POINTER = b"version https://git-lfs.github.com/spec/"  # what Git LFS leaves in place of a large file
+_FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 _NAMES = 3  # of missing weights that a message lists
 
 
@@ -96,6 +98,7 @@ def _load_weights(name: str, dtype: str, device: str, trust: bool, gguf_file: st
     with _reasons(f"No model can be loaded from {name}", name), _held_back():
         model, found = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), trust_remote_code=trust, **settings)
         _refuse_made_up(name, found)
+        _warn_of_unused(name, found)
         if getattr(model, "peft_config", None):
             raise ModelError(f"{name} is an adapter, not a model. Merge it into its model (merge_and_unload), and save that.")
     try:
@@ -103,6 +106,8 @@ def _load_weights(name: str, dtype: str, device: str, trust: bool, gguf_file: st
     except torch.OutOfMemoryError as exc:
         cure = "Take a smaller dtype, or another device."
         raise ModelError(f"{name} in {dtype} does not fit into the memory of {device}. {cure}") from exc
+    except RuntimeError as exc:
+        raise ModelError(f"{name} can't be moved to {device}: {_first_line(exc)} Give cpu, cuda, or cuda:1.") from exc
     return placed
 
 
@@ -184,10 +189,16 @@ def _folder(name: str) -> Path | None:
     Raises:
         ModelError: it is a file, or reads like a path and there is no such folder.
     """
+    if not isinstance(name, (str, Path)):
+        raise ModelError(f"The model's name is a {type(name).__name__}, not a text. {_CURE}")
     path = user_path(name)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as exc:
+        raise ModelError(f"No model can have the name {str(name)[:40]}…: {exc.strerror}. {_CURE}") from exc
+    if is_folder:
         return path
-    if path.is_file():
+    if is_file:
         raise ModelError(f"{path.absolute()} is a file. Give the folder that it lies in.")
     if str(name).startswith((".", "/", "~")):
         raise ModelError(f"There is no folder {path.absolute()}. {_CURE}")
@@ -245,6 +256,16 @@ def _needs_code(name: str) -> ModelError:
     )
 
 
+def _warn_of_unused(name: str, found: Mapping[str, Any]) -> None:
+    """Weights that the files have and the model does not: all is well with some, not with a layer's."""
+    if names := sorted(found["unexpected_keys"]):
+        more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+        shown = ", ".join(names[:_NAMES])
+        warnings.warn(
+            f"{name} holds weights that its model does not use: {shown}{more}. Check its config.json.", RLSEditWarning, stacklevel=4
+        )
+
+
 def _refuse_made_up(name: str, found: Mapping[str, Any]) -> None:
     """Weights that the files don't have, or have in another shape, transformers draws at random."""
     unlike = [f"{key} ({' × '.join(map(str, was))} for {' × '.join(map(str, wanted))})" for key, was, wanted in found["mismatched_keys"]]
@@ -293,10 +314,14 @@ def _damage(path: Path) -> str:
     """What is wrong with a file of weights; '' if nothing shows."""
     if path.suffix == ".safetensors":
         try:
-            with safe_open(path, framework="pt"):
-                return ""
+            with safe_open(path, framework="pt") as file:
+                kinds = {key: file.get_slice(key).get_dtype() for key in file.keys() if key.endswith(".weight")}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as exc:
             return _first_line(exc)
+        whole = next((key for key, kind in kinds.items() if kind not in _FLOATS), None)
+        if whole is not None:
+            raise ModelError(f"{path.absolute()} is quantized: {whole} is of type {kinds[whole]}. Load the model that it was made from.")
+        return ""
     with path.open("rb") as file:
         head = file.read(4)
     if not head:

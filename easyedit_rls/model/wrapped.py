@@ -13,6 +13,8 @@ def refuse_wrapped(model: nn.Module) -> None:
         LayoutError: it is wrapped or something within it is; says by what, and how to take it off.
     """
     kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise LayoutError(f"{kind} is no model of transformers. Load it with AutoModelForCausalLM.")
     if "_orig_mod" in model._modules:
         raise LayoutError(f"The model is wrapped by torch.compile ({kind}), which runs code of its own. Hand over model._orig_mod.")
     for name, module in model.named_modules():

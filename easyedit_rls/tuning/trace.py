@@ -64,6 +64,27 @@ class Trace:
         return {**numbers, "effects": effects, "advice": self.advice()}
 
 
+def refuse_untraceable(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """See that the model can take the requests' prompts.
+
+    Returns:
+        of each, its tokens and the positions of its subject's.
+
+    Raises:
+        RequestError, ModelError: see `trace`.
+    """
+    rows = []
+    for number, request in enumerate(requests):
+        try:
+            rows.append(subject_tokens(tok, request.before, request.subject, request.after, request.chat))
+        except RequestError as exc:
+            raise exc.at(number) from None
+    refuse_unfit(model, tok, [ids for ids, _ in rows], what="The prompt with a token to be predicted", n_new=1)
+    return rows
+
+
 def trace(
     model: PreTrainedModel,
     tok: PreTrainedTokenizerBase,
@@ -103,8 +124,7 @@ def trace(
     width = max(1, round(len(layers) / 5)) if window is None else window
     effects = {kind: torch.zeros(len(PLACES), len(layers)) for kind in KINDS}
     counts, clean, blurred = torch.zeros(len(PLACES), 1), 0.0, 0.0
-    rows = [subject_tokens(tok, request.before, request.subject, request.after, request.chat) for request in requests]
-    refuse_unfit(model, tok, [ids for ids, _ in rows], what="The prompt with a token to be predicted", n_new=1)
+    rows = refuse_untraceable(model, tok, requests)
     embed = model.get_input_embeddings()
     with undisturbed(model), progress_bar(len(rows) * len(layers) * len(KINDS), "tracing", "layer", show_progress) as bar:
         spread = torch.cat([embed.weight[[ids[i] for i in inside]].float() for ids, inside in rows]).std()

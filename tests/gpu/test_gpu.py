@@ -41,7 +41,7 @@ def test_a_symmetric_update_in_blocks_equals_the_dense_one(n):
     M = M + M.T
     packed = PackedSymmetric.from_dense(M)
     packed.update_([(G, 1.0), (H, -1.0)])
-    torch.testing.assert_close(packed.full(), M + G @ G.T - H @ H.T, rtol=0, atol=FLOAT64 * n)
+    torch.testing.assert_close(packed.to_dense(), M + G @ G.T - H @ H.T, rtol=0, atol=FLOAT64 * n)
 
 
 def test_the_recursion_equals_the_batch_solution():

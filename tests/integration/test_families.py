@@ -13,7 +13,7 @@ from easyedit_rls.evaluation.scores import score
 from easyedit_rls.facts.keys import LayerWalk, locate_facts
 from easyedit_rls.facts.values import losses_at, optimize_values, value_place
 from easyedit_rls.model.hooks import tap, undisturbed
-from easyedit_rls.model.layout import find_layout, twin
+from easyedit_rls.model.layout import cast_copy, find_layout
 from easyedit_rls.model.prefix_cache import Heads, share_prefixes
 from tests import zoo
 from tests.reference import plain_key, plain_value
@@ -205,7 +205,7 @@ def test_losses_on_a_copy_in_bfloat16_are_alike(located):
     """At δ = 0 and few steps on; the copy has the family's own buffers, biases and scales."""
     model, layout, facts, hp = located
     with undisturbed(model):
-        low = twin(layout, torch.bfloat16)
+        low = cast_copy(layout, torch.bfloat16)
         values = optimize_values(model, layout, facts, replace(hp, v_dtype="bfloat16"))
         for delta in (torch.zeros_like(values.delta), values.delta):
             exact = losses_at(model, layout, facts, hp, delta)

@@ -107,7 +107,7 @@ def refused(capsys, arguments: tuple[str, ...], folder: Path) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.use], ids=lambda case: case.name)
 def test_in_python(case, folder, tok):
     if case.spoil:
         case.spoil(folder)

@@ -1,5 +1,6 @@
 """Arguments that could be taken for something else: one text for its letters, a word for a name, a number for none."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
 from easyedit_rls.anchors.pairs import anchor_pairs
 from easyedit_rls.data.records import read_records
-from easyedit_rls.errors import ArgumentError, HyperParamsError, InputError, RequestError
+from easyedit_rls.errors import ArgumentError, HyperParamsError, InputError, LayoutError, RequestError
 from easyedit_rls.evaluation import answers, consistency, edit_quality, fluency, generate
 from tests.conftest import tiny_llama, tiny_settings
 from tests.integration.wrong_inputs import COMPARE, EDIT, FACT, LOCATE, TUNE, Wrong, written
@@ -49,6 +50,8 @@ def case(
 
 
 _ONE_TEXT = "is a str, not a list of texts. Put it into brackets"
+_HALF = '{"prompt": "The river Oder", "subject": "Oder", "target_new": "\\ud800x"}'
+_CONTRARY = "\n".join(json.dumps({**FACT, "target_new": target}) for target in ("people", "lakes"))
 _BAD = '{"prompt": "The river Oder", "subject": "Elbe", "target_new": "people"}\n{"prompt": 3}\n'
 
 ARGUMENTS = [
@@ -119,7 +122,7 @@ ARGUMENTS = [
         "a count of none",
         lambda folder, tok: read_records("records.jsonl", count=0),
         HyperParamsError,
-        "count is 0; allowed: 1 or above",
+        "count is 0; allowed: whole numbers from 1 on",
         *TUNE,
         "--count",
         "0",
@@ -128,7 +131,7 @@ ARGUMENTS = [
         "a beginning before the first",
         lambda folder, tok: read_records("records.jsonl", first=-1),
         HyperParamsError,
-        "first is -1; allowed: 0 or above",
+        "first is -1; allowed: whole numbers from 0 on",
         *COMPARE,
         "data.first=-1",
     ),
@@ -139,6 +142,82 @@ ARGUMENTS = [
         "on_bad is 'ignore'; allowed: 'error' or 'skip'",
         *EDIT,
         "data.on_bad=ignore",
+    ),
+    case(
+        "half a number of records",
+        lambda folder, tok: read_records("records.jsonl", count=2.5),
+        HyperParamsError,
+        "count.*2.5",
+        *EDIT,
+        "data.count=2.5",
+    ),
+    case(
+        "a list as a file",
+        lambda folder, tok: read_records(["records.jsonl"]),
+        ArgumentError,
+        "path is a list, not the name|Cannot convert .ListConfig. to string",
+        *EDIT[:2],
+        "data.file=[a,b]",
+    ),
+    case(
+        "half a character",
+        lambda folder, tok: read_records("records.jsonl"),
+        RequestError,
+        "field 'target_new': holds half a character",
+        *EDIT,
+        spoil=written("records.jsonl", _HALF),
+    ),
+    case("no model", on(lambda m, t, hp: RLSEditor(None, t, hp)), LayoutError, "NoneType is no model of transformers"),
+    case("no tokenizer", on(lambda m, t, hp: RLSEditor(m, None, hp)), ArgumentError, "tok is a NoneType, not a tokenizer"),
+    case("a number as a state", on(lambda m, t, hp: RLSEditor(m, t, hp, state=5)), ArgumentError, "state is a int, not an EditorState"),
+    case("bytes as a folder", on(lambda m, t, hp: RLSEditor(m, t, hp, state_dir=b"x")), ArgumentError, "state_dir is a bytes"),
+    case("a record that is none", on(lambda m, t, hp: edit_quality(m, t, [None])), RequestError, "Request 0: is a NoneType, not a mapping"),
+    case("no texts", lambda folder, tok: fluency([]), ArgumentError, "texts is empty. Give at least one text"),
+    case(
+        "a number among texts", on(lambda m, t, hp: anchor_pairs(m, t, hp, ["The river", 5])), ArgumentError, "An item of prompts is a int"
+    ),
+    case("a seed beyond all", settings(seed=10**30), HyperParamsError, "seed is 10.*; allowed: 0 to 2.63 - 1"),
+    case("infinity", settings(lambda_reg=float("inf")), HyperParamsError, "lambda_reg is inf; allowed: a finite number"),
+    case("batches of none", None, HyperParamsError, "data.batch is 0; allowed: whole numbers from 1 on", *EDIT, "data.batch=0"),
+    case("batches below none", None, HyperParamsError, "data.batch is -1; allowed: whole numbers from 1 on", *COMPARE, "data.batch=-1"),
+    case(
+        "a word as a batch", None, HyperParamsError, "data.batch: Value 'abc'.*could not be converted to Integer", *EDIT, "data.batch=abc"
+    ),
+    case("no checkpoints", None, HyperParamsError, "eval.every is 0", *COMPARE, "eval.every=0"),
+    case("no jobs", None, HyperParamsError, "jobs is 0", *COMPARE, "jobs=0"),
+    case("a word for yes or no", None, HyperParamsError, "save: Value 'maybe' is not a valid bool", *EDIT, "save=maybe"),
+    case("settings that are none", None, HyperParamsError, "settings", *EDIT, "settings=abc"),
+    case(
+        "an editor that nobody knows",
+        None,
+        HyperParamsError,
+        "There is no editor 'AlphaEdt'. Did you mean AlphaEdit",
+        *COMPARE,
+        "alg_name=AlphaEdt",
+    ),
+    case("settings of nobody", None, HyperParamsError, "There is no editor 'Foo'", *COMPARE, "settings.Foo.x=1"),
+    case("a number as settings", None, HyperParamsError, "settings.RLSEdit is 5, not settings by name", *COMPARE, "settings.RLSEdit=5"),
+    case("a file to write into", None, HyperParamsError, "out is records.jsonl, but .* is a file", *EDIT[:3], "out=records.jsonl"),
+    case(
+        "a file as a ledger",
+        None,
+        HyperParamsError,
+        "state_dir is records.jsonl, but .* is a file",
+        *EDIT[:3],
+        "out=out",
+        "state_dir=records.jsonl",
+    ),
+    case("tuning in batches of none", None, HyperParamsError, "--batch is -1", *TUNE, "--batch", "-1"),
+    case("tuning in no time", None, HyperParamsError, "--minutes is nan", *TUNE, "--minutes", "nan"),
+    case("tuning into a file", None, HyperParamsError, "--out is text.txt, but", *TUNE[:4], "--out", "text.txt"),
+    case("no noise", None, HyperParamsError, "--samples is 0", *LOCATE, "--samples", "0"),
+    case(
+        "records that contradict each other",
+        None,
+        RequestError,
+        "Request 1: gives .* 'lakes', but record 0 of the same batch 'people'.*on_bad=skip",
+        *EDIT,
+        spoil=written("records.jsonl", _CONTRARY),
     ),
     case(
         "two bad records",

@@ -288,7 +288,7 @@ MODELS = [
         None,
         lambda f, t: load_model(str(f / "model"), trust_remote_code="maybe"),  # type: ignore[arg-type]
         HyperParamsError,
-        "trust_remote_code is 'maybe'; allowed: true, false",
+        "trust_remote_code.*'maybe'",
         (*EDIT, "model.trust_remote_code=maybe"),
     ),
     Wrong(

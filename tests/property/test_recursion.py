@@ -170,7 +170,7 @@ def test_each_downdate_makes_the_covariance_symmetric():
     for cut in (0, 2, 4, 6):
         state = problem.feed(state, cut, cut + 2)
         assert torch.equal(state.covariance(), state.covariance().T)
-    assert torch.equal(state._parts.C.full(), state._parts.C.full().T)
+    assert torch.equal(state._parts.C.to_dense(), state._parts.C.to_dense().T)
 
 
 def test_drift_rises_when_the_covariance_is_spoiled():
@@ -181,7 +181,7 @@ def test_drift_rises_when_the_covariance_is_spoiled():
     sound = state.drift()
     assert sound < 1e-5
     C = state._parts.C
-    C.panels[0][2, 3] += 0.05 * C.full().abs().max()
+    C.panels[0][2, 3] += 0.05 * C.to_dense().abs().max()
     assert problem.feed(state, 0, 1).drift() > 100 * sound
 
 
@@ -294,9 +294,9 @@ def test_a_pass_may_break_off_at_any_instruction(monkeypatch):
         C, G = PackedSymmetric.from_dense(torch.zeros(5, 5)), torch.arange(1.0, 6.0)[:, None]
         terms = [Term(G, 1.0), Term(2 * G, -1.0)]
         has_failed = at_instruction(n, lambda C=C, terms=terms: C.update_(terms))
-        assert torch.equal(C.full(terms), -3 * G @ G.T)
+        assert torch.equal(C.to_dense(terms), -3 * G @ G.T)
         C.update_(terms)
-        assert torch.equal(C.full(), -3 * G @ G.T)
+        assert torch.equal(C.to_dense(), -3 * G @ G.T)
         if not has_failed:
             break
     assert n > 300

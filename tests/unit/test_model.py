@@ -13,7 +13,7 @@ from easyedit_rls import RLSEditor
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.model.batching import pack_batches, pad, pass_overhead, run
 from easyedit_rls.model.hooks import tap, undisturbed
-from easyedit_rls.model.layout import find_layout, twin
+from easyedit_rls.model.layout import cast_copy, find_layout
 from easyedit_rls.model.subject import tokenize_answer, tokenize_fact
 from easyedit_rls.model.weights import EditedWeight, fingerprint
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_settings
@@ -254,7 +254,7 @@ def test_slow_tokenizers_are_refused():
 
 def test_a_twin_is_a_copy_in_another_type(model, settings):
     layout = find_layout(model, settings())
-    low = twin(layout, torch.bfloat16)
+    low = cast_copy(layout, torch.bfloat16)
     assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not any(parameter.requires_grad for parameter in low.model.parameters())

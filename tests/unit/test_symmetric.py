@@ -19,7 +19,7 @@ def test_a_matrix_comes_back_whole(n):
     M = symmetric(n)
     packed = PackedSymmetric.from_dense(M)
     assert len(packed) == n
-    assert torch.equal(packed.full(), M)
+    assert torch.equal(packed.to_dense(), M)
     assert sum(panel.numel() for panel in packed.panels) <= n * (n + 512) / 2 + 512 * 512
     packed.panels[0].zero_()  # it owns its memory
     assert M.any()
@@ -29,7 +29,7 @@ def test_dtype_and_layout_do_not_matter():
     M = symmetric(600)
     one, other = PackedSymmetric.from_dense(M.float()), PackedSymmetric.from_dense(M.T, torch.float32)
     assert all(panel.dtype == torch.float32 and panel.is_contiguous() for panel in other.panels)
-    assert torch.equal(one.full(), other.full())
+    assert torch.equal(one.to_dense(), other.to_dense())
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -40,17 +40,17 @@ def test_an_update_equals_the_dense_one(n):
     packed = PackedSymmetric.from_dense(M)
     product = packed.update_([Term(G, -1.0), Term(H, 1.0)], X)
     expected = M - G @ G.T + H @ H.T
-    torch.testing.assert_close(packed.full(), expected, rtol=0, atol=FLOAT64 * n)
+    torch.testing.assert_close(packed.to_dense(), expected, rtol=0, atol=FLOAT64 * n)
     torch.testing.assert_close(product, X @ expected, rtol=0, atol=FLOAT64 * n)
-    assert torch.equal(packed.full(), packed.full().T)
+    assert torch.equal(packed.to_dense(), packed.to_dense().T)
 
 
 def test_without_anything_to_multiply_only_the_matrix_changes():
     packed, G = PackedSymmetric.from_dense(symmetric(600)), torch.ones(600, 1, dtype=torch.float64)
     twin = packed.clone()
     assert packed.update_([Term(G, 1.0)]).shape == (0, 600)
-    assert torch.equal(packed.full(), symmetric(600) + 1)
-    assert torch.equal(twin.full(), symmetric(600))
+    assert torch.equal(packed.to_dense(), symmetric(600) + 1)
+    assert torch.equal(twin.to_dense(), symmetric(600))
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -59,7 +59,7 @@ def test_packing_keeps_every_bit_in_about_half(n):
     vector = PackedSymmetric.from_dense(M).to_vector()
     assert vector.numel() <= n * (n + 64) / 2 + 64 * 64
     back = PackedSymmetric.from_vector(vector, n)
-    assert torch.equal(back.full(), M)
+    assert torch.equal(back.to_dense(), M)
     assert all(torch.equal(a, b) for a, b in zip(back.panels, PackedSymmetric.from_dense(M).panels, strict=True))
 
 
@@ -69,4 +69,4 @@ def test_the_vector_is_the_same_however_the_rows_are_cut(monkeypatch):
     packed = PackedSymmetric.from_dense(symmetric(300))
     assert len(packed.panels) == 3
     assert torch.equal(packed.to_vector(), vector)
-    assert torch.equal(PackedSymmetric.from_vector(vector, 300).full(), symmetric(300))
+    assert torch.equal(PackedSymmetric.from_vector(vector, 300).to_dense(), symmetric(300))
