@@ -135,7 +135,7 @@ def wikibigedit(raw: Mapping[str, Any]) -> list[Flat]:
     flat |= {"prompt": raw["update"], "target_new": raw["ans"], "rephrase_prompt": _said(raw.get("rephrase"))}
     if _said(raw.get("loc")):
         flat["locality"] = {"neighborhood": _pairs([(raw["loc"], raw.get("loc_ans"))])}
-    asked = {name: (raw.get(name), raw["ans"]) for name in raw if name.startswith("personas")} | {
+    asked = {name: (raw.get(name), raw["ans"]) for name in raw if name.startswith("personas") and _said(raw["ans"])} | {
         "mhop": (raw.get("mhop"), raw.get("mhop_ans"))
     }
     flat["portability"] = {name: _pairs([pair]) for name, pair in asked.items() if _said(pair[0])}

@@ -14,7 +14,7 @@ from easyedit_rls.facts.keys import LayerWalk, locate_facts
 from easyedit_rls.facts.values import losses_at, optimize_values, value_place
 from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import cast_copy, find_layout
-from easyedit_rls.model.prefix_cache import Heads, share_prefixes
+from easyedit_rls.model.prefix_cache import PrefixCache, share_prefixes
 from tests import zoo
 from tests.reference import plain_key, plain_value
 from tests.tolerances import BFLOAT16, PADDING, VALUES
@@ -219,13 +219,13 @@ def test_heads_run_once_whatever_they_share(located):
     n_tokens = []
     handle = layout.lower_layers[0].register_forward_hook(lambda module, args, out: n_tokens.append(args[0].shape[0] * args[0].shape[1]))
     with torch.no_grad():
-        heads = Heads(model, layout.loss_layer, set(texts), 10_000)
+        heads = PrefixCache(model, layout.loss_layer, set(texts), 10_000)
         handle.remove()
         some = texts[::2] + texts[:1]
-        cache, mask = heads.of(some)
+        cache, mask = heads.select(some)
         for i, text in enumerate(some):
             if text:
-                alone, _ = Heads(model, layout.loss_layer, [text], 10_000).of([text])
+                alone, _ = PrefixCache(model, layout.loss_layer, [text], 10_000).select([text])
                 for whole, part in zip(cache.layers, alone.layers):
                     torch.testing.assert_close(whole.keys[i][:, mask[i].bool()], part.keys[0], rtol=0, atol=PADDING)
                     torch.testing.assert_close(whole.values[i][:, mask[i].bool()], part.values[0], rtol=0, atol=PADDING)

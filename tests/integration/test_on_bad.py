@@ -80,3 +80,31 @@ def test_a_comparison_has_the_same_records_for_all(folder):
     again = subprocess.run([sys.executable, "-m", "easyedit_rls.cli.main", *command], capture_output=True, text=True)
     assert again.returncode == 2
     assert "out holds results of another comparison; different: count" in again.stderr
+
+
+@pytest.mark.filterwarnings("default::easyedit_rls.errors.RLSEditWarning")
+@pytest.mark.parametrize("command", ["locate", "tune"])
+def test_locate_and_tune_leave_them_out_too(folder, capsys, command):
+    more = {"paraphrase_prompts": ["They say"], "neighborhood_prompts": ["The river Rhine"]}
+    short_gpt2(n_positions=300).save_pretrained("model")  # perplexity has windows of 256
+    too_long = {**FACT, "prompt": 3 * LONG + "The river Oder"}
+    facts = [{**GOOD[0], **more}, too_long, {**GOOD[1], **more}]
+    (folder / "records.jsonl").write_text("\n".join(json.dumps(fact) for fact in facts))
+    arguments = [command, "model", "--data", "records.jsonl", "--out", "out"]
+    if command == "tune":
+        (folder / "text.txt").write_text(LONG)
+        arguments += ["--hparams", "tiny.yaml", "--trials", "1", "--text", "text.txt"]
+    assert main([*arguments, "--on-bad", "skip"]) == 0
+    assert "easyedit-rls: records.jsonl: left out 1 of 3 records: 1 (" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "easyedit-rls: Request 1: The prompt with" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default::easyedit_rls.errors.RLSEditWarning")
+def test_of_two_that_contradict_each_other_the_later_is_left_out(folder, capsys):
+    facts = [GOOD[0], GOOD[1], {**GOOD[0], "target_new": "lakes"}]
+    (folder / "records.jsonl").write_text("\n".join(json.dumps(fact) for fact in facts))
+    alone = [*SETTINGS[:-1], "data.batch=2", "save=false"]
+    assert main(["edit", *alone, "out=in-two-batches"]) == 0  # the later supersedes the earlier
+    assert main(["edit", *SETTINGS[:-1], "data.batch=3", "data.on_bad=skip", "out=in-one", "save=false"]) == 0
+    assert "left out 1 of 3 records: 2 (gives 'The river Oder' the target 'lakes', but record 0" in capsys.readouterr().err

@@ -77,8 +77,8 @@ def removed(*names: str) -> Callable[[Path], Any]:
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
-def short_gpt2() -> GPT2LMHeadModel:
+def short_gpt2(n_positions: int = POSITIONS) -> GPT2LMHeadModel:
     config = tiny_gpt2().config
-    config.n_positions = POSITIONS
+    config.n_positions = n_positions
     torch.manual_seed(0)
     return GPT2LMHeadModel(config).eval()

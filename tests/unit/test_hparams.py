@@ -178,3 +178,19 @@ def test_nothing_of_the_environment_comes_in(tmp_path, monkeypatch):
 def test_templates_may_be_memits():
     """Its {} is where the prompt goes; the bare one counts anyway."""
     assert tiny_settings("llama", context_templates=["{}", "Hello. {}", "They say: "]).context_templates == ["Hello. ", "They say: "]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"5", "holds no mapping"), (b"layers: &a [*a]", "is not YAML"), (b"model_name: \xfc", "is not UTF-8 text: byte 12 is 0xfc")],
+)
+def test_files_that_hold_no_settings(tmp_path, content, problem):
+    (tmp_path / "hp.yaml").write_bytes(content)
+    with pytest.raises(HyperParamsError, match=problem):
+        RLSEditHyperParams.from_hparams(tmp_path / "hp.yaml")
+
+
+@pytest.mark.parametrize("name", [".", "x" * 300, "a/b"])
+def test_names_of_no_file(name):
+    with pytest.raises(HyperParamsError, match="No settings file at"):
+        RLSEditHyperParams.from_hparams(name)

@@ -333,3 +333,80 @@ def test_fields_that_nobody_reads_are_named_once(tmp_path):
 def test_arguments_out_of_range(tmp_path, change, message):
     with pytest.raises(HyperParamsError, match=message):
         read_file(write(tmp_path / "r.json", [LEAST]), **change)
+
+
+def test_easyedits_own_names_decide_whatever_else_a_record_holds(tmp_path):
+    more = {"question": "What is it?", "object": "Paris", "update": "x", "ans": "y", "src": "x", "alt": ""}
+    (record,) = read_file(write(tmp_path / "r.json", [{**LEAST, **more}])).records
+    assert (record.request.prompt, record.request.target) == ("The owner of the shop is", "Ann")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "Ada speaks", "subject": "Ada", "target_new": "French"},
+        {"prompt": "Ada speaks", "concept": "Ada", "labels": "French"},
+        {"text": "Ada speaks", "concept": "Ada", "labels": "French"},
+    ],
+)
+def test_knowedits_names_may_be_mixed(tmp_path, record):
+    (read,) = read_records(write(tmp_path / "r.json", [record]))
+    assert (read.request.prompt, read.request.subject, read.request.target) == ("Ada speaks", "Ada", "French")
+
+
+@pytest.mark.parametrize("true", [None, {"str": ""}, {"str": math.nan}, {"str": "<|endoftext|>"}])
+def test_neighbors_without_an_answer_are_left_out(tmp_path, true):
+    """The last is what stands for the true answer in MEMIT's ZsRE."""
+    near = ["Emmy was born in", {"prompt": "nq question: who?", "target": "Bob"}]
+    fact = {**COUNTERFACT["requested_rewrite"], "target_true": true}
+    (record,) = read_records(write(tmp_path / "r.json", [{**COUNTERFACT, "requested_rewrite": fact, "neighborhood_prompts": near}]))
+    assert record.request.target_true is None
+    assert [(probe.prompt, probe.answer) for probe in record.request.neighbors] == [("nq question: who?", "Bob")]
+
+
+def test_braces_in_a_question_are_text(tmp_path):
+    (record,) = read_records(write(tmp_path / "r.json", [{**UNKE, "question": "What does {} mean?"}]))
+    assert record.request.prompt == record.request.subject == "What does {} mean?"
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "problem"),
+    [
+        ({**ZSRE, "alt": None}, "alt", "missing"),
+        ({**ZSRE, "rephrase": 3}, "rephrase", "neither a text"),
+        ({**BIGEDIT, "ans": None}, "ans", "missing"),
+        ({**UNKE, "question": ""}, "question", "empty"),
+        ({**UNKE, "answer": 5}, "answer", "is a int"),
+        ({**QAEDIT, "target": ""}, "target", "empty"),
+        ({**QAEDIT, "id": 1.5}, "id", "is a float"),
+        ({**FLAT, "locality": {"near": {"prompt": "a", "ground_truth": " "}}}, "locality.near.ground_truth", "empty"),
+    ],
+)
+def test_faults_are_told_in_the_files_own_names(tmp_path, record, field, problem):
+    with pytest.raises(RequestError, match=problem) as caught:
+        read_records(write(tmp_path / "r.json", [record]))
+    assert caught.value.field == field
+
+
+def test_empty_cells(tmp_path):
+    (tmp_path / "z.csv").write_text("subject,src,alt,importance\nAda,Who is Ada?,,\nAda,Who is Ada?,Eve,\n")
+    found = read_file(tmp_path / "z.csv")
+    assert ([record.request.target for record in found.records], found.left_out[0].reason) == (["Eve"], "has no new answer")
+    (tmp_path / "h.csv").write_text("subject,question,object\nAda,Who is Ada?,\n")
+    with pytest.raises(RequestError, match="field 'object': is empty"):
+        read_file(tmp_path / "h.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.json", '[{"prompt": "a", "prompt": "b"}]', "'prompt' stands twice in one mapping"),
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "'prompt' stands twice in one mapping"),
+        ("a.csv", "prompt,subject,prompt\na,b,c", "two columns of the name 'prompt'"),
+        ("a.csv", "prompt;subject;target_new\na;b;c", "has ';' between its columns. Save it with commas"),
+    ],
+)
+def test_files_that_say_two_things(tmp_path, name, text, problem):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(RequestError, match=problem):
+        read_file(tmp_path / name)
