@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from easyedit_rls import AnchorError, RLSEditor, anchors
+from easyedit_rls import AnchorError, RLSEditor
+from easyedit_rls.anchors import cache as anchors
 from easyedit_rls.anchors.moments import Moment, _Convergence, sum_moments
 from easyedit_rls.anchors.text import token_blocks
 from easyedit_rls.model.layout import find_layout
