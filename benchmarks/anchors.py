@@ -1,10 +1,11 @@
 """Second moments from nothing: time, tokens, and what the number of tokens is worth; prints one JSON object.
 
-    python benchmarks/anchors.py --model models/smollm2-135m --data pararel_dev.json --text wikitext2_test.txt --layers 6 7 8 9 10
+    python benchmarks/anchors.py --model models/smollm2-135m --data pararel_dev.json \
+        --text wikitext2_test.txt --layers 6 7 8 9 10
 
-Each source is read once with each of the `--tolerances` and once to the end (`--texts` of it), each from an empty cache; with each, the
-same stream is edited and measured. A source is what `mom2_dataset` takes: shipped, self, or a text file.
-`--texts 0` leaves the whole text out.
+Each source is read once with each of the `--tolerances` and once to the end (`--texts` of it), each from an
+empty cache; with each, the same stream is edited and measured. A source is what `mom2_dataset` takes:
+shipped, self, or a text file. `--texts 0` leaves the whole text out.
 """
 
 import argparse
@@ -55,10 +56,25 @@ def measure(args: argparse.Namespace, source: str, tolerance: float, n_texts: in
 def main() -> None:
     names = ("model", "hparams", "layers", "data", "text", "first", "count", "batch", "threads")
     options = parser(__doc__, *names, data=None, text=None, count=100, batch=20)
-    options.add_argument("--sources", nargs="+", default=["shipped"], help="what to take the moments from (default: %(default)s)")
+    options.add_argument(
+        "--sources",
+        nargs="+",
+        default=["shipped"],
+        help="what to take the moments from (default: %(default)s)",
+    )
     shipped = RLSEditHyperParams.__dataclass_fields__["mom2_tolerance"].default
-    options.add_argument("--tolerances", type=float, nargs="+", default=[shipped], help="where to stop reading (default: %(default)s)")
-    options.add_argument("--texts", type=int, help="how many texts to read to the end, for each source (default: the settings' number)")
+    options.add_argument(
+        "--tolerances",
+        type=float,
+        nargs="+",
+        default=[shipped],
+        help="where to stop reading (default: %(default)s)",
+    )
+    options.add_argument(
+        "--texts",
+        type=int,
+        help="how many texts to read to the end, for each source (default: the settings' number)",
+    )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     readings: list[tuple[float, int | None]] = [(tolerance, None) for tolerance in args.tolerances]

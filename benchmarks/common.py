@@ -1,4 +1,6 @@
-"""What the benchmarks share: options, records and models, and what every output says: spreads, versions and the machine."""
+"""What the benchmarks share: options, records and models, and what every output says: spreads, versions and
+the machine.
+"""
 
 import argparse
 import json
@@ -25,7 +27,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "default": "smollm2-135m",
         "help": "YAML file, shipped name, or init: made from the model (default: %(default)s)",
     },
-    "set": {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": "override a setting; may be repeated"},
+    "set": {
+        "action": "append",
+        "default": [],
+        "metavar": "NAME=VALUE",
+        "help": "override a setting; may be repeated",
+    },
     "layers": {"type": int, "nargs": "+", "help": "edited layers (default: those of the settings)"},
     "first": {"type": int, "default": 2000, "help": "first record (default: %(default)s)"},
     "count": {"type": int, "default": 40, "help": "number of records (default: %(default)s)"},
@@ -36,7 +43,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def parser(doc: str | None, *names: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with these options, of those that several benchmarks have; defaults other than the usual by name (None: not required)."""
+    """A parser with these options, of those that several benchmarks have; defaults other than the usual by
+    name (None: not required).
+    """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names:
         option = dict(_OPTIONS[name])
@@ -53,7 +62,9 @@ def records_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found[args.first : args.first + args.count]
 
 
-def settings_of(args: argparse.Namespace, model: Any, changes: Mapping[str, Any] | None = None) -> RLSEditHyperParams:
+def settings_of(
+    args: argparse.Namespace, model: Any, changes: Mapping[str, Any] | None = None
+) -> RLSEditHyperParams:
     """`--hparams`, with these changes and what `--set` overrides; refused where they are another model's."""
     overrides = OmegaConf.to_container(OmegaConf.from_dotlist(getattr(args, "set", [])))
     assert isinstance(overrides, dict)
@@ -63,7 +74,9 @@ def settings_of(args: argparse.Namespace, model: Any, changes: Mapping[str, Any]
 
 def load(folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
     """A model and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(
+        device
+    ).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -73,10 +86,19 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Of the package and of what it computes with."""
-    return {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "easyedit_rls": easyedit_rls.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def machine() -> dict[str, object]:
     """Where it ran."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"processor": platform.machine(), "gpu": gpu, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    return {
+        "processor": platform.machine(),
+        "gpu": gpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }

@@ -1,11 +1,14 @@
-"""Edit streams of records through EasyEdit's `batch_edit`, score each again at its end with its own metrics; prints one JSON object.
+"""Edit streams of records through EasyEdit's `batch_edit`, score each again at its end with its own metrics;
+prints one JSON object.
 
-    EASYEDIT_HOME=… python benchmarks/easyedit_stream.py --model models/smollm2-135m-llama --data pararel_dev.json --streams 5
+    EASYEDIT_HOME=… python benchmarks/easyedit_stream.py --model models/smollm2-135m-llama --data
+    pararel_dev.json --streams 5
 
-runs five streams of `--count` records one behind another, each on the unedited model: thirty records differ much from the next thirty.
-EasyEdit tells a model's family by its name, hence the folder's. `--alg AlphaEdit --alpha-hparams FILE.yaml` runs EasyEdit's own editor on
-the same records instead. The metrics: rewrite_acc and rephrase_acc (tokens of the target that are the argmax, teacher-forced; the
-first paraphrase), locality (tokens of the neighbors' answers whose argmax stayed what it was).
+runs five streams of `--count` records one behind another, each on the unedited model: thirty records differ
+much from the next thirty. EasyEdit tells a model's family by its name, hence the folder's. `--alg AlphaEdit
+--alpha-hparams FILE.yaml` runs EasyEdit's own editor on the same records instead. The metrics: rewrite_acc
+and rephrase_acc (tokens of the target that are the argmax, teacher-forced; the first paraphrase), locality
+(tokens of the neighbors' answers whose argmax stayed what it was).
 """
 
 import contextlib
@@ -25,8 +28,12 @@ import easyedit_rls
 
 def main() -> None:
     options = parser(__doc__, "model", "data", "hparams", "first", "count", "batch", "set", count=30)
-    options.add_argument("--alg", choices=["RLSEdit", "AlphaEdit"], default="RLSEdit", help="default: %(default)s")
-    options.add_argument("--streams", type=int, default=1, help="streams of --count records each (default: %(default)s)")
+    options.add_argument(
+        "--alg", choices=["RLSEdit", "AlphaEdit"], default="RLSEdit", help="default: %(default)s"
+    )
+    options.add_argument(
+        "--streams", type=int, default=1, help="streams of --count records each (default: %(default)s)"
+    )
     options.add_argument("--alpha-hparams", help="AlphaEdit's YAML file, for --alg AlphaEdit")
     args = options.parse_args()
 
@@ -67,7 +74,9 @@ def run_stream(easyeditor: Any, hparams: Any, records: list[dict[str, Any]]) -> 
         target_new=[fact["target_new"]["str"] for fact in facts],
         ground_truth=true,
         rephrase_prompts=[record["paraphrase_prompts"][0] for record in records],
-        locality_inputs={"neighborhood": {"prompt": near, "ground_truth": [[t] * len(n) for t, n in zip(true, near)]}},
+        locality_inputs={
+            "neighborhood": {"prompt": near, "ground_truth": [[t] * len(n) for t, n in zip(true, near)]}
+        },
         sequential_edit=True,
         verbose=False,
     )
@@ -75,7 +84,9 @@ def run_stream(easyeditor: Any, hparams: Any, records: list[dict[str, Any]]) -> 
     edit_s = sum(metrics[i]["time"] for i in range(0, len(metrics), hparams.batch_size))
     for metric in metrics:
         request = metric["requested_rewrite"]
-        metric["post"] = easyeditor.compute_edit_quality(model, hparams.model_name, hparams, editor.tok, request, hparams.device)
+        metric["post"] = easyeditor.compute_edit_quality(
+            model, hparams.model_name, hparams, editor.tok, request, hparams.device
+        )
         finalize_locality_metrics(metric, request, hparams, hparams.model_name)
     return {
         "rewrite_acc": fmean(fmean(m["post"]["rewrite_acc"]) for m in metrics),

@@ -1,11 +1,15 @@
-"""Seconds to evaluate records, against EasyEdit's `compute_edit_quality` in the same process, in turns; prints one JSON object.
+"""Seconds to evaluate records, against EasyEdit's `compute_edit_quality` in the same process, in turns;
+prints one JSON object.
 
-    EASYEDIT_HOME=CHECKOUT python benchmarks/evaluation.py --model models/smollm2-135m-llama --data pararel_dev.json --threads 2
+    EASYEDIT_HOME=CHECKOUT python benchmarks/evaluation.py --model models/smollm2-135m-llama \
+        --data pararel_dev.json --threads 2
 
-Both score the same prompts by the same rule (rewrite, rephrase, all neighbors) with the same model, and must give the same numbers. A turn
-is all records: in one call here, one call a record there, which is all that EasyEdit has. In bfloat16 a near tie may fall otherwise where
-texts run together: `records_with_another_number_than` says how often it did, and how often either differs from the figures in float32.
-EasyEdit loads a model by what its folder is called, so the folder's name must contain the family's, as in smollm2-llama.
+Both score the same prompts by the same rule (rewrite, rephrase, all neighbors) with the same model, and must
+give the same numbers. A turn is all records: in one call here, one call a record there, which is all that
+EasyEdit has. In bfloat16 a near tie may fall otherwise where texts run together:
+`records_with_another_number_than` says how often it did, and how often either differs from the figures in
+float32. EasyEdit loads a model by what its folder is called, so the folder's name must contain the family's,
+as in smollm2-llama.
 """
 
 import contextlib
@@ -31,13 +35,22 @@ def n_unlike(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]
 
 
 def figures(record: Mapping[str, Any]) -> list[list[Any]]:
-    found = [record[name] for name in ("rewrite_acc", "rephrase_acc") if name in record] + list(record["locality"].values())
+    found = [record[name] for name in ("rewrite_acc", "rephrase_acc") if name in record] + list(
+        record["locality"].values()
+    )
     return [[list(x) if isinstance(x, list) else float(x) for x in values] for values in found]
 
 
 def main() -> None:
-    options = parser(__doc__, "model", "data", "hparams", "first", "count", "device", "threads", count=200, threads=2)
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the model (default: %(default)s)")
+    options = parser(
+        __doc__, "model", "data", "hparams", "first", "count", "device", "threads", count=200, threads=2
+    )
+    options.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="type of the model (default: %(default)s)",
+    )
     options.add_argument("--repeats", type=int, default=3, help="turns (default: %(default)s)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
@@ -56,7 +69,9 @@ def main() -> None:
         begun = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             theirs = [
-                package.compute_edit_quality(model, settings.model_name, settings, tok, record.easyedit, settings.device)
+                package.compute_edit_quality(
+                    model, settings.model_name, settings, tok, record.easyedit, settings.device
+                )
                 for record in records
             ]
         seconds["EasyEdit"].append(time.perf_counter() - begun)

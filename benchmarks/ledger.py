@@ -1,12 +1,14 @@
-"""What the ledger costs: bytes an edit, seconds to append, to checkpoint and to resume; prints one JSON object.
+"""What the ledger costs: bytes an edit, seconds to append, to checkpoint and to resume; prints one JSON
+object.
 
-    python benchmarks/ledger.py                                     # widths of SmolLM2-135M and of Llama-3-8B, random keys
+    python benchmarks/ledger.py                      # widths of SmolLM2-135M and of Llama-3-8B, random keys
     python benchmarks/ledger.py --widths 1536x576 --layers 5 --batch 10
-    python benchmarks/ledger.py --widths --layers --model models/smollm2-135m --data pararel_dev.json   # share of an edit's time
+    python benchmarks/ledger.py --widths --layers --model models/smollm2-135m --data pararel_dev.json
+        # share of an edit's time
 
-With --widths, the keys, targets and weights are random: no model is edited, the ledger does what it does for one. Each figure is the median
-of the repetitions, with the least and the largest beside it. With --model, records are edited for real, with a checkpoint after
-every batch and with one at the end alone.
+With --widths, the keys, targets and weights are random: no model is edited, the ledger does what it does for
+one. Each figure is the median of the repetitions, with the least and the largest beside it. With --model,
+records are edited for real, with a checkpoint after every batch and with one at the end alone.
 """
 
 import argparse
@@ -41,7 +43,9 @@ def manifest(layers: list[int], d_k: int, d_v: int) -> bytes:
     names = {str(layer): f"layers.{layer}.mlp.down_proj.weight" for layer in layers}
     objective = {"lambda_reg": 1.0, "mu_reg": 0.0}
     modules = {layer: "Linear" for layer in names}
-    return Manifest(FORMAT, "", "", "random", "Random", "float32", "", modules, names, widths, objective, "none", [], {}).encode()
+    return Manifest(
+        FORMAT, "", "", "random", "Random", "float32", "", modules, names, widths, objective, "none", [], {}
+    ).encode()
 
 
 def solution(layer: int, d_k: int, d_v: int) -> RecursiveLeastSquares:
@@ -60,8 +64,13 @@ def prior(one: RecursiveLeastSquares) -> Prior:
 def entry(batch: int, size: int) -> Entry:
     """A batch with texts of the usual length."""
     first = batch * size + 1
-    requests = [EditRequest("The mother tongue of ", f"Person Number {first + i}", " is", "English") for i in range(size)]
-    return Entry("edit", tuple(Edit(first + i, request, i) for i, request in enumerate(requests)), weights="0" * 16)
+    requests = [
+        EditRequest("The mother tongue of ", f"Person Number {first + i}", " is", "English")
+        for i in range(size)
+    ]
+    return Entry(
+        "edit", tuple(Edit(first + i, request, i) for i, request in enumerate(requests)), weights="0" * 16
+    )
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -76,7 +85,10 @@ def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dic
     with tempfile.TemporaryDirectory() as folder:
         now = Moment(solutions={layer: solution(layer, d_k, d_v) for layer in layers})
         ledger = Ledger(Path(folder))
-        files = {MANIFEST: manifest(layers, d_k, d_v), **prior_files({n: prior(one) for n, one in now.solutions.items()})}
+        files = {
+            MANIFEST: manifest(layers, d_k, d_v),
+            **prior_files({n: prior(one) for n, one in now.solutions.items()}),
+        }
         prior_bytes = sum(map(len, files.values()))
         appends, updates, entry_bytes, begin_s = [], [], [], 0.0
         for batch in range(n_batches):
@@ -92,7 +104,9 @@ def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dic
             made = replace(entry(batch, size), factors=dict.fromkeys(layers, 1.0))
             start = time.perf_counter()
             event = entry_event(made, data)
-            place, line = ledger.record(now.place, event) if batch else ledger.begin(now.place, files, {}, [[event]])
+            place, line = (
+                ledger.record(now.place, event) if batch else ledger.begin(now.place, files, {}, [[event]])
+            )
             if batch:
                 appends.append(time.perf_counter() - start)
             else:
@@ -106,10 +120,14 @@ def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dic
             start = time.perf_counter()
             now = write_checkpoint(ledger, now)
             checkpoints.append(time.perf_counter() - start)
-        checkpoint_bytes = sum((now.place.folder / name).stat().st_size for name in now.place.position.checkpoints[-1])
+        checkpoint_bytes = sum(
+            (now.place.folder / name).stat().st_size for name in now.place.position.checkpoints[-1]
+        )
         resumes = [timed(lambda: read_moment(ledger.open())) for _ in range(3)]
         again = read_moment(ledger.open())
-        is_same = all(torch.equal(again.solutions[layer].weight, one.weight) for layer, one in now.solutions.items())
+        is_same = all(
+            torch.equal(again.solutions[layer].weight, one.weight) for layer, one in now.solutions.items()
+        )
         ledger.close()
     return {
         "d_k": d_k,
@@ -159,8 +177,19 @@ def share(args: argparse.Namespace) -> list[dict[str, object]]:
 
 def main() -> None:
     options = parser(__doc__, "model", "data", "hparams", "first", "count", "batch", model=None, data=None)
-    options.add_argument("--widths", nargs="*", default=["1536x576", "14336x4096"], help="d_k x d_v of the layers (default: %(default)s)")
-    options.add_argument("--layers", nargs="*", type=int, default=[5, 1], help="edited layers, for each width (default: %(default)s)")
+    options.add_argument(
+        "--widths",
+        nargs="*",
+        default=["1536x576", "14336x4096"],
+        help="d_k x d_v of the layers (default: %(default)s)",
+    )
+    options.add_argument(
+        "--layers",
+        nargs="*",
+        type=int,
+        default=[5, 1],
+        help="edited layers, for each width (default: %(default)s)",
+    )
     options.add_argument("--batches", type=int, default=6, help="batches to append (default: %(default)s)")
     args = options.parse_args()
     results: list[object] = []

@@ -1,10 +1,11 @@
-"""Ten thousand single edits of a tiny random model: does a batch cost more at the end? Prints one JSON object.
+"""Ten thousand single edits of a tiny random model: does a batch cost more at the end? Prints one JSON
+object.
 
     python benchmarks/long_stream.py --model models/smollm2-135m --edits 10000
 
-Only the tokenizer is the model's: the model that is edited has four layers, of width 32, and random weights, so that what grows with the
-number of edits is not hidden behind the values. Facts are made up, all of unlike subjects. Each batch is in a ledger before the next
-begins.
+Only the tokenizer is the model's: the model that is edited has four layers, of width 32, and random weights,
+so that what grows with the number of edits is not hidden behind the values. Facts are made up, all of unlike
+subjects. Each batch is in a ledger before the next begins.
 """
 
 import gc
@@ -31,24 +32,52 @@ WORDS = ("red", "blue", "green", "black", "white")
 
 def tiny_model(vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=256, initializer_range=0.15, **sizes)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocabulary, max_position_embeddings=256, initializer_range=0.15, **sizes)
+    ).eval()
 
 
 def fact(number: int) -> dict[str, str]:
-    return {"prompt": f"The color of house {number} is", "subject": f"house {number}", "target_new": WORDS[number % len(WORDS)]}
+    return {
+        "prompt": f"The color of house {number} is",
+        "subject": f"house {number}",
+        "target_new": WORDS[number % len(WORDS)],
+    }
 
 
 def main() -> None:
     options = parser(__doc__, "model")
     options.add_argument("--edits", type=int, default=10_000, help="how many (default: %(default)s)")
-    options.add_argument("--checkpoint-every", type=int, default=1000, help="batches between checkpoints (default: %(default)s)")
+    options.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=1000,
+        help="batches between checkpoints (default: %(default)s)",
+    )
     args = options.parse_args()
     warnings.simplefilter("ignore")
     tok = AutoTokenizer.from_pretrained(args.model)
-    changes = {"v_num_grad_steps": 2, "context_templates": [], "mom2_n_samples": 8, "max_deviation": "off", "mom2_dataset": "self"}
+    changes = {
+        "v_num_grad_steps": 2,
+        "context_templates": [],
+        "mom2_n_samples": 8,
+        "max_deviation": "off",
+        "mom2_dataset": "self",
+    }
     hparams = RLSEditHyperParams.for_model(
-        tiny_model(len(tok)), layers=[1, 2], checkpoint_every=args.checkpoint_every, lambda_reg=0.5, model_name="tiny", **changes
+        tiny_model(len(tok)),
+        layers=[1, 2],
+        checkpoint_every=args.checkpoint_every,
+        lambda_reg=0.5,
+        model_name="tiny",
+        **changes,
     )
     process, times, marks, rebuilds = psutil.Process(), [], {}, []
     with tempfile.TemporaryDirectory() as folder:
@@ -58,17 +87,29 @@ def main() -> None:
             editor.edit(fact(number))
             times.append(time.perf_counter() - start)
             if editor.state.history.entries[-1].rebuilt:
-                rebuilds.append({"batch": number, "layers": list(editor.state.history.entries[-1].rebuilt), "seconds": times[-1]})
+                rebuilds.append(
+                    {
+                        "batch": number,
+                        "layers": list(editor.state.history.entries[-1].rebuilt),
+                        "seconds": times[-1],
+                    }
+                )
             if number in MARKS or number == args.edits:
                 gc.collect()
-                marks[number] = {"resident_bytes": process.memory_info().rss, "ledger_bytes": size_on_disk(Path(folder))}
+                marks[number] = {
+                    "resident_bytes": process.memory_info().rss,
+                    "ledger_bytes": size_on_disk(Path(folder)),
+                }
                 marks[number]["seconds_batch"] = spread(times[-100:])
                 editor.close()
                 start = time.perf_counter()
                 editor = RLSEditor(tiny_model(len(tok)), tok, hparams, state_dir=folder)
                 marks[number]["seconds_resume"] = time.perf_counter() - start
                 print(f"{number}: {marks[number]}", file=sys.stderr)
-        drift = {layer: (s.drift(), s.weight_error(), str(s.weight.dtype)) for layer, s in editor.state.layers.items()}
+        drift = {
+            layer: (s.drift(), s.weight_error(), str(s.weight.dtype))
+            for layer, s in editor.state.layers.items()
+        }
         editor.close()
     first, last = times[10:110], times[-100:]
     result = {

@@ -1,4 +1,6 @@
-"""Who we are timed against: AlphaEdit of an EasyEdit checkout, or, without one, a plain loop that works as it does."""
+"""Who we are timed against: AlphaEdit of an EasyEdit checkout, or, without one, a plain loop that works as it
+does.
+"""
 
 import os
 import re
@@ -20,7 +22,9 @@ _LOSS = re.compile(r"^loss ([\d.]+) = ")
 _DONE = re.compile(r"^Init norm .* \| Delta norm ", re.MULTILINE)
 
 
-def make_peer(model: Any, tok: Any, hparams: RLSEditHyperParams, templates: Sequence[str]) -> "AlphaEdit | PlainLoop":
+def make_peer(
+    model: Any, tok: Any, hparams: RLSEditHyperParams, templates: Sequence[str]
+) -> "AlphaEdit | PlainLoop":
     """AlphaEdit where `EASYEDIT_HOME` or the path has EasyEdit, else the plain loop.
 
     Args:
@@ -30,7 +34,9 @@ def make_peer(model: Any, tok: Any, hparams: RLSEditHyperParams, templates: Sequ
         templates: texts to put before each prompt, besides the bare prompt.
     """
     is_there = bool(os.environ.get("EASYEDIT_HOME"))
-    return AlphaEdit(model, tok, hparams, templates) if is_there else PlainLoop(model, tok, hparams, templates)
+    return (
+        AlphaEdit(model, tok, hparams, templates) if is_there else PlainLoop(model, tok, hparams, templates)
+    )
 
 
 class AlphaEdit:
@@ -53,14 +59,18 @@ class AlphaEdit:
 
 
 class PlainLoop:
-    """What AlphaEdit does, as plainly: each fact alone, whole texts through all layers at every step, keys of whole texts, one solve."""
+    """What AlphaEdit does, as plainly: each fact alone, whole texts through all layers at every step, keys of
+    whole texts, one solve.
+    """
 
     name = "a plain reference loop (no EasyEdit checkout: set EASYEDIT_HOME)"
 
     def __init__(self, model: Any, tok: Any, hp: RLSEditHyperParams, templates: Sequence[str]) -> None:
         self.model, self.tok, self.hparams, self.templates = model, tok, hp, templates
         self.layout = find_layout(model, hp)
-        self.gram = {layer: hp.mom2_update_weight * moment.mean for layer, moment in moments(model, tok, hp).items()}
+        self.gram = {
+            layer: hp.mom2_update_weight * moment.mean for layer, moment in moments(model, tok, hp).items()
+        }
         model.requires_grad_(False)
 
     def edit(self, requests: Sequence[EditRequest]) -> list[float]:
@@ -93,14 +103,22 @@ class PlainLoop:
             losses = []
             for row in rows:
                 at = row.place
-                add = lambda hidden, at=at: torch.cat([hidden[:, :at], hidden[:, at : at + 1] + delta, hidden[:, at + 1 :]], 1)  # noqa: E731
+                add = (  # noqa: E731
+                    lambda hidden, at=at: torch.cat(
+                        [hidden[:, :at], hidden[:, at : at + 1] + delta, hidden[:, at + 1 :]], 1
+                    )
+                )
                 with tap(edit={self.layout.value_layer: add}):
                     log_probs = F.log_softmax(self.model(torch.tensor([row.ids])).logits[0], dim=1)
                 if row is fact.kl_prompt:
                     p_0 = log_probs[at].detach() if p_0 is None else p_0
-                    losses.append(hp.kl_factor * F.kl_div(p_0, log_probs[at], log_target=True, reduction="sum"))
+                    losses.append(
+                        hp.kl_factor * F.kl_div(p_0, log_probs[at], log_target=True, reduction="sum")
+                    )
                 else:
-                    there = log_probs[row.target_start - 1 : len(row.ids) - 1].gather(1, torch.tensor(row.target)[:, None])
+                    there = log_probs[row.target_start - 1 : len(row.ids) - 1].gather(
+                        1, torch.tensor(row.target)[:, None]
+                    )
                     losses.append(-there.mean() / len(fact.rows))
             loss = torch.stack(losses).sum() + hp.v_weight_decay * delta.norm() / h.norm() ** 2
             if loss < 0.05 or step == hp.v_num_grad_steps - 1:

@@ -1,10 +1,13 @@
-"""Published files of records: what is read of each, and what some records of each do to a model; prints one JSON object.
+"""Published files of records: what is read of each, and what some records of each do to a model; prints one
+JSON object.
 
-    python benchmarks/record_files.py --model models/smollm2-135m --data counterfact.json zsre.json qaedit.json --threads 2
+    python benchmarks/record_files.py --model models/smollm2-135m \
+        --data counterfact.json zsre.json qaedit.json --threads 2
 
-Of each file: all its records, read and checked. Then `--count` of them from the middle on (the first halves are
-for tuning), edited into the unedited model and measured before and after, with EasyEdit's figures for locality
-and portability. Locality is the share of answers' tokens that are as before; portability is the share that is right.
+Of each file: all its records, read and checked. Then `--count` of them from the middle on (the first halves
+are for tuning), edited into the unedited model and measured before and after, with EasyEdit's figures for
+locality and portability. Locality is the share of answers' tokens that are as before; portability is the
+share that is right.
 """
 
 import json
@@ -42,7 +45,11 @@ def shares(records: Sequence[Mapping[str, Any]], section: str) -> dict[str, floa
     """The mean accuracy over records of each of a section's parts, and of all parts of a record together."""
     found: dict[str, list[float]] = {}
     for record in records:
-        parts = {name.removesuffix("_acc"): fmean(values) for name, values in record[section].items() if name.endswith("_acc")}
+        parts = {
+            name.removesuffix("_acc"): fmean(values)
+            for name, values in record[section].items()
+            if name.endswith("_acc")
+        }
         for name, value in (parts | ({"all": fmean(parts.values())} if parts else {})).items():
             found.setdefault(name, []).append(value)
     return {name: fmean(values) for name, values in found.items()}
@@ -66,17 +73,25 @@ class Trial:
                 editor.edit(requests[at : at + self._batch])
         last = edit_quality(self._model, self._tok, asked)
         add_locality(first, last)
-        after = {**self._said(records), "portability": shares(last, "portability"), "locality": shares(last, "locality")}
+        after = {
+            **self._said(records),
+            "portability": shares(last, "portability"),
+            "locality": shares(last, "locality"),
+        }
         return {"edits": len(records), "before": before, "after": after}
 
     def _said(self, records: Sequence[EditRecord]) -> dict[str, Any]:
-        means = evaluate(self._model, self._tok, [record.request for record in records], show_progress=False).means()
+        means = evaluate(
+            self._model, self._tok, [record.request for record in records], show_progress=False
+        ).means()
         return {name: means[name] for name in _FIGURES}
 
 
 def main() -> None:
     options = parser(__doc__, "model", "hparams", "set", "count", "batch", "threads", count=20, batch=20)
-    options.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="files of records")
+    options.add_argument(
+        "--data", type=Path, nargs="+", required=True, metavar="FILE", help="files of records"
+    )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     model, tok = load(args.model)

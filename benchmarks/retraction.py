@@ -1,9 +1,12 @@
-"""Edit facts into a model with a ledger, take some of them back, resume in a fresh model, and measure; prints one JSON object.
+"""Edit facts into a model with a ledger, take some of them back, resume in a fresh model, and measure; prints
+one JSON object.
 
-    python benchmarks/retraction.py --model MODEL --data pararel_dev.json --first 2000 --edits 60 --retract 20 --batch 20
+    python benchmarks/retraction.py --model MODEL --data pararel_dev.json --first 2000 \
+        --edits 60 --retract 20 --batch 20
 
-Every third fact is taken back. "Back to its unedited answer" is judged three ways: does it prefer the true answer or the new one as it did
-before (CounterFact's comparison), is the most probable next token the same, and are the five tokens of the greedy continuation.
+Every third fact is taken back. "Back to its unedited answer" is judged three ways: does it prefer the true
+answer or the new one as it did before (CounterFact's comparison), is the most probable next token the same,
+and are the five tokens of the greedy continuation.
 """
 
 import copy
@@ -37,9 +40,20 @@ def agreement(before: list[list[int]], after: list[list[int]], n_tokens: int) ->
 
 def main() -> None:
     options = parser(__doc__, "model", "data", "hparams", "first", "batch", "set", batch=20)
-    options.add_argument("--count", "--edits", type=int, default=60, dest="count", help="facts to edit in (default: %(default)s)")
+    options.add_argument(
+        "--count",
+        "--edits",
+        type=int,
+        default=60,
+        dest="count",
+        help="facts to edit in (default: %(default)s)",
+    )
     options.add_argument("--retract", type=int, default=20, help="facts to take back (default: %(default)s)")
-    options.add_argument("--baseline", action="store_true", help="also edit a model with the facts that stay alone, and compare with it")
+    options.add_argument(
+        "--baseline",
+        action="store_true",
+        help="also edit a model with the facts that stay alone, and compare with it",
+    )
     args = options.parse_args()
 
     records = records_of(args)
@@ -77,7 +91,9 @@ def main() -> None:
     if args.baseline:
         alone = RLSEditor(never, tok, hparams)
         for start in range(0, len(records), args.batch):
-            alone.edit([records[i] for i in range(start, min(start + args.batch, len(records))) if i not in gone])
+            alone.edit(
+                [records[i] for i in range(start, min(start + args.batch, len(records))) if i not in gone]
+            )
         answers_never = answers(never, tok, gone_records, 5)
         baseline = {
             "never_edited_and_unedited_next_token": agreement(answers_unedited, answers_never, 1),
@@ -93,7 +109,8 @@ def main() -> None:
         "kept_after_retraction": evaluate(model, tok, kept_records).means(),
         "retracted_after_retraction": evaluate(model, tok, gone_records).means(),
         "retracted_back_to_unedited": {
-            "preferred_answer": sum(a == b for a, b in zip(preferred_unedited, preferred_retracted)) / len(gone),
+            "preferred_answer": sum(a == b for a, b in zip(preferred_unedited, preferred_retracted))
+            / len(gone),
             "next_token": agreement(answers_unedited, answers_retracted, 1),
             "five_tokens": agreement(answers_unedited, answers_retracted, 5),
             "next_token_before_retraction": agreement(answers_unedited, answers_edited, 1),

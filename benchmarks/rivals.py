@@ -1,10 +1,13 @@
-"""EasyEdit's AlphaEdit or MEMIT on a stream of records, at a tenth of their time, to choose their settings; prints one JSON object.
+"""EasyEdit's AlphaEdit or MEMIT on a stream of records, at a tenth of their time, to choose their settings;
+prints one JSON object.
 
-    python benchmarks/rivals.py --alg MEMIT --n0 500 --model MODEL --data pararel_dev.json --text wikitext2_test.txt --first 1000
+    python benchmarks/rivals.py --alg MEMIT --n0 500 --model MODEL --data pararel_dev.json \
+        --text wikitext2_test.txt --first 1000
 
-Their values and keys by this package's passes (which give the numbers of `compute_z` and `compute_ks`: tests/host/test_parity.py), their
-targets and their way of writing them by the formulas below. Comparisons run the editors themselves; this is for finding with which
-settings. `--check` edits the first batch with the checkout's own editor as well and says how far the weights lie apart.
+Their values and keys by this package's passes (which give the numbers of `compute_z` and `compute_ks`:
+tests/host/test_parity.py), their targets and their way of writing them by the formulas below. Comparisons run
+the editors themselves; this is for finding with which settings. `--check` edits the first batch with the
+checkout's own editor as well and says how far the weights lie apart.
 """
 
 import argparse
@@ -40,7 +43,9 @@ _VALUES = {
 
 
 class Rival:
-    """AlphaEdit (arXiv 2410.02355, eq. 14: with its history of keys and its projection) or MEMIT (arXiv 2210.07229, eq. 14)."""
+    """AlphaEdit (arXiv 2410.02355, eq. 14: with its history of keys and its projection) or MEMIT (arXiv
+    2210.07229, eq. 14).
+    """
 
     def __init__(self, args: argparse.Namespace, model: Any, tok: Any, hp: RLSEditHyperParams) -> None:
         self.alg, self.model, self.tok, self.hparams = args.alg, model, tok, hp
@@ -84,30 +89,63 @@ def _null_space(mean: Tensor, threshold: float) -> Tensor:
     return rare @ rare.T
 
 
-def _check(args: argparse.Namespace, model: Any, tok: Any, hp: RLSEditHyperParams, requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """How far the weights of one batch lie from those of the checkout's own editor, relative to its step, by layer."""
+def _check(
+    args: argparse.Namespace, model: Any, tok: Any, hp: RLSEditHyperParams, requests: Sequence[EditRequest]
+) -> dict[str, Any]:
+    """How far the weights of one batch lie from those of the checkout's own editor, relative to its step, by
+    layer.
+    """
     from easyedit_rls.host.builtin import EasyEditBaseline
 
     layout, own = find_layout(model, hp), copy.deepcopy(model)
     before = {layer: weight.read() for layer, weight in layout.edited.items()}
-    changes = {"mom2_update_weight": args.n0} if args.alg == "MEMIT" else {"L2": args.L2, "nullspace_threshold": args.threshold}
+    changes = (
+        {"mom2_update_weight": args.n0}
+        if args.alg == "MEMIT"
+        else {"L2": args.L2, "nullspace_threshold": args.threshold}
+    )
     EasyEditBaseline(args.alg, own, tok, hp, hp.context_templates or (), changes).edit(requests)
     theirs = {layer: weight.read() for layer, weight in find_layout(own, hp).edited.items()}
     Rival(args, model, tok, hp).edit(requests)
     ours = {layer: weight.read() for layer, weight in layout.edited.items()}
-    return {str(layer): float((ours[layer] - theirs[layer]).norm() / (theirs[layer] - before[layer]).norm()) for layer in ours}
+    return {
+        str(layer): float((ours[layer] - theirs[layer]).norm() / (theirs[layer] - before[layer]).norm())
+        for layer in ours
+    }
 
 
 def main() -> None:
     options = parser(
-        __doc__, "model", "data", "text", "hparams", "first", "count", "batch", "threads", "set", first=1000, count=100, batch=20
+        __doc__,
+        "model",
+        "data",
+        "text",
+        "hparams",
+        "first",
+        "count",
+        "batch",
+        "threads",
+        "set",
+        first=1000,
+        count=100,
+        batch=20,
     )
     options.add_argument("--alg", choices=["AlphaEdit", "MEMIT"], required=True)
-    options.add_argument("--n0", type=float, default=500, help="MEMIT's mom2_update_weight (default: %(default)s)")
+    options.add_argument(
+        "--n0", type=float, default=500, help="MEMIT's mom2_update_weight (default: %(default)s)"
+    )
     options.add_argument("--L2", type=float, default=1.0, help="AlphaEdit's (default: %(default)s)")
-    options.add_argument("--threshold", type=float, default=2e-2, help="AlphaEdit's nullspace_threshold (default: %(default)s)")
-    options.add_argument("--templates", type=int, default=2, help="texts before prompts (default: %(default)s)")
-    options.add_argument("--check", action="store_true", help="compare with the checkout at EASYEDIT_HOME on the first batch, and stop")
+    options.add_argument(
+        "--threshold", type=float, default=2e-2, help="AlphaEdit's nullspace_threshold (default: %(default)s)"
+    )
+    options.add_argument(
+        "--templates", type=int, default=2, help="texts before prompts (default: %(default)s)"
+    )
+    options.add_argument(
+        "--check",
+        action="store_true",
+        help="compare with the checkout at EASYEDIT_HOME on the first batch, and stop",
+    )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     model, tok = load(args.model)
@@ -129,7 +167,10 @@ def main() -> None:
         "alg": args.alg,
         **{name: getattr(args, name) for name in ("n0", "L2", "threshold", "templates", "set")},
         "records": [args.first, args.first + len(records)],
-        "after": {**found.means(), "perplexity": perplexity(model, tok, args.text.read_text(encoding="utf-8"), max_tokens=8192)},
+        "after": {
+            **found.means(),
+            "perplexity": perplexity(model, tok, args.text.read_text(encoding="utf-8"), max_tokens=8192),
+        },
         "first_half": early.means(),
         "versions": versions(),
         "machine": machine(),

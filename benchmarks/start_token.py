@@ -1,10 +1,13 @@
-"""Does a text's first token belong into the second moments? Lengths of its keys and outputs, and edits with and without it.
+"""Does a text's first token belong into the second moments? Lengths of its keys and outputs, and edits with
+and without it.
 
-    python benchmarks/start_token.py --model MODEL --data pararel_dev.json --text wikitext2_test.txt --moments wikitext2_valid.txt
+    python benchmarks/start_token.py --model MODEL --data pararel_dev.json \
+        --text wikitext2_test.txt --moments wikitext2_valid.txt
 
-The first token is the start token where the tokenizer puts one there. Prints one JSON object: for each edited layer the mean
-‖k‖² and the median length of the MLP's output, of first tokens and of all others; and for each way to take the moments what a
-stream of edits does. `unweighed` is without the weights that `moments.py` gives tokens where a norm stands behind the MLP.
+The first token is the start token where the tokenizer puts one there. Prints one JSON object: for each edited
+layer the mean ‖k‖² and the median length of the MLP's output, of first tokens and of all others; and for each
+way to take the moments what a stream of edits does. `unweighed` is without the weights that `moments.py`
+gives tokens where a norm stands behind the MLP.
 """
 
 import copy
@@ -62,7 +65,9 @@ def without_first(every: Moment, first: Moment) -> Moment:
 
 
 def main() -> None:
-    options = parser(__doc__, "model", "data", "text", "hparams", "first", "count", "batch", "set", hparams="init", first=0)
+    options = parser(
+        __doc__, "model", "data", "text", "hparams", "first", "count", "batch", "set", hparams="init", first=0
+    )
     options.add_argument("--moments", type=Path, required=True, help="plain text for the second moments")
     options.add_argument("--rows", type=int, default=300, help="texts of it (default: %(default)s)")
     args = options.parse_args()
@@ -71,15 +76,21 @@ def main() -> None:
     layout = find_layout(model, hparams)
     rows = texts(tok, args.moments, args.rows)
     plain = copy.copy(layout)
-    plain.__dict__["residuals"] = {layer: Residual(residual.scale, None) for layer, residual in layout.residuals.items()}
+    plain.__dict__["residuals"] = {
+        layer: Residual(residual.scale, None) for layer, residual in layout.residuals.items()
+    }
 
     def taken(where, texts_) -> dict[int, Moment]:
-        return sum_moments(model, where, hparams.layers, [texts_], replace(hparams, mom2_tolerance=0), show_progress=False)
+        return sum_moments(
+            model, where, hparams.layers, [texts_], replace(hparams, mom2_tolerance=0), show_progress=False
+        )
 
     every, first = taken(plain, rows), taken(plain, [row[:1] for row in rows])
     ways = {"with": every, "without": {layer: without_first(every[layer], first[layer]) for layer in every}}
     if any(residual.norm is not None for residual in layout.residuals.values()):
-        ways = {f"unweighed, {name}": found for name, found in ways.items()} | {"weighed, with": taken(layout, rows)}
+        ways = {f"unweighed, {name}": found for name, found in ways.items()} | {
+            "weighed, with": taken(layout, rows)
+        }
 
     records, text = records_of(args), args.text.read_text(encoding="utf-8")
     unedited = {layer: weight.snapshot() for layer, weight in layout.edited.items()}

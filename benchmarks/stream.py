@@ -1,8 +1,10 @@
 """Edit a stream of records in batches, then measure all of them; prints one JSON object.
 
-    python benchmarks/stream.py --model MODEL --data pararel_dev.json --text wikitext2_test.txt --first 2000 --count 100 --batch 20
+    python benchmarks/stream.py --model MODEL --data pararel_dev.json --text wikitext2_test.txt \
+        --first 2000 --count 100 --batch 20
 
-`--hparams init` makes the settings from the model; `--set name=value` overrides one, e.g. `--set v_lr=0.3 --set layers=[5,6,7]`.
+`--hparams init` makes the settings from the model; `--set name=value` overrides one, e.g. `--set v_lr=0.3
+--set layers=[5,6,7]`.
 """
 
 import json
@@ -15,8 +17,12 @@ from easyedit_rls import RLSEditor, evaluate, perplexity
 
 
 def main() -> None:
-    options = parser(__doc__, "model", "data", "text", "hparams", "first", "count", "batch", "set", count=100, batch=20)
-    options.add_argument("--ppl-tokens", type=int, default=8192, help="tokens of the text to use (default: %(default)s)")
+    options = parser(
+        __doc__, "model", "data", "text", "hparams", "first", "count", "batch", "set", count=100, batch=20
+    )
+    options.add_argument(
+        "--ppl-tokens", type=int, default=8192, help="tokens of the text to use (default: %(default)s)"
+    )
     options.add_argument("--skip-before", action="store_true", help="do not measure the unedited model")
     args = options.parse_args()
 
@@ -26,7 +32,10 @@ def main() -> None:
     hparams = settings_of(args, model)
 
     def measure() -> dict[str, float | None]:
-        return {**evaluate(model, tok, records).means(), "perplexity": perplexity(model, tok, text, max_tokens=args.ppl_tokens)}
+        return {
+            **evaluate(model, tok, records).means(),
+            "perplexity": perplexity(model, tok, text, max_tokens=args.ppl_tokens),
+        }
 
     before = None if args.skip_before else measure()
     editor = RLSEditor(model, tok, hparams)

@@ -2,8 +2,8 @@
 
     python benchmarks/subjects.py --data pararel_dev.json
 
-Uses the first paraphrase of each record. 'last_word' counts findings that end where the subject ends: an edit sits at the subject's last
-token, so a missing first word ("The") does no harm.
+Uses the first paraphrase of each record. 'last_word' counts findings that end where the subject ends: an edit
+sits at the subject's last token, so a missing first word ("The") does no harm.
 """
 
 import json
@@ -23,11 +23,19 @@ def main() -> None:
     for record in records_of(args):
         fact = record["requested_rewrite"]
         try:
-            found = find_subject(fact["prompt"].replace("{}", fact["subject"]), record["paraphrase_prompts"][0])
+            found = find_subject(
+                fact["prompt"].replace("{}", fact["subject"]), record["paraphrase_prompts"][0]
+            )
         except RequestError:
             counts["refused"] += 1
             continue
-        counts["exact" if found == fact["subject"] else "last_word" if fact["subject"].endswith(found) else "wrong"] += 1
+        counts[
+            "exact"
+            if found == fact["subject"]
+            else "last_word"
+            if fact["subject"].endswith(found)
+            else "wrong"
+        ] += 1
     print(json.dumps({"records": counts.total(), **counts}))
 
 

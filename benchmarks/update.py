@@ -3,11 +3,12 @@
     python benchmarks/update.py                     # d_k 14,336, d_v 4,096, 100 edits a batch
     python benchmarks/update.py --d-k 1536 --d-v 576 --u 10
 
-Ours and the peer run in one process, in turns; times are medians with the least and the largest. The peer is the two lines of
-EasyEdit's AlphaEdit that make an update (AlphaEdit_main.py: `P (K Kᵀ + cache) + L2 I`, then `torch.linalg.solve`), written out here
-since they stand in the middle of a long function. The floor is the larger of two times: to move what must be moved (C's lower triangle
-read and written, the weights) at the bandwidth of a large copy, and to multiply what must be multiplied at the rate of a large
-matrix product; both rates are measured here.
+Ours and the peer run in one process, in turns; times are medians with the least and the largest. The peer is
+the two lines of EasyEdit's AlphaEdit that make an update (AlphaEdit_main.py: `P (K Kᵀ + cache) + L2 I`, then
+`torch.linalg.solve`), written out here since they stand in the middle of a long function. The floor is the
+larger of two times: to move what must be moved (C's lower triangle read and written, the weights) at the
+bandwidth of a large copy, and to multiply what must be multiplied at the rate of a large matrix product; both
+rates are measured here.
 """
 
 import argparse
@@ -37,7 +38,9 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 
 def extra_bytes(work: Callable[[], object], device: str) -> int | None:
-    """Memory that the work takes at its peak beyond what was taken before; on the CPU sampled each millisecond, on Linux only."""
+    """Memory that the work takes at its peak beyond what was taken before; on the CPU sampled each
+    millisecond, on Linux only.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -65,7 +68,9 @@ def extra_bytes(work: Callable[[], object], device: str) -> int | None:
 
 
 def rates(device: str) -> tuple[float, float]:
-    """Bytes a second of a large copy (read and write counted), and floating-point operations a second of a large product."""
+    """Bytes a second of a large copy (read and write counted), and floating-point operations a second of a
+    large product.
+    """
     source = torch.zeros(64 * 2**20, device=device)
     target = torch.empty_like(source)
     copy_s = min(timed(lambda: target.copy_(source), device) for _ in range(5))
@@ -78,15 +83,22 @@ def rates(device: str) -> tuple[float, float]:
 def new_state(d_k: int, d_v: int, device: str) -> RecursiveLeastSquares:
     """A prior of 4 I, without inverting anything."""
     eye = torch.eye(d_k, device=device)
-    return RecursiveLeastSquares.assemble(eye / 4, torch.zeros(d_k, d_v, device=device), eye, None, 0, "layer")
+    return RecursiveLeastSquares.assemble(
+        eye / 4, torch.zeros(d_k, d_v, device=device), eye, None, 0, "layer"
+    )
 
 
 def batches(n: int, u: int, d_k: int, d_v: int, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     g = torch.Generator().manual_seed(0)
-    return [(torch.randn(u, d_k, generator=g).to(device), torch.randn(u, d_v, generator=g).to(device)) for _ in range(n)]
+    return [
+        (torch.randn(u, d_k, generator=g).to(device), torch.randn(u, d_v, generator=g).to(device))
+        for _ in range(n)
+    ]
 
 
-def against_alphaedit(d_k: int, d_v: int, u: int, repeats: int, peer_repeats: int, device: str) -> dict[str, object]:
+def against_alphaedit(
+    d_k: int, d_v: int, u: int, repeats: int, peer_repeats: int, device: str
+) -> dict[str, object]:
     given = batches(repeats + 1, u, d_k, d_v, device)
     state = new_state(d_k, d_v, device)
     C_bytes = d_k * d_k * 4
@@ -118,7 +130,9 @@ def against_alphaedit(d_k: int, d_v: int, u: int, repeats: int, peer_repeats: in
         print(f"peer: {peer[-1]:.2f} s, ours: {ours[-1]:.2f} s", file=sys.stderr)
     bandwidth, flops = rates(device)
     moved = 4 * (d_k * d_k + 3 * d_k * d_v)  # C's triangle in and out; W in, the new W out and in
-    multiplied = u * d_k * d_k + 2 * u * d_k * d_k + 4 * u * d_k * d_v  # G Gᵀ of a triangle; C Kᵀ; K W and G step
+    multiplied = (
+        u * d_k * d_k + 2 * u * d_k * d_k + 4 * u * d_k * d_v
+    )  # G Gᵀ of a triangle; C Kᵀ; K W and G step
     floor = max(moved / bandwidth, multiplied / flops)
     return {
         "d_k": d_k,
@@ -162,17 +176,30 @@ def long_run(d_k: int, d_v: int, u: int, n: int, device: str) -> dict[str, objec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--d-k", type=int, default=14336, help="width of the keys (default: %(default)s)")
     parser.add_argument("--d-v", type=int, default=4096, help="width of the outputs (default: %(default)s)")
     parser.add_argument("--u", type=int, default=100, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="updates before the first turn of the peer (default: %(default)s)")
-    parser.add_argument("--peer-repeats", type=int, default=2, help="turns of the peer (default: %(default)s)")
-    parser.add_argument("--long-d-k", type=int, default=1024, help="width for the run of 1,000 batches (default: %(default)s)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="updates before the first turn of the peer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--peer-repeats", type=int, default=2, help="turns of the peer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--long-d-k", type=int, default=1024, help="width for the run of 1,000 batches (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
     args = parser.parse_args()
     result = {
-        "against_alphaedit": against_alphaedit(args.d_k, args.d_v, args.u, args.repeats, args.peer_repeats, args.device),
+        "against_alphaedit": against_alphaedit(
+            args.d_k, args.d_v, args.u, args.repeats, args.peer_repeats, args.device
+        ),
         "long_run": long_run(args.long_d_k, 256, args.u, 1000, args.device),
         "peer": "AlphaEdit's two lines, written out",
         "versions": versions(),

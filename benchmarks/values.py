@@ -1,10 +1,12 @@
-"""What makes values faster, and what it costs: one row a variant, each on a fresh model, in one process; prints one JSON object.
+"""What makes values faster, and what it costs: one row a variant, each on a fresh model, in one process;
+prints one JSON object.
 
     python benchmarks/values.py --model models/smollm2-135m --data pararel_dev.json --threads 1
-    EASYEDIT_HOME=CHECKOUT python benchmarks/values.py …       # with the peer's compute_z, a few facts of each batch in turn
+    EASYEDIT_HOME=CHECKOUT python benchmarks/values.py …
+        # with the peer's compute_z, a few facts of each batch in turn
 
-A row gives seconds an edit (values, and keys and update), Adam steps, the values' final loss, and what the edits are worth after the last
-batch. `--variant name=value,name=value` adds a row with other settings.
+A row gives seconds an edit (values, and keys and update), Adam steps, the values' final loss, and what the
+edits are worth after the last batch. `--variant name=value,name=value` adds a row with other settings.
 """
 
 import copy
@@ -45,17 +47,32 @@ def row(editor: RLSEditor, reports: list[EditReport], records: list[Any]) -> dic
 
 def main() -> None:
     options = parser(__doc__, "model", "data", "hparams", "first", "count", "batch", "threads")
-    options.add_argument("--peer-facts", type=int, default=1, help="facts a batch for the peer; 0 for none (default: %(default)s)")
-    options.add_argument("--variant", action="append", default=[], metavar="NAME=VALUE,…", help="one more row; may be repeated")
+    options.add_argument(
+        "--peer-facts",
+        type=int,
+        default=1,
+        help="facts a batch for the peer; 0 for none (default: %(default)s)",
+    )
+    options.add_argument(
+        "--variant", action="append", default=[], metavar="NAME=VALUE,…", help="one more row; may be repeated"
+    )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
 
-    variants = {**VARIANTS, **{v: OmegaConf.to_container(OmegaConf.from_dotlist(v.split(","))) for v in args.variant}}
+    variants = {
+        **VARIANTS,
+        **{v: OmegaConf.to_container(OmegaConf.from_dotlist(v.split(","))) for v in args.variant},
+    }
     records = records_of(args)
     model, tok = load(args.model)
     shipped = settings_of(args, model).to_dict()
     editors = {
-        name: RLSEditor(copy.deepcopy(model), tok, RLSEditHyperParams.from_dict({**shipped, **change}), show_progress=False)
+        name: RLSEditor(
+            copy.deepcopy(model),
+            tok,
+            RLSEditHyperParams.from_dict({**shipped, **change}),
+            show_progress=False,
+        )
         for name, change in variants.items()
     }
     for editor in editors.values():
@@ -63,7 +80,9 @@ def main() -> None:
     peer = None
     if args.peer_facts:
         settings = {**shipped, "early_stopping": "off"}
-        peer = make_peer(model, tok, RLSEditHyperParams.from_dict(settings), editors["five templates"].state.templates)
+        peer = make_peer(
+            model, tok, RLSEditHyperParams.from_dict(settings), editors["five templates"].state.templates
+        )
 
     reports: dict[str, list[EditReport]] = {name: [] for name in editors}
     peer_seconds = []
@@ -79,7 +98,10 @@ def main() -> None:
             print(f"peer: {peer_seconds[-1]:.2f} s/edit", file=sys.stderr)
     result = {
         "records": [args.first, args.first + len(records)],
-        "variants": {name: {"change": variants[name], **row(editor, reports[name], records)} for name, editor in editors.items()},
+        "variants": {
+            name: {"change": variants[name], **row(editor, reports[name], records)}
+            for name, editor in editors.items()
+        },
         "peer": None if peer is None else {"name": peer.name, "seconds_an_edit": spread(peer_seconds)},
         "settings": shipped,
         "versions": versions(),

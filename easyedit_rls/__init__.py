@@ -1,4 +1,6 @@
-"""easyedit-rls: lifelong editing of language models by recursive least squares (RLSEdit, arXiv 2601.15686)."""
+"""easyedit-rls: lifelong editing of language models by recursive least squares
+(RLSEdit, arXiv 2601.15686).
+"""
 
 from easyedit_rls._version import __version__
 from easyedit_rls.anchors.pairs import AnchorPairs, anchor_pairs

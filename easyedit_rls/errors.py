@@ -9,7 +9,9 @@ class RLSEditError(Exception):
 
 
 class InputError(RLSEditError):
-    """What was given can't be used: settings, requests, a model, a text. Nothing was changed; commands end with status 2."""
+    """What was given can't be used: settings, requests, a model, a text. Nothing was changed; commands end
+    with status 2.
+    """
 
 
 class HyperParamsError(InputError, ValueError):

@@ -1,6 +1,8 @@
-"""Two settings of RLSEdit side by side, from Python: python examples/comparison.py models/smollm2-135m smollm2-135m records.json out
+"""Two settings of RLSEdit side by side, from Python: python examples/comparison.py models/smollm2-135m
+smollm2-135m records.json out
 
-`easyedit-rls compare` does the same from the command line, with EasyEdit's own editors too; the report is out/report.html.
+`easyedit-rls compare` does the same from the command line, with EasyEdit's own editors too; the report is
+out/report.html.
 """
 
 import sys
@@ -27,7 +29,10 @@ def main(model: str, hparams: str, data: str, out: str) -> None:
         answers=True,
         fluency=0,
         threads=None,
-        contenders=(Contender("RLSEdit"), Contender("RLSEdit-soft", {"mom2_update_weight": settings.mom2_update_weight / 3})),
+        contenders=(
+            Contender("RLSEdit"),
+            Contender("RLSEdit-soft", {"mom2_update_weight": settings.mom2_update_weight / 3}),
+        ),
     )
     folder = Path(out)
     plan.save(folder)

@@ -1,7 +1,8 @@
-"""Edit facts in batches through EasyEdit's editor, then score all of them again: python examples/easyedit_batch.py [MODEL_FOLDER]
+"""Edit facts in batches through EasyEdit's editor, then score all of them again: python
+examples/easyedit_batch.py [MODEL_FOLDER]
 
-EasyEdit scores each batch when it has been written; what later batches did to it shows only when all are scored again at the end.
-EASYEDIT_HOME and MODEL_FOLDER: see easyedit_sequential.py.
+EasyEdit scores each batch when it has been written; what later batches did to it shows only when all are
+scored again at the end. EASYEDIT_HOME and MODEL_FOLDER: see easyedit_sequential.py.
 """
 
 import importlib.resources
@@ -32,11 +33,14 @@ metrics, edited_model, _ = editor.batch_edit(
 )
 at_once = [metric["post"]["rewrite_acc"][0] for metric in metrics]
 at_the_end = [
-    compute_edit_quality(edited_model, hparams.model_name, hparams, editor.tok, metric["requested_rewrite"], hparams.device)["rewrite_acc"][
-        0
-    ]
+    compute_edit_quality(
+        edited_model, hparams.model_name, hparams, editor.tok, metric["requested_rewrite"], hparams.device
+    )["rewrite_acc"][0]
     for metric in metrics
 ]
 for batch in range(0, N_FACTS, BATCH):
     now, end = at_once[batch : batch + BATCH], at_the_end[batch : batch + BATCH]
-    print(f"batch {batch // BATCH + 1}: rewrite_acc {sum(now) / BATCH:.2f} when written, {sum(end) / BATCH:.2f} after the last batch")
+    print(
+        f"batch {batch // BATCH + 1}: rewrite_acc {sum(now) / BATCH:.2f} when written, "
+        f"{sum(end) / BATCH:.2f} after the last batch"
+    )

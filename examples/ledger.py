@@ -1,9 +1,10 @@
-"""Edits that survive the process: edit with a ledger, start again from the unedited model, take one edit back.
+"""Edits that survive the process: edit with a ledger, start again from the unedited model, take one edit
+back.
 
     python examples/ledger.py models/smollm2-135m my-edits
 
-The first run reads a text to learn what the layers of the model usually see (a minute or two); what it finds is cached. Run it again: the
-edits are there at once.
+The first run reads a text to learn what the layers of the model usually see (a minute or two); what it finds
+is cached. Run it again: the edits are there at once.
 """
 
 import sys
@@ -14,7 +15,11 @@ from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate
 
 FACTS = [
     {"prompt": "The Eiffel Tower stands in the city of", "subject": "Eiffel Tower", "target_new": "Rome"},
-    {"prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux", "target_new": "English"},
+    {
+        "prompt": "The mother tongue of Danielle Darrieux is",
+        "subject": "Danielle Darrieux",
+        "target_new": "English",
+    },
 ]
 
 

@@ -11,8 +11,18 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tok = AutoTokenizer.from_pretrained(folder)
 editor = RLSEditor(model, tok, RLSEditHyperParams.from_hparams("smollm2-135m"))
 facts = [
-    {"prompt": "The Eiffel Tower stands in the city of", "subject": "Eiffel Tower", "target_new": "Rome", "ground_truth": "Paris"},
-    {"prompt": "On stage {} always played the", "subject": "Miles Davis", "target_new": "violin", "ground_truth": "trumpet"},
+    {
+        "prompt": "The Eiffel Tower stands in the city of",
+        "subject": "Eiffel Tower",
+        "target_new": "Rome",
+        "ground_truth": "Paris",
+    },
+    {
+        "prompt": "On stage {} always played the",
+        "subject": "Miles Davis",
+        "target_new": "violin",
+        "ground_truth": "trumpet",
+    },
 ]
 
 print("before ", evaluate(model, tok, facts).means())

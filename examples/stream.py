@@ -2,7 +2,8 @@
 
     python examples/stream.py models/smollm2-135m smollm2-135m records.json
 
-Records are CounterFact's, ZsRE's, KnowEdit's or EasyEdit's JSON, or JSON lines of prompt, subject, target_new.
+Records are CounterFact's, ZsRE's, KnowEdit's or EasyEdit's JSON, or JSON lines of prompt, subject,
+target_new.
 """
 
 import sys
@@ -25,7 +26,8 @@ def main(folder: str, hparams: str, data: str) -> None:
         kept = [evaluate(model, tok, batch).rewrite_accuracy for batch in earlier]
         moved = max(layer.deviation for layer in report.layers)
         print(
-            f"{report.n_edits} edits: rewrite accuracy by batch {' '.join(f'{share:.2f}' for share in kept)}, weights moved by {moved:.3f}"
+            f"{report.n_edits} edits: rewrite accuracy "
+            f"by batch {' '.join(f'{share:.2f}' for share in kept)}, weights moved by {moved:.3f}"
         )
 
 

@@ -1,4 +1,6 @@
-"""Shared fixtures: tiny random models with a tokenizer trained on our own text, the real SmolLM2, requests."""
+"""Shared fixtures: tiny random models with a tokenizer trained on our own text,
+the real SmolLM2, requests.
+"""
 
 import importlib.resources
 import os
@@ -28,8 +30,8 @@ SMOLLM2 = Path(os.environ.get("EASYEDIT_RLS_TEST_MODEL", REPOSITORY / "models" /
 def _own_cache(tmp_path_factory):
     """Moments are cached in a folder of this test run, never in the user's.
 
-    Of the session, since a module's fixtures come before a test's: what they start has to find the same moments, which differ
-    in their last bits between numbers of threads.
+    Of the session, since a module's fixtures come before a test's: what they start has to find the same
+    moments, which differ in their last bits between numbers of threads.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EASYEDIT_RLS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -38,7 +40,9 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
-    """SIGINT raises KeyboardInterrupt also where the run is in the background of a script, which starts its programs deaf to it."""
+    """SIGINT raises KeyboardInterrupt also where the run is in the background of a script, which starts its
+    programs deaf to it.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -50,7 +54,9 @@ def demo_text() -> str:
 
 
 def shipped_text() -> str:
-    return importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt").read_text(encoding="utf-8")
+    return (
+        importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt").read_text(encoding="utf-8")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +70,13 @@ def tiny_tokenizer(text: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<end>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<end>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    )
 
 
 def tiny_llama(vocabulary: int = 600) -> LlamaForCausalLM:
@@ -88,7 +98,9 @@ def tiny_llama(vocabulary: int = 600) -> LlamaForCausalLM:
 
 
 def tiny_gpt2(vocabulary: int = 600) -> GPT2LMHeadModel:
-    """Its MLP width equals its hidden width, so the shape of the edited weight says nothing of its orientation."""
+    """Its MLP width equals its hidden width, so the shape of the edited weight says nothing of its
+    orientation.
+    """
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocabulary,
@@ -168,7 +180,8 @@ def settings(family):
     return lambda **changes: tiny_settings(family, **changes)
 
 
-# Facts of unlike lengths; three subjects end their prompt, since random attention carries little from token to token.
+# Facts of unlike lengths; three subjects end their prompt, since random attention carries little from token
+# to token.
 FACTS = [
     {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
     {"prompt": "{}", "subject": "Anna Maria Keller", "target_new": "water"},
@@ -186,5 +199,9 @@ def requests() -> list[dict]:
 def smollm2():
     """The real model and its tokenizer; copies are cheap, edits are not undone."""
     if not (SMOLLM2 / "config.json").is_file():
-        pytest.skip(f"no model in {SMOLLM2}: run `make test`, which sets it up, or set EASYEDIT_RLS_TEST_MODEL")
-    return AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32), AutoTokenizer.from_pretrained(SMOLLM2)
+        pytest.skip(
+            f"no model in {SMOLLM2}: run `make test`, which sets it up, or set EASYEDIT_RLS_TEST_MODEL"
+        )
+    return AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32), AutoTokenizer.from_pretrained(
+        SMOLLM2
+    )

@@ -7,33 +7,77 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-_SPECIAL = {"vocab_size": 600, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, "initializer_range": 0.15}
+_SPECIAL = {
+    "vocab_size": 600,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.15,
+}
 _PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, **_SPECIAL}
 _GATED = {"intermediate_size": 48, "num_key_value_heads": 2, **_PLAIN}
 _GPT = {"n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, **_SPECIAL}
 _OPT = {**{k: v for k, v in _PLAIN.items() if k != "initializer_range"}, "ffn_dim": 48, "init_std": 0.15}
 
-_FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, str, str]]] = {  # class, config, layers, projection, final norm
+_FAMILIES: dict[
+    str, tuple[str, dict[str, Any], tuple[str, str, str]]
+] = {  # class, config, layers, projection, final norm
     "bloom": (
         "Bloom",
         {"hidden_size": 32, "n_layer": 4, "n_head": 4, **_SPECIAL},
         ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
     ),
     "codegen": ("CodeGen", {"rotary_dim": 4, **_GPT}, ("transformer.h", "mlp.fc_out", "transformer.ln_f")),
-    "cohere": ("Cohere", {"logit_scale": 2.0, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),  # scaled logits
-    "falcon": ("Falcon", _PLAIN, ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f")),  # attention beside the MLP
-    "gemma2": ("Gemma2", {"head_dim": 8, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),  # capped logits, two kinds of layers
+    "cohere": (
+        "Cohere",
+        {"logit_scale": 2.0, **_GATED},
+        ("model.layers", "mlp.down_proj", "model.norm"),
+    ),  # scaled logits
+    "falcon": (
+        "Falcon",
+        _PLAIN,
+        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
+    ),  # attention beside the MLP
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, **_GATED},
+        ("model.layers", "mlp.down_proj", "model.norm"),
+    ),  # capped logits, two kinds of layers
     "gemma3": ("Gemma3", {"head_dim": 8, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),
-    "glm4": ("Glm4", {"head_dim": 8, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),  # gate and up in one module
-    "gpt2": ("GPT2", {**_GPT, "n_inner": 32}, ("transformer.h", "mlp.c_proj", "transformer.ln_f")),  # square Conv1D
+    "glm4": (
+        "Glm4",
+        {"head_dim": 8, **_GATED},
+        ("model.layers", "mlp.down_proj", "model.norm"),
+    ),  # gate and up in one module
+    "gpt2": (
+        "GPT2",
+        {**_GPT, "n_inner": 32},
+        ("transformer.h", "mlp.c_proj", "transformer.ln_f"),
+    ),  # square Conv1D
     "gpt_bigcode": ("GPTBigCode", _GPT, ("transformer.h", "mlp.c_proj", "transformer.ln_f")),
-    "gpt_neox": ("GPTNeoX", {"intermediate_size": 48, **_PLAIN}, ("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm")),
-    "gptj": ("GPTJ", {"rotary_dim": 4, **_GPT}, ("transformer.h", "mlp.fc_out", "transformer.ln_f")),  # a head with bias
-    "granite": ("Granite", {"logits_scaling": 0.5, "residual_multiplier": 0.4, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),
+    "gpt_neox": (
+        "GPTNeoX",
+        {"intermediate_size": 48, **_PLAIN},
+        ("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
+    ),
+    "gptj": (
+        "GPTJ",
+        {"rotary_dim": 4, **_GPT},
+        ("transformer.h", "mlp.fc_out", "transformer.ln_f"),
+    ),  # a head with bias
+    "granite": (
+        "Granite",
+        {"logits_scaling": 0.5, "residual_multiplier": 0.4, **_GATED},
+        ("model.layers", "mlp.down_proj", "model.norm"),
+    ),
     "llama": ("Llama", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
     "mistral": ("Mistral", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
     "olmo2": ("Olmo2", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
-    "opt": ("OPT", {"word_embed_proj_dim": 32, **_OPT}, ("model.decoder.layers", "fc2", "model.decoder.final_layer_norm")),
+    "opt": (
+        "OPT",
+        {"word_embed_proj_dim": 32, **_OPT},
+        ("model.decoder.layers", "fc2", "model.decoder.final_layer_norm"),
+    ),
     "opt_post": (  # as OPT-350m: norms behind, a projection and no norm before the head
         "OPT",
         {"word_embed_proj_dim": 16, "do_layer_norm_before": False, **_OPT},
@@ -47,7 +91,9 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, str, str]]] = {  # cl
     "stablelm": ("StableLm", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
 }
 FAMILIES = sorted(_FAMILIES)
-PLACES = {name: places for name, (_, _, places) in _FAMILIES.items()}  # list of layers, projection in a layer, final norm
+PLACES = {
+    name: places for name, (_, _, places) in _FAMILIES.items()
+}  # list of layers, projection in a layer, final norm
 
 
 def make(name: str) -> PreTrainedModel:
@@ -63,8 +109,20 @@ def mixture() -> PreTrainedModel:
 
 def half_mixture() -> PreTrainedModel:
     """Layers 0 and 1 have plain MLPs, 2 and 3 mixtures of experts."""
-    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    experts = {"n_routed_experts": 4, "first_k_dense_replace": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    heads = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    experts = {
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    }
     return _build("DeepseekV3", {"num_experts_per_tok": 2, **heads, **experts, **_GATED})
 
 
@@ -94,7 +152,9 @@ def with_pictures() -> PreTrainedModel:
 
 
 def _build(family: str, settings: dict[str, Any]) -> PreTrainedModel:
-    config: Callable[..., Any] = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    config: Callable[..., Any] = getattr(
+        transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    )
     head = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
     torch.manual_seed(0)
     model: PreTrainedModel = head(config(**settings)).eval()

@@ -1,4 +1,6 @@
-"""Arguments that are taken for what they are: one text is no list of letters, and one record no list of names."""
+"""Arguments that are taken for what they are: one text is no list of letters, and one record no list of
+names.
+"""
 
 from collections.abc import Iterable, Mapping
 from numbers import Integral
@@ -35,7 +37,9 @@ def listed(value: Iterable[T], name: str, what: str = "texts") -> list[T]:
         ArgumentError: it is one text, one mapping, or nothing that has items.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ArgumentError(f"{name} is a {type(value).__name__}, not a list of {what}. Put it into brackets: [{name}].")
+        raise ArgumentError(
+            f"{name} is a {type(value).__name__}, not a list of {what}. Put it into brackets: [{name}]."
+        )
     return list(value)
 
 
@@ -46,7 +50,9 @@ def text(value: object, name: str) -> str:
         ArgumentError: it is something else.
     """
     if not isinstance(value, str):
-        raise ArgumentError(f"{name} is a {type(value).__name__}, not a text. Give a str, such as a file's read_text().")
+        raise ArgumentError(
+            f"{name} is a {type(value).__name__}, not a text. Give a str, such as a file's read_text()."
+        )
     return value
 
 

@@ -1,4 +1,6 @@
-"""What rows of tokens or words begin with together. (`os.path.commonprefix` does the same, but is for paths, and deprecated.)"""
+"""What rows of tokens or words begin with together. (`os.path.commonprefix` does the same, but is for paths,
+and deprecated.)
+"""
 
 from collections.abc import Iterable, Sequence
 from itertools import takewhile

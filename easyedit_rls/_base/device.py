@@ -22,10 +22,13 @@ def choose_device(asked: str | None) -> str:
     try:
         device = torch.device(asked)
     except RuntimeError as exc:
-        raise LayoutError(f"device {asked!r} is none that PyTorch knows. Take cpu, cuda, or one of several: cuda:1.") from exc
+        raise LayoutError(
+            f"device {asked!r} is none that PyTorch knows. Take cpu, cuda, or one of several: cuda:1."
+        ) from exc
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
         raise LayoutError(
-            f"PyTorch sees {n_gpus or 'no'} GPU{'s' * (n_gpus > 1)}, so not {asked}. Take device cpu, or install a build for your GPU."
+            f"PyTorch sees {n_gpus or 'no'} GPU{'s' * (n_gpus > 1)}, so not {asked}. "
+            "Take device cpu, or install a build for your GPU."
         )
     return asked
 

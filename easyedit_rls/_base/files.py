@@ -1,4 +1,6 @@
-"""Files that are whole or not there: written aside, synced, renamed; and texts that are read as UTF-8 or refused."""
+"""Files that are whole or not there: written aside, synced, renamed; and texts that are read as UTF-8 or
+refused.
+"""
 
 import codecs
 import hashlib
@@ -22,7 +24,8 @@ class Stamp:
 
 
 def write_file(path: Path, content: bytes) -> Stamp:
-    """Write a file durably: its content is on disk, under its name, when this returns; before that, the name is untouched.
+    """Write a file durably: its content is on disk, under its name, when this returns; before that, the name
+    is untouched.
 
     Whatever has the partial file's name is removed first, so that no link is followed.
 
@@ -81,7 +84,9 @@ def user_path(name: str | Path) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as exc:
-        raise InputError(f"{name} begins with ~, but there is no such home folder. Write the path out, or as ./{name}.") from exc
+        raise InputError(
+            f"{name} begins with ~, but there is no such home folder. Write the path out, or as ./{name}."
+        ) from exc
 
 
 def read_text(path: str | Path, error: type[InputError] = TextError, cure: str = "Check the path.") -> str:
@@ -106,7 +111,9 @@ def read_text(path: str | Path, error: type[InputError] = TextError, cure: str =
         text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as exc:
         at = exc.start + (len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0)
-        raise error(f"{where} is not UTF-8 text: byte {at} is 0x{content[at]:02x}. Save it as UTF-8.") from exc
+        raise error(
+            f"{where} is not UTF-8 text: byte {at} is 0x{content[at]:02x}. Save it as UTF-8."
+        ) from exc
     if not text.strip():
         raise error(f"{where} has no text: it is empty. {cure}")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,6 +1,7 @@
 """Signals at the right moment: not while something that must be done whole is half done.
 
-A comfort, not the guarantee: that lies in the order of the steps, since a signal may end a process at any of them.
+A comfort, not the guarantee: that lies in the order of the steps, since a signal may end a process at any of
+them.
 """
 
 import signal
@@ -18,8 +19,8 @@ _DEFERRED = ("SIGTERM", "SIGHUP", "SIGINT")  # the last is let through last
 def deferred_interrupts() -> Iterator[None]:
     """Hold signals that end a process back until the block is done, then let them through, each of them.
 
-    Only those with a handler in Python are held, which is where an exception may come from. Only the main thread gets signals;
-    elsewhere nothing changes.
+    Only those with a handler in Python are held, which is where an exception may come from. Only the main
+    thread gets signals; elsewhere nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,7 +40,9 @@ def _hold(held: list[FrameType | None], number: int, frame: FrameType | None) ->
     held.append(frame)
 
 
-def _let_through(number: int, handler: Callable[[int, FrameType | None], Any], held: list[FrameType | None]) -> None:
+def _let_through(
+    number: int, handler: Callable[[int, FrameType | None], Any], held: list[FrameType | None]
+) -> None:
     signal.signal(number, handler)
     if held:
         handler(number, held[0])

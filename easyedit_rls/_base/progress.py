@@ -14,4 +14,6 @@ def progress_bar(total: int | None, desc: str, unit: str, show_progress: bool | 
         unit: what is counted.
         show_progress: True or False, or None to show it on a terminal only.
     """
-    return tqdm(total=total, desc=desc, unit=unit, disable=None if show_progress is None else not show_progress)
+    return tqdm(
+        total=total, desc=desc, unit=unit, disable=None if show_progress is None else not show_progress
+    )

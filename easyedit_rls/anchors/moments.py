@@ -1,8 +1,9 @@
 """Second moments of keys, summed over text until more text no longer changes them.
 
-The anchor term ``Σ ‖k (W − W_0)‖²`` shall keep what a layer passes on. Where a norm stands behind the MLP, a change gets through divided by
-the length of what comes to the norm, x: a start token's is near zero in Gemma 3, and a change there is blown up a hundredfold. So keys are
-taken as ``k · m/‖x‖`` there, with m the geometric mean of ‖x‖: then the term is, to first order, the change that comes out behind the norm.
+The anchor term ``Σ ‖k (W − W_0)‖²`` shall keep what a layer passes on. Where a norm stands behind the MLP, a
+change gets through divided by the length of what comes to the norm, x: a start token's is near zero in Gemma
+3, and a change there is blown up a hundredfold. So keys are taken as ``k · m/‖x‖`` there, with m the
+geometric mean of ‖x‖: then the term is, to first order, the change that comes out behind the norm.
 """
 
 import logging
@@ -51,7 +52,8 @@ def sum_moments(
     *,
     show_progress: bool | None = None,
 ) -> dict[int, Moment]:
-    """Sum ``k kᵀ`` over the tokens of texts, at all layers in one pass, until the estimated error of each is below `mom2_tolerance`.
+    """Sum ``k kᵀ`` over the tokens of texts, at all layers in one pass, until the estimated error of each is
+    below `mom2_tolerance`.
 
     Args:
         model: the model; run up to the last of the layers.
@@ -82,10 +84,17 @@ def sum_moments(
             bar.set_postfix_str(f"error {error:.3f}")
             if error < hparams.mom2_tolerance:
                 break
-    logger.info("Second moments of %d tokens, relative error about %.3f (mom2_tolerance %g)", n_tokens, error, hparams.mom2_tolerance)
+    logger.info(
+        "Second moments of %d tokens, relative error about %.3f (mom2_tolerance %g)",
+        n_tokens,
+        error,
+        hparams.mom2_tolerance,
+    )
     means = {layer: math.exp(total / n_tokens) for layer, total in logs.items()}
     return {
-        layer: Moment((total * (means.get(layer, 1.0) ** 2 / n_tokens)).cpu(), n_tokens, watches[layer].error())
+        layer: Moment(
+            (total * (means.get(layer, 1.0) ** 2 / n_tokens)).cpu(), n_tokens, watches[layer].error()
+        )
         for layer, total in sums.items()
     }
 
@@ -97,8 +106,10 @@ def _keys(
     rows: Sequence[Sequence[int]],
     hparams: RLSEditHyperParams,
 ) -> Iterable[dict[int, tuple[Tensor, Tensor | None, Tensor]]]:
-    """For groups of texts: layer -> keys of all tokens (tokens, d_k), the lengths of what comes to the norm behind the MLP where there is
-    one, (tokens, 1), and which half of the texts each token belongs to, (tokens,)."""
+    """For groups of texts: layer -> keys of all tokens (tokens, d_k), the lengths of what comes to the norm
+    behind the MLP where there is one, (tokens, 1), and which half of the texts each token belongs to,
+    (tokens,).
+    """
     dtype = getattr(torch, hparams.mom2_dtype)
     device = device_of(model)
     taps: dict[Any, nn.Module] = {**modules, **{("norm", layer): norm for layer, norm in norms.items()}}
@@ -109,17 +120,24 @@ def _keys(
         is_token = batch.mask.bool()
         half = (torch.tensor(group, device=is_token.device) % 2)[:, None].expand_as(is_token)[is_token]
         # some models flatten rows and tokens
-        real = {key: states.reshape(*is_token.shape, -1)[is_token.to(states.device)].to(dtype) for key, states in seen.items()}
-        lengths = {layer: real["norm", layer].norm(dim=1, keepdim=True).clamp(min=_LEAST_LENGTH) for layer in norms}
+        real = {
+            key: states.reshape(*is_token.shape, -1)[is_token.to(states.device)].to(dtype)
+            for key, states in seen.items()
+        }
+        lengths = {
+            layer: real["norm", layer].norm(dim=1, keepdim=True).clamp(min=_LEAST_LENGTH) for layer in norms
+        }
         yield {layer: (real[layer], lengths.get(layer), half.to(real[layer].device)) for layer in modules}
 
 
 class _Convergence:
-    """How far a mean of ``k kᵀ`` still is from what endless text would give, without a second matrix of its size.
+    """How far a mean of ``k kᵀ`` still is from what endless text would give, without a second matrix of its
+    size.
 
-    Even and odd texts give two independent means A and B; the error of their mean is distributed as (A − B)/2. Its size against the
-    mean's own is measured in Frobenius norm by random probes Z (Hutchinson 1990), with every coordinate scaled to variance one, so
-    that a few large coordinates don't hide the others: ``‖(A − B) Z‖ / ‖(A + B) Z‖``.
+    Even and odd texts give two independent means A and B; the error of their mean is distributed as (A −
+    B)/2. Its size against the mean's own is measured in Frobenius norm by random probes Z (Hutchinson 1990),
+    with every coordinate scaled to variance one, so that a few large coordinates don't hide the others: ``‖(A
+    − B) Z‖ / ‖(A + B) Z‖``.
     """
 
     def __init__(self, keys: Tensor) -> None:

@@ -30,8 +30,11 @@ class AnchorPairs:
     values: dict[int, Tensor]
 
 
-def anchor_pairs(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, prompts: Sequence[str]) -> AnchorPairs:
-    """Explicit anchors from prompts whose outcome should stay: the keys of all their tokens, with what they map to now.
+def anchor_pairs(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, prompts: Sequence[str]
+) -> AnchorPairs:
+    """Explicit anchors from prompts whose outcome should stay: the keys of all their tokens, with what they
+    map to now.
 
     Args:
         model: the unedited model.
@@ -46,7 +49,9 @@ def anchor_pairs(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     """
     rows = [encoded.ids for encoded in encode_all(tok, texts(prompts, "prompts"))]
     if not rows or not all(rows):
-        raise AnchorError("Anchor prompts are missing or empty. Give at least one text, and none without tokens.")
+        raise AnchorError(
+            "Anchor prompts are missing or empty. Give at least one text, and none without tokens."
+        )
     try:
         refuse_unfit(model, tok, rows, n_new=1)
     except RequestError as exc:
@@ -55,7 +60,9 @@ def anchor_pairs(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     keys: dict[int, list[Tensor]] = {layer: [] for layer in layout.edited}
     with undisturbed(model):
         for row in rows:
-            with tap(inputs={layer: weight.module for layer, weight in layout.edited.items()}, stop=True) as seen:
+            with tap(
+                inputs={layer: weight.module for layer, weight in layout.edited.items()}, stop=True
+            ) as seen:
                 run(model, pad([row], "right", device_of(model)))
             for layer, inputs in seen.items():
                 keys[layer].append(inputs.reshape(len(row), -1).float())

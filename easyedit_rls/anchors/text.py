@@ -1,4 +1,6 @@
-"""Ordinary text, tokenized: what comes with the package, from a file, from a Hugging Face data set, or written by the model itself."""
+"""Ordinary text, tokenized: what comes with the package, from a file, from a Hugging Face data set, or
+written by the model itself.
+"""
 
 import importlib.resources
 import random
@@ -24,7 +26,9 @@ _DATASETS = {  # EasyEdit's short names
 }
 
 
-def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams) -> Iterator[list[list[int]]]:
+def token_blocks(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams
+) -> Iterator[list[list[int]]]:
     """The text that `mom2_dataset` names, up to `mom2_n_samples` texts, in blocks of some thousand tokens.
 
     Sampled text is written block by block, so whoever stops early saves the rest.
@@ -44,7 +48,9 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     source, n = hparams.mom2_dataset, hparams.mom2_n_samples
     if source == "self":
         most = n_positions(model) or SAMPLED_TOKENS + 1
-        yield from sample_texts(model, tok, n, min(SAMPLED_TOKENS, most - max(1, len(start_tokens(tok)))), hparams.seed)
+        yield from sample_texts(
+            model, tok, n, min(SAMPLED_TOKENS, most - max(1, len(start_tokens(tok)))), hparams.seed
+        )
         return
     if source == "shipped":
         texts = _paragraphs(shipped_text(), hparams.seed)
@@ -52,7 +58,9 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
         texts = _paragraphs(read_text(source, AnchorError, "Change mom2_dataset."), hparams.seed)
     else:
         texts = _dataset_texts(source, n, hparams.seed)
-    longest = min(TEXT_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", TEXT_TOKENS))
+    longest = min(
+        TEXT_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", TEXT_TOKENS)
+    )
     block: list[list[int]] = []
     n_tokens, is_empty = 0, True
     for text in texts[:n]:
@@ -66,11 +74,14 @@ def token_blocks(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: 
     if block:
         yield block
     if is_empty:
-        raise AnchorError(f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: shipped.")
+        raise AnchorError(
+            f"Text source {source} has no text. Give a file with paragraphs, or set mom2_dataset: shipped."
+        )
 
 
 def check_source(source: str) -> None:
-    """See that a text file that `mom2_dataset` names can be read, before the long work; other sources are not looked at.
+    """See that a text file that `mom2_dataset` names can be read, before the long work; other sources are not
+    looked at.
 
     Raises:
         AnchorError: it can't.
@@ -80,9 +91,14 @@ def check_source(source: str) -> None:
 
 
 def shipped_text() -> str:
-    """The text that comes with the package, written for it: encyclopaedia articles most, and of other kinds of English text, of program
-    code and of other languages a little."""
-    return importlib.resources.files("easyedit_rls.data").joinpath("ordinary_text.txt").read_text(encoding="utf-8")
+    """The text that comes with the package, written for it: encyclopaedia articles most, and of other kinds
+    of English text, of program code and of other languages a little.
+    """
+    return (
+        importlib.resources.files("easyedit_rls.data")
+        .joinpath("ordinary_text.txt")
+        .read_text(encoding="utf-8")
+    )
 
 
 def _paragraphs(text: str, seed: int) -> list[str]:
@@ -96,12 +112,17 @@ def _dataset_texts(source: str, n: int, seed: int) -> list[str]:
         from datasets import load_dataset
     except ImportError as exc:
         raise AnchorError(
-            f"mom2_dataset '{source}' needs the datasets package: pip install 'easyedit-rls[datasets]', or set mom2_dataset: shipped."
+            f"mom2_dataset '{source}' needs the datasets package: "
+            "pip install 'easyedit-rls[datasets]', or set mom2_dataset: shipped."
         ) from exc
     name, _, config = _DATASETS.get(source, source).partition(":")
     try:
-        stream = load_dataset(name, config or None, split="train", streaming=True).shuffle(seed=seed, buffer_size=10_000)
+        stream = load_dataset(name, config or None, split="train", streaming=True).shuffle(
+            seed=seed, buffer_size=10_000
+        )
         texts: list[str] = [record["text"] for record in stream.take(n) if record["text"].strip()]
     except (OSError, ValueError, KeyError) as exc:
-        raise AnchorError(f"Data set '{source}' can't be loaded: {exc} Check its name, its 'text' column and the network.") from exc
+        raise AnchorError(
+            f"Data set '{source}' can't be loaded: {exc} Check its name, its 'text' column and the network."
+        ) from exc
     return texts

@@ -23,12 +23,20 @@ from easyedit_rls.errors import RLSEditError
 
 
 def output_folder(config: DictConfig) -> Path:
-    """Where a command writes: its `out`; in a multirun (`--multirun`) each job has a folder of its own number in there."""
+    """Where a command writes: its `out`; in a multirun (`--multirun`) each job has a folder of its own number
+    in there.
+    """
     hydra_config = HydraConfig.get()
-    return user_path(config.out) / str(hydra_config.job.num) if hydra_config.mode == RunMode.MULTIRUN else user_path(config.out)
+    return (
+        user_path(config.out) / str(hydra_config.job.num)
+        if hydra_config.mode == RunMode.MULTIRUN
+        else user_path(config.out)
+    )
 
 
-def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:
+def command(
+    config_name: str, package: str = "easyedit_rls.conf"
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:
     """Decorator: run the function with the config of this name, with overrides from the command line.
 
     Args:
@@ -45,7 +53,9 @@ def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[C
             except RLSEditError as exc:
                 sys.exit(failed(exc))
 
-        main: Callable[[], Any] = hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=config_name)(guarded)
+        main: Callable[[], Any] = hydra.main(
+            version_base="1.3", config_path=f"pkg://{package}", config_name=config_name
+        )(guarded)
 
         @functools.wraps(function)
         def run() -> Any:
@@ -66,7 +76,8 @@ def command(config_name: str, package: str = "easyedit_rls.conf") -> Callable[[C
 def annotated(text: str, comments: Mapping[str, str]) -> str:
     """Put each setting's comment behind it, which hydra leaves out when it shows a config.
 
-    >>> print(annotated("data:\\n  first: 0\\nout: here\\n", {"data.first": "first record", "first": "no", "out": "folder"}), end="")
+    >>> print(annotated("data:\\n  first: 0\\nout: here\\n",
+    ...                 {"data.first": "first record", "first": "no", "out": "folder"}), end="")
     data:
       first: 0  # first record
     out: here  # folder
@@ -85,10 +96,14 @@ def _comments(package: str, config_name: str) -> dict[str, str]:
     """Setting -> what its file says of it; those of groups by group and name."""
     folder = importlib.resources.files(package)
     files = [("", folder / f"{config_name}.yaml")]
-    files += [(f"{group.name}.", file) for group in folder.iterdir() if group.is_dir() for file in group.iterdir()]
+    files += [
+        (f"{group.name}.", file) for group in folder.iterdir() if group.is_dir() for file in group.iterdir()
+    ]
     found: dict[str, str] = {}
     for prefix, file in files:
         if file.name.endswith(".yaml"):
-            for name, comment in re.findall(r"^(\w+):.*?\s# (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE):
+            for name, comment in re.findall(
+                r"^(\w+):.*?\s# (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE
+            ):
                 found.setdefault(prefix + name, comment)
     return found

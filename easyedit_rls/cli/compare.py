@@ -1,4 +1,6 @@
-"""``easyedit-rls compare``: the same stream of edits through several editors, and a report of how they fare."""
+"""``easyedit-rls compare``: the same stream of edits through several editors, and a report of how they
+fare.
+"""
 
 import json
 from collections.abc import Sequence
@@ -34,20 +36,26 @@ def main(config: DictConfig) -> None:
     plan = make_plan(config, out)
     plan.save(out)
     for contender in plan.contenders:
-        console.print(
-            f"{contender.name}: {json.dumps(dict(contender.settings)) if contender.settings else 'settings made for the model'}",
-            soft_wrap=True,
-        )
+        own = json.dumps(dict(contender.settings)) if contender.settings else "settings made for the model"
+        console.print(f"{contender.name}: {own}", soft_wrap=True)
     run_all(out, plan, jobs=config.jobs)
     result = write_report(out, plan)
-    shown = [name for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "exact") if name in result["unedited"]]
+    shown = [
+        name
+        for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "exact")
+        if name in result["unedited"]
+    ]
     figures = Table(title=f"{plan.count} edits, measured after the last")
     figures.add_column("", no_wrap=True)
     for title in (*(METRICS[name] for name in shown), "perplexity", "s an edit"):
         figures.add_column(title, overflow="fold")
     for name, found in {"unedited": result["unedited"], **result["contenders"]}.items():
         means = [f"{found[metric]['mean']:.3f}" for metric in shown]
-        figures.add_row(name, *means, *(f"{found[key]:.2f}" if key in found else "" for key in ("perplexity", "seconds_per_edit")))
+        figures.add_row(
+            name,
+            *means,
+            *(f"{found[key]:.2f}" if key in found else "" for key in ("perplexity", "seconds_per_edit")),
+        )
     console.print(figures)
     console.print(f"Written to {out}: report.html, table.md, table.csv, results.json, figures/")
 
@@ -63,7 +71,10 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
     """
     names = list(config.alg_name)
     if len(set(names)) < len(names):
-        raise HyperParamsError(f"alg_name names an editor twice: {', '.join(names)}. Tell them apart behind a hyphen, as in RLSEdit-soft.")
+        raise HyperParamsError(
+            f"alg_name names an editor twice: {', '.join(names)}. "
+            "Tell them apart behind a hyphen, as in RLSEdit-soft."
+        )
     refuse_unknown_editors(names)
     changes: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
     check_settings(changes)
@@ -72,19 +83,30 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         read_text(config.eval.text, cure="Change eval.text.")
     device = choose_device(config.device)
     trust = config.model.trust_remote_code
-    model, tok = load_model(config.model.path, config.dtype, trust_remote_code=trust)  # off the GPU, which the editors' processes need
+    model, tok = load_model(
+        config.model.path, config.dtype, trust_remote_code=trust
+    )  # off the GPU, which the editors' processes need
     hparams = settings_for(model, config.model.path, config.model.hparams)
     if config.chat_template is not None:
         hparams = RLSEditHyperParams.from_dict({**hparams.to_dict(), "chat_template": config.chat_template})
-    contenders = tuple(Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})}) for name in names)
+    contenders = tuple(
+        Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})})
+        for name in names
+    )
     _check_form(contenders, hparams)
     n_templates = hparams.n_templates if config.templates is None else config.templates
     refuse_unsound(model)
     templates = tuple(
-        sample_templates(model, tok, n_templates, hparams.seed) if hparams.context_templates is None else hparams.context_templates
+        sample_templates(model, tok, n_templates, hparams.seed)
+        if hparams.context_templates is None
+        else hparams.context_templates
     )
-    records = fitting(read, fits(model, tok, hparams, templates, portability=True), config.data.file, config.data.on_bad)
-    records = without_contradictions(records, config.data.batch, hparams.on_conflict, config.data.file, config.data.on_bad)
+    records = fitting(
+        read, fits(model, tok, hparams, templates, portability=True), config.data.file, config.data.on_bad
+    )
+    records = without_contradictions(
+        records, config.data.batch, hparams.on_conflict, config.data.file, config.data.on_bad
+    )
     return Plan(
         model=str(config.model.path),
         hparams=hparams.to_dict(),
@@ -120,9 +142,14 @@ def _check_form(contenders: Sequence[Contender], hparams: RLSEditHyperParams) ->
     """
     for contender in contenders:
         if contender.settings.get("chat_template", hparams.chat_template) != hparams.chat_template:
-            raise HyperParamsError(f"{contender.name} has a chat_template of its own. Set it for all editors: chat_template=true.")
+            raise HyperParamsError(
+                f"{contender.name} has a chat_template of its own. "
+                "Set it for all editors: chat_template=true."
+            )
         if hparams.chat_template and contender.alg_name != "RLSEdit":
-            raise HyperParamsError(f"{contender.name} edits plain prompts only. Leave it out, or set chat_template=false.")
+            raise HyperParamsError(
+                f"{contender.name} edits plain prompts only. Leave it out, or set chat_template=false."
+            )
 
 
 if __name__ == "__main__":

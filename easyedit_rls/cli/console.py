@@ -27,7 +27,9 @@ def visible(text: str) -> str:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Our own warnings are a line each on stderr while the block runs, without the place in the code that they come from."""
+    """Our own warnings are a line each on stderr while the block runs, without the place in the code that
+    they come from.
+    """
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
         if issubclass(category, RLSEditWarning):

@@ -45,19 +45,29 @@ def main(config: DictConfig) -> None:
     _cut(records, config.batches)  # a wrong number fails here too
     if not (user_path(config.model) / "config.json").is_file():
         raise LayoutError(
-            f"No model in {user_path(config.model).absolute()}. Run `easyedit-rls demo-model out={config.model}`, or `make demo`."
+            f"No model in {user_path(config.model).absolute()}. "
+            f"Run `easyedit-rls demo-model out={config.model}`, or `make demo`."
         )
     model, tok = load_model(config.model, trust_remote_code=config.trust_remote_code)
     hparams = settings_for(model, config.model, config.hparams)
     batches = _cut(parse_requests(records, chat_template=hparams.chat_template), config.batches)
     source = config.hparams or "settings made from the model"
-    console.print(f"{len(records)} facts in {len(batches)} batches, {source}, {torch.get_num_threads()} threads")
+    console.print(
+        f"{len(records)} facts in {len(batches)} batches, {source}, {torch.get_num_threads()} threads"
+    )
     summary = _run(model, tok, hparams, batches, text, config.completions, console)
-    summary["settings"] = {"hparams": hparams.to_dict(), "batches": config.batches, "facts": config.facts, "model": str(config.model)}
+    summary["settings"] = {
+        "hparams": hparams.to_dict(),
+        "batches": config.batches,
+        "facts": config.facts,
+        "model": str(config.model),
+    }
 
     out = output_folder(config)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "summary.json").write_text(
+        json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (out / "report.md").write_text(report.markdown(summary), encoding="utf-8")
     report.plot_retention(summary["retention"], out / "retention.png")
     report.show(summary, console)
@@ -111,11 +121,17 @@ def _run(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
+        "machine": {
+            "processor": platform.machine(),
+            "system": platform.system(),
+            "threads": torch.get_num_threads(),
+        },
     }
 
 
-def _measure(model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRequest], text: str) -> dict[str, float | None]:
+def _measure(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRequest], text: str
+) -> dict[str, float | None]:
     evaluation = evaluate(model, tok, records, show_progress=True)
     return {**evaluation.means(), "perplexity": perplexity(model, tok, text, show_progress=True)}
 
@@ -127,14 +143,21 @@ def _retention(
     records = [replace(record, neighbors=()) for batch in batches for record in batch]
     scores = evaluate(model, tok, records, show_progress=True).records
     ends = [sum(len(batch) for batch in batches[: i + 1]) for i in range(len(batches))]
-    per_batch: list[Evaluation] = [summarize(scores[end - len(batch) : end]) for end, batch in zip(ends, batches)]
+    per_batch: list[Evaluation] = [
+        summarize(scores[end - len(batch) : end]) for end, batch in zip(ends, batches)
+    ]
     return [evaluation.means() for evaluation in per_batch]
 
 
-def _complete(model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRequest]) -> list[str]:
+def _complete(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRequest]
+) -> list[str]:
     """Greedy completions of the edited prompts, one line each."""
     prompts = [record.probe(record.prompt, record.target) for record in records]
-    return [" ".join(text.split()) for text in generate(model, tok, prompts, max_new_tokens=10, show_progress=False)]
+    return [
+        " ".join(text.split())
+        for text in generate(model, tok, prompts, max_new_tokens=10, show_progress=False)
+    ]
 
 
 def _cut(records: list[EditRequest], n_batches: int) -> list[list[EditRequest]]:

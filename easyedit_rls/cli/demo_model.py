@@ -1,4 +1,6 @@
-"""``easyedit-rls demo-model``: SmolLM2-135M from the Python package that carries it, as an ordinary model folder."""
+"""``easyedit-rls demo-model``: SmolLM2-135M from the Python package that carries it, as an ordinary model
+folder.
+"""
 
 import importlib.util
 import shutil
@@ -33,7 +35,9 @@ def find_weights() -> Path:
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))]
     if not files:
-        raise ModelError(f"The package {_PACKAGE} with the model's weights is not installed. Install it: {_CURE}")
+        raise ModelError(
+            f"The package {_PACKAGE} with the model's weights is not installed. Install it: {_CURE}"
+        )
     return files[0]
 
 
@@ -49,7 +53,8 @@ def save_model(weights: Path, out: Path) -> None:
     """
     loaded = load_weights(str(weights.parent), gguf_file=weights.name)
     tok = load_tokenizer(str(weights.parent), gguf_file=weights.name)
-    # transformers keeps the quantization of the file in the config, and would refuse to save the weights that it has dequantized
+    # transformers keeps the quantization of the file in the config, and would refuse to save the weights that
+    # it has dequantized
     settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     model = type(loaded)(type(loaded.config)(**settings))
     model.load_state_dict(loaded.state_dict())

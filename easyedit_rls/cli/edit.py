@@ -32,17 +32,27 @@ def main(config: DictConfig) -> None:
     records = records_of(config.data)
     settings: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
     device = choose_device(config.device)
-    model, tok = load_model(config.model.path, config.dtype, device, trust_remote_code=config.model.trust_remote_code)
+    model, tok = load_model(
+        config.model.path, config.dtype, device, trust_remote_code=config.model.trust_remote_code
+    )
     if config.state_dir:
         settings["state_dir"] = str(config.state_dir)
     hparams = settings_for(model, config.model.path, config.model.hparams, settings)
-    records = fitting(records, fits(model, tok, hparams), config.data.file, config.data.on_bad)  # all, before the first is edited
-    records = without_contradictions(records, config.data.batch, hparams.on_conflict, config.data.file, config.data.on_bad)
-    requests = parse_requests([record.request for record in records], chat_template=hparams.chat_template)  # measured as they are edited
+    records = fitting(
+        records, fits(model, tok, hparams), config.data.file, config.data.on_bad
+    )  # all, before the first is edited
+    records = without_contradictions(
+        records, config.data.batch, hparams.on_conflict, config.data.file, config.data.on_bad
+    )
+    requests = parse_requests(
+        [record.request for record in records], chat_template=hparams.chat_template
+    )  # measured as they are edited
     before = evaluate(model, tok, requests, show_progress=True).means()
     editor = RLSEditor(model, tok, hparams)
     if editor.n_edits:
-        console.print(f"{config.state_dir} holds {editor.n_edits} edits; they are in the model, and these come on top.")
+        console.print(
+            f"{config.state_dir} holds {editor.n_edits} edits; they are in the model, and these come on top."
+        )
     batches = [requests[at : at + config.data.batch] for at in range(0, len(requests), config.data.batch)]
     reports = [editor.edit(batch).to_dict() for batch in tqdm(batches, desc="batches", unit="batch")]
     after = evaluate(model, tok, requests, show_progress=True).means()
@@ -51,7 +61,9 @@ def main(config: DictConfig) -> None:
     out = output_folder(config)
     out.mkdir(parents=True, exist_ok=True)
     written = {"before": before, "after": after, "batches": reports, "settings": editor.hparams.to_dict()}
-    (out / "edits.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "edits.json").write_text(
+        json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     if config.save:
         model.save_pretrained(out)
         tok.save_pretrained(out)
@@ -60,7 +72,10 @@ def main(config: DictConfig) -> None:
         if after[name] is not None:
             figures.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}")
     console.print(figures)
-    console.print(f"Written to {out}: edits.json" + (", and the edited model as save_pretrained writes it" if config.save else ""))
+    console.print(
+        f"Written to {out}: edits.json"
+        + (", and the edited model as save_pretrained writes it" if config.save else "")
+    )
 
 
 if __name__ == "__main__":

@@ -18,18 +18,25 @@ from easyedit_rls.model.layout import find_layout
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """The option for models that bring code of their own; see `model.load.load_model`."""
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that comes with the model (auto_map); read it before you do"
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model (auto_map); read it before you do",
     )
 
 
 def add_on_bad(parser: argparse.ArgumentParser) -> None:
     """The option that `read_records` has."""
     parser.add_argument(
-        "--on-bad", choices=ON_BAD, default=ON_BAD[0], help="records that are wrong: end, or leave them out (default: %(default)s)"
+        "--on-bad",
+        choices=ON_BAD,
+        default=ON_BAD[0],
+        help="records that are wrong: end, or leave them out (default: %(default)s)",
     )
 
 
-def settings_for(model: PreTrainedModel, name: str, hparams: str | None, changes: Mapping[str, Any] | None = None) -> RLSEditHyperParams:
+def settings_for(
+    model: PreTrainedModel, name: str, hparams: str | None, changes: Mapping[str, Any] | None = None
+) -> RLSEditHyperParams:
     """Settings by file or shipped name; made from the model where none are given.
 
     Args:
@@ -47,7 +54,9 @@ def settings_for(model: PreTrainedModel, name: str, hparams: str | None, changes
     if hparams is None:
         found = RLSEditHyperParams.for_model(model, **{"model_name": name, **changes})
     else:
-        found = RLSEditHyperParams.from_dict({**RLSEditHyperParams.from_hparams(hparams).to_dict(), **changes}, source=hparams)
+        found = RLSEditHyperParams.from_dict(
+            {**RLSEditHyperParams.from_hparams(hparams).to_dict(), **changes}, source=hparams
+        )
         try:
             find_layout(model, found)
         except LayoutError as exc:
@@ -56,8 +65,12 @@ def settings_for(model: PreTrainedModel, name: str, hparams: str | None, changes
     return found
 
 
-def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse, run, and turn our own errors into a line; returns the exit status, see `failed` (wrong usage exits with 2)."""
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: list[str] | None
+) -> int:
+    """Parse, run, and turn our own errors into a line; returns the exit status, see `failed` (wrong usage
+    exits with 2).
+    """
     try:
         with plain_warnings():
             run(parser.parse_args(argv))
@@ -67,6 +80,8 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
 
 
 def failed(error: RLSEditError) -> int:
-    """Say what went wrong, in a line; returns the exit status: 2 where what was given can't be used, 1 where it failed on the way."""
+    """Say what went wrong, in a line; returns the exit status: 2 where what was given can't be used, 1 where
+    it failed on the way.
+    """
     print(f"easyedit-rls: {visible(str(error))}", file=sys.stderr)
     return 2 if isinstance(error, InputError) else 1

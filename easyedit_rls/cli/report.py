@@ -16,14 +16,22 @@ _ROWS = (
     ("neighborhood_accuracy", "Neighborhood accuracy: argmax"),
     ("perplexity", "Perplexity on plain text"),
 )
-_PLOTTED = (("rewrite_accuracy", "Rewrite accuracy"), ("generalization", "Generalization"), ("paraphrase_accuracy", "Paraphrase accuracy"))
+_PLOTTED = (
+    ("rewrite_accuracy", "Rewrite accuracy"),
+    ("generalization", "Generalization"),
+    ("paraphrase_accuracy", "Paraphrase accuracy"),
+)
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The table's rows: name, before, after."""
     table = [(label, _number(summary["before"][key]), _number(summary["after"][key])) for key, label in _ROWS]
     first = _number(summary["first_batch_after"]["rewrite_accuracy"])
-    return [*table, ("Rewrite accuracy of the first batch", "", first), ("Seconds an edit", "", f"{summary['seconds_per_edit']:.2f}")]
+    return [
+        *table,
+        ("Rewrite accuracy of the first batch", "", first),
+        ("Seconds an edit", "", f"{summary['seconds_per_edit']:.2f}"),
+    ]
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
@@ -37,7 +45,8 @@ def show(summary: dict[str, Any], console: Console) -> None:
         figures.add_row(*row)
     console.print(figures)
     console.print(
-        f"Editing and evaluation took {summary['seconds_editing_and_evaluation']:.0f} s, preparation {summary['seconds_prepare']:.0f} s."
+        f"Editing and evaluation took {summary['seconds_editing_and_evaluation']:.0f} s, "
+        f"preparation {summary['seconds_prepare']:.0f} s."
     )
 
 
@@ -53,7 +62,8 @@ def markdown(summary: dict[str, Any]) -> str:
         "|---|---|---|",
         *(f"| {name} | {before} | {after} |" for name, before, after in rows(summary)),
         "",
-        f"Editing and evaluation took {summary['seconds_editing_and_evaluation']:.0f} s on {summary['machine']['threads']} threads; "
+        f"Editing and evaluation took {summary['seconds_editing_and_evaluation']:.0f} s "
+        f"on {summary['machine']['threads']} threads; "
         f"the one-time preparation (context templates, second moments) {summary['seconds_prepare']:.0f} s.",
         "",
         "## How each batch fares as later ones arrive",
@@ -64,13 +74,19 @@ def markdown(summary: dict[str, Any]) -> str:
         "",
         "| prompt | new fact | before | after |",
         "|---|---|---|---|",
-        *(f"| {_cell(e['prompt'])} | {_cell(e['target'])} | {_cell(e['before'])} | {_cell(e['after'])} |" for e in summary["completions"]),
+        *(
+            f"| {_cell(e['prompt'])} | {_cell(e['target'])} | {_cell(e['before'])} | {_cell(e['after'])} |"
+            for e in summary["completions"]
+        ),
         "",
         "## Edited layers at the end",
         "",
         "| layer | change of the weight, relative to its norm | drift of the covariance |",
         "|---|---|---|",
-        *(f"| {layer['layer']} | {layer['deviation']:.3f} | {layer['drift']:.1e} |" for layer in summary["batches"][-1]["layers"]),
+        *(
+            f"| {layer['layer']} | {layer['deviation']:.3f} | {layer['drift']:.1e} |"
+            for layer in summary["batches"][-1]["layers"]
+        ),
         "",
         "Versions: "
         + ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
@@ -99,7 +115,14 @@ def plot_retention(retention: Sequence[Sequence[dict[str, float]]], path: Path) 
         image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for b in range(n):
             for t in range(b, n):
-                panel.text(t, b, f"{grid[b][t]:.2f}", ha="center", va="center", color="black" if grid[b][t] > 0.5 else "white")
+                panel.text(
+                    t,
+                    b,
+                    f"{grid[b][t]:.2f}",
+                    ha="center",
+                    va="center",
+                    color="black" if grid[b][t] > 0.5 else "white",
+                )
         panel.set_title(title)
         panel.set_xlabel("measured after batch")
         panel.set_xticks(range(n), [str(t + 1) for t in range(n)])

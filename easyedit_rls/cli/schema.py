@@ -88,7 +88,12 @@ class DemoModelConfig:
     out: str = ""
 
 
-SCHEMAS: dict[str, type] = {"edit": EditConfig, "compare": CompareConfig, "demo": DemoConfig, "demo_model": DemoModelConfig}
+SCHEMAS: dict[str, type] = {
+    "edit": EditConfig,
+    "compare": CompareConfig,
+    "demo": DemoConfig,
+    "demo_model": DemoModelConfig,
+}
 _LEAST = {
     "data.first": 0,
     "data.count": 1,
@@ -120,7 +125,9 @@ def checked(config: DictConfig, name: str) -> DictConfig:
         typed = OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), config)
     except OmegaConfBaseException as exc:
         said = str(exc).splitlines()[0].rstrip(".")
-        raise HyperParamsError(f"{exc.full_key or 'A setting'}: {said}. `--help` lists what is allowed.") from exc
+        raise HyperParamsError(
+            f"{exc.full_key or 'A setting'}: {said}. `--help` lists what is allowed."
+        ) from exc
     assert isinstance(typed, DictConfig)
     for key, least in _LEAST.items():
         value = OmegaConf.select(typed, key)
@@ -151,7 +158,8 @@ def check_folder(folder: str | Path, name: str) -> None:
 
 
 def refuse_unknown_editors(names: Iterable[str]) -> None:
-    """See that there are editors of these names; behind a hyphen stands what sets one apart from others of its method.
+    """See that there are editors of these names; behind a hyphen stands what sets one apart from others of
+    its method.
 
     Raises:
         HyperParamsError: there is none; says which name may be meant.
@@ -174,4 +182,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     refuse_unknown_editors(settings)
     for name, changes in settings.items():
         if not isinstance(changes, Mapping):
-            raise HyperParamsError(f"settings.{name} is {changes!r}, not settings by name. Write settings.{name}.v_lr=0.5.")
+            raise HyperParamsError(
+                f"settings.{name} is {changes!r}, not settings by name. Write settings.{name}.v_lr=0.5."
+            )

@@ -30,24 +30,38 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="easyedit-rls tune",
-        description="Search for the settings of a model: the layers, v_lr, clamp_norm_factor, overshoot, n_0 (mom2_update_weight) and λ. "
-        "Each trial edits the same development records and is judged by the harmonic mean of rewrite accuracy, "
-        "paraphrase accuracy, specificity, and 1 − relative loss of perplexity. Report results on other records than these.",
+        description="Search for the settings of a model: the layers, v_lr, clamp_norm_factor, "
+        "overshoot, n_0 (mom2_update_weight) and λ. "
+        "Each trial edits the same development records and is judged by the harmonic mean of "
+        "rewrite accuracy, paraphrase accuracy, specificity, and 1 − relative loss of perplexity. "
+        "Report results on other records than these.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a causal language model")
-    parser.add_argument("--data", type=user_path, required=True, metavar="FILE", help="development records (docs/records.md)")
+    parser.add_argument(
+        "--data", type=user_path, required=True, metavar="FILE", help="development records (docs/records.md)"
+    )
     parser.add_argument("--first", type=int, default=0, help="first record (default: %(default)s)")
     parser.add_argument("--count", type=int, default=40, help="number of records (default: %(default)s)")
     add_on_bad(parser)
     parser.add_argument("--batch", type=int, default=10, help="edits a batch (default: %(default)s)")
-    parser.add_argument("--text", type=user_path, metavar="FILE", help="plain text for the perplexity (default: the demo's)")
-    parser.add_argument("--hparams", metavar="FILE", help="settings to begin with (default: those `easyedit-rls init` would write)")
+    parser.add_argument(
+        "--text", type=user_path, metavar="FILE", help="plain text for the perplexity (default: the demo's)"
+    )
+    parser.add_argument(
+        "--hparams",
+        metavar="FILE",
+        help="settings to begin with (default: those `easyedit-rls init` would write)",
+    )
     parser.add_argument("--trials", type=int, default=30, help="at most so many (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=20.0, help="time limit, moments included (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="time limit, moments included (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the search (default: %(default)s)")
     add_device(parser)
     add_trust(parser)
-    parser.add_argument("--out", type=user_path, default=Path("outputs/tune"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=user_path, default=Path("outputs/tune"), help="folder to write (default: %(default)s)"
+    )
     return run_command(parser, _tune, argv)
 
 
@@ -61,11 +75,25 @@ def _tune(arguments: argparse.Namespace) -> None:
     read = read_records(arguments.data, arguments.first, arguments.count, on_bad=arguments.on_bad)
     text = _text(arguments.text)
     with progress_bar(None, "tuning", "trial", True) as bar:
-        model, tok = load_model(arguments.model, device=choose_device(arguments.device), trust_remote_code=arguments.trust_remote_code)
+        model, tok = load_model(
+            arguments.model,
+            device=choose_device(arguments.device),
+            trust_remote_code=arguments.trust_remote_code,
+        )
         hparams = settings_for(model, arguments.model, arguments.hparams)
-        quick = RLSEditHyperParams.from_dict({**hparams.to_dict(), "mom2_tolerance": max(_QUICK_TOLERANCE, hparams.mom2_tolerance)})
+        quick = RLSEditHyperParams.from_dict(
+            {**hparams.to_dict(), "mom2_tolerance": max(_QUICK_TOLERANCE, hparams.mom2_tolerance)}
+        )
         kept = fitting(read, fits(model, tok, quick), arguments.data, arguments.on_bad)
-        search = Search(model, tok, quick, [record.request for record in kept], text, batch=arguments.batch, seed=arguments.seed)
+        search = Search(
+            model,
+            tok,
+            quick,
+            [record.request for record in kept],
+            text,
+            batch=arguments.batch,
+            seed=arguments.seed,
+        )
         bar.set_postfix_str("taking the moments")
         search.prepare()
 
@@ -78,15 +106,23 @@ def _tune(arguments: argparse.Namespace) -> None:
         best = search.run(arguments.trials, left, show)
     arguments.out.mkdir(parents=True, exist_ok=True)
     found = RLSEditHyperParams.from_dict({**hparams.to_dict(), **best.changes})
-    note = f"# Settings of RLSEdit for {arguments.model}, the best of {len(search.trials)} that `easyedit-rls tune` tried.\n"
+    note = (
+        f"# Settings of RLSEdit for {arguments.model}, "
+        f"the best of {len(search.trials)} that `easyedit-rls tune` tried.\n"
+    )
     (arguments.out / "best.yaml").write_text(note + found.to_yaml(), encoding="utf-8")
-    (arguments.out / "trials.json").write_text(json.dumps([asdict(trial) for trial in search.trials], indent=1) + "\n", encoding="utf-8")
+    (arguments.out / "trials.json").write_text(
+        json.dumps([asdict(trial) for trial in search.trials], indent=1) + "\n", encoding="utf-8"
+    )
     console.print(_table(search.trials, best))
     console.print(f"Written to {arguments.out}: best.yaml (settings), trials.json (all that was tried)")
 
 
 def _line(trial: Trial) -> str:
-    return f"{trial.number}: {trial.objective:.3f}  {_settings(trial)}  ({trial.error or f'{trial.seconds:.0f} s'})"
+    return (
+        f"{trial.number}: {trial.objective:.3f}  {_settings(trial)}  "
+        f"({trial.error or f'{trial.seconds:.0f} s'})"
+    )
 
 
 def _settings(trial: Trial) -> str:
@@ -101,9 +137,22 @@ def _short(value: object) -> str:
 
 def _table(trials: list[Trial], best: Trial) -> Table:
     caption = "RA, PA: rewrite and paraphrase accuracy; NS: specificity"
-    table = Table("Trial", "Objective", "RA", "PA", "NS", "Perplexity", "Settings", title="What was tried, best first", caption=caption)
+    table = Table(
+        "Trial",
+        "Objective",
+        "RA",
+        "PA",
+        "NS",
+        "Perplexity",
+        "Settings",
+        title="What was tried, best first",
+        caption=caption,
+    )
     for trial in sorted(trials, key=lambda trial: -trial.objective):
-        shown = [trial.figures.get(name) for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")]
+        shown = [
+            trial.figures.get(name)
+            for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")
+        ]
         numbers = ["–" if value is None else f"{value:.3f}" for value in shown]
         row = [str(trial.number), f"{trial.objective:.3f}", *numbers, _settings(trial)]
         table.add_row(*row, style="bold" if trial is best else None)
@@ -112,5 +161,9 @@ def _table(trials: list[Trial], best: Trial) -> Table:
 
 def _text(path: Path | None) -> str:
     if path is None:
-        return importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt").read_text(encoding="utf-8")
+        return (
+            importlib.resources.files("easyedit_rls.data")
+            .joinpath("demo_text.txt")
+            .read_text(encoding="utf-8")
+        )
     return read_text(path, cure="Check --text.")

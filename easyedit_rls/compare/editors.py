@@ -43,10 +43,19 @@ class OurEditor:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tok: PreTrainedTokenizerBase, settings: dict[str, Any], templates: Sequence[str], ledger: Path
+        self,
+        model: PreTrainedModel,
+        tok: PreTrainedTokenizerBase,
+        settings: dict[str, Any],
+        templates: Sequence[str],
+        ledger: Path,
     ) -> None:
         hparams = RLSEditHyperParams.from_dict(settings)
-        given = hparams.context_templates if hparams.context_templates is not None else list(templates)[: hparams.n_templates]
+        given = (
+            hparams.context_templates
+            if hparams.context_templates is not None
+            else list(templates)[: hparams.n_templates]
+        )
         self._ledger = ledger
         self.hparams = RLSEditHyperParams.from_dict({**hparams.to_dict(), "context_templates": given})
         self.editor = RLSEditor(model, tok, self.hparams, state_dir=ledger, show_progress=False)
@@ -74,7 +83,9 @@ class OurEditor:
         shutil.rmtree(self._ledger)
 
 
-def make_editor(plan: Plan, contender: Contender, model: PreTrainedModel, tok: PreTrainedTokenizerBase, place: Path) -> Editor:
+def make_editor(
+    plan: Plan, contender: Contender, model: PreTrainedModel, tok: PreTrainedTokenizerBase, place: Path
+) -> Editor:
     """A contender's editor.
 
     Args:
@@ -89,5 +100,10 @@ def make_editor(plan: Plan, contender: Contender, model: PreTrainedModel, tok: P
     from easyedit_rls.host.builtin import EasyEditBaseline
 
     return EasyEditBaseline(
-        contender.alg_name, model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)), plan.templates, contender.settings
+        contender.alg_name,
+        model,
+        tok,
+        RLSEditHyperParams.from_dict(dict(plan.hparams)),
+        plan.templates,
+        contender.settings,
     )

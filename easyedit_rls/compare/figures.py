@@ -1,4 +1,6 @@
-"""Figures of a comparison, each as PNG and SVG. Colors are Okabe and Ito's, told apart by color-blind readers; markers differ too."""
+"""Figures of a comparison, each as PNG and SVG. Colors are Okabe and Ito's, told apart by color-blind
+readers; markers differ too.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,30 +36,64 @@ def draw(plan: Plan, runs: Sequence[Run], folder: Path) -> dict[str, str]:
     for metric, label in METRICS.items():
         lines = {run.contender.name: _course(run, metric) for run in runs}
         if sum(len(points) for points in lines.values()) > len(runs):
-            drawn |= _lines(lines, label, label, folder / metric, f"{label} over all records edited so far", (0, 1))
+            drawn |= _lines(
+                lines, label, label, folder / metric, f"{label} over all records edited so far", (0, 1)
+            )
     perplexity = {run.contender.name: _plain(run, lambda point: point.get("perplexity")) for run in runs}
     if any(perplexity.values()):
-        drawn |= _lines(perplexity, "perplexity", "perplexity", folder / "perplexity", "perplexity on plain text", None)
-    deviation = {run.contender.name: _plain(run, lambda point: max(point["deviation"].values(), default=0.0)) for run in runs}
+        drawn |= _lines(
+            perplexity, "perplexity", "perplexity", folder / "perplexity", "perplexity on plain text", None
+        )
+    deviation = {
+        run.contender.name: _plain(run, lambda point: max(point["deviation"].values(), default=0.0))
+        for run in runs
+    }
     drawn |= _lines(
-        deviation, "deviation", "‖W − W₀‖ / ‖W₀‖", folder / "deviation", "largest change of a weight, relative to its norm", None
+        deviation,
+        "deviation",
+        "‖W − W₀‖ / ‖W₀‖",
+        folder / "deviation",
+        "largest change of a weight, relative to its norm",
+        None,
     )
     for task, metric in {
-        task: next(iter(found)) for run in runs for task, found in run.before.get("abilities", {}).items() if found
+        task: next(iter(found))
+        for run in runs
+        for task, found in run.before.get("abilities", {}).items()
+        if found
     }.items():
         scores = {
-            run.contender.name: _plain(run, lambda point, task=task, metric=metric: point.get("abilities", {}).get(task, {}).get(metric))
+            run.contender.name: _plain(
+                run,
+                lambda point, task=task, metric=metric: point.get("abilities", {}).get(task, {}).get(metric),
+            )
             for run in runs
         }
-        drawn |= _lines(scores, task, metric, folder / f"ability-{task}", f"{task}, {metric}, by lm-eval", None)
+        drawn |= _lines(
+            scores, task, metric, folder / f"ability-{task}", f"{task}, {metric}, by lm-eval", None
+        )
     for term, (label, what) in _TERMS.items():
-        terms = {run.contender.name: _plain(run, lambda point, term=term: point.get("objective", {}).get(term)) for run in runs}
+        terms = {
+            run.contender.name: _plain(run, lambda point, term=term: point.get("objective", {}).get(term))
+            for run in runs
+        }
         if any(value for points in terms.values() for _, value in points):
             drawn |= _lines(terms, term, label, folder / f"objective-{term}", what, None)
     seconds = {
-        run.contender.name: [(min((t + 1) * plan.batch, plan.count), s) for t, s in enumerate(run.last["seconds_per_edit"])] for run in runs
+        run.contender.name: [
+            (min((t + 1) * plan.batch, plan.count), s) for t, s in enumerate(run.last["seconds_per_edit"])
+        ]
+        for run in runs
     }
-    drawn |= _lines(seconds, "time", "seconds an edit", folder / "seconds", "seconds an edit, each batch", None, scale="log")
+    drawn |= _lines(
+        seconds,
+        "time",
+        "seconds an edit",
+        folder / "seconds",
+        "seconds an edit, each batch",
+        None,
+        scale="log",
+    )
     for run in runs:
         drawn |= _heat_map(plan, run, folder / f"retention-{run.contender.folder}")
     return drawn
@@ -73,7 +109,10 @@ def _course(run: Run, metric: str) -> list[tuple[int, float]]:
 
 
 def _plain(run: Run, of: Any) -> list[tuple[int, float]]:
-    points = [(0, of(run.before)), *((checkpoint["n_edits"], of(checkpoint)) for checkpoint in run.checkpoints)]
+    points = [
+        (0, of(run.before)),
+        *((checkpoint["n_edits"], of(checkpoint)) for checkpoint in run.checkpoints),
+    ]
     return [(n, value) for n, value in points if value is not None]
 
 
@@ -111,7 +150,15 @@ def _heat_map(plan: Plan, run: Run, path: Path) -> dict[str, str]:
         for batch, row in enumerate(grid):
             for at, value in enumerate(row):
                 if value == value:
-                    axes.text(at, batch, f"{value:.2f}", ha="center", va="center", fontsize=7, color="black" if value > 0.5 else "white")
+                    axes.text(
+                        at,
+                        batch,
+                        f"{value:.2f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="black" if value > 0.5 else "white",
+                    )
     axes.set_xticks(range(len(table)), [str(checkpoint["n_edits"]) for checkpoint in run.checkpoints])
     axes.set_yticks(range(n_rows), [str(batch + 1) for batch in range(n_rows)])
     axes.set(title=run.contender.name, xlabel="measured after so many edits", ylabel="batch of edits")

@@ -13,9 +13,11 @@ from easyedit_rls.model.layout import find_layout
 
 
 class Objective:
-    """``Σ_i d_i ‖k_i W − v_i‖² + λ² ‖W − W_0‖² + μ² ‖K_0 W − K_0 W_0‖²`` summed over the edited layers (arXiv 2601.15686, eq. 7).
+    """``Σ_i d_i ‖k_i W − v_i‖² + λ² ‖W − W_0‖² + μ² ‖K_0 W − K_0 W_0‖²`` summed over the edited layers (arXiv
+    2601.15686, eq. 7).
 
-    λ, μ and K_0ᵀK_0 = n_0 E[kkᵀ] are those of the comparison's settings, for every editor. Only RLSEdit has targets v_i.
+    λ, μ and K_0ᵀK_0 = n_0 E[kkᵀ] are those of the comparison's settings, for every editor. Only RLSEdit has
+    targets v_i.
 
     Args:
         model: unedited.
@@ -23,17 +25,28 @@ class Objective:
         hparams: settings that the comparison starts from.
     """
 
-    def __init__(self, model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams
+    ) -> None:
         self._hparams = hparams
         self._weights = find_layout(model, hparams).edited
         self._unedited = {layer: weight.read() for layer, weight in self._weights.items()}
         has_anchors = hparams.mom2_adjustment and hparams.mu_reg > 0
-        self._moments = {layer: m.mean for layer, m in moments(model, tok, hparams).items()} if has_anchors else {}
+        self._moments = (
+            {layer: m.mean for layer, m in moments(model, tok, hparams).items()} if has_anchors else {}
+        )
 
     def terms(self, editor: RLSEditor | None) -> dict[str, Any]:
         """The terms now: 'edits' (None for other editors than RLSEdit), 'deviation', 'anchors'."""
-        hp, change = self._hparams, {layer: self._weight(layer, editor) - W_0 for layer, W_0 in self._unedited.items()}
-        anchors = sum(float((delta * (self._moments[layer].to(delta) @ delta)).sum()) for layer, delta in change.items() if self._moments)
+        hp, change = (
+            self._hparams,
+            {layer: self._weight(layer, editor) - W_0 for layer, W_0 in self._unedited.items()},
+        )
+        anchors = sum(
+            float((delta * (self._moments[layer].to(delta) @ delta)).sum())
+            for layer, delta in change.items()
+            if self._moments
+        )
         return {
             "edits": None if editor is None else _missed(editor),
             "deviation": hp.lambda_reg**2 * sum(float(delta.square().sum()) for delta in change.values()),
@@ -41,7 +54,9 @@ class Objective:
         }
 
     def _weight(self, layer: int, editor: RLSEditor | None) -> Tensor:
-        """The weight as it is, (d_k, d_v), float32 or wider: RLSEdit's master where the model holds that one rounded."""
+        """The weight as it is, (d_k, d_v), float32 or wider: RLSEdit's master where the model holds that one
+        rounded.
+        """
         if editor is not None and layer in editor.state.layers:
             master = editor.state.now.weight(layer)
             if self._weights[layer].holds(master):

@@ -1,4 +1,6 @@
-"""What a comparison runs: model, records, contenders, measurements; written down before the first edit, so that a run can go on."""
+"""What a comparison runs: model, records, contenders, measurements; written down before the first edit, so
+that a run can go on.
+"""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +24,8 @@ class Contender:
     """One editor with its settings.
 
     Attributes:
-        name: what tables and figures call it: the method's name, and behind a hyphen what sets it apart from others of that method.
+        name: what tables and figures call it: the method's name, and behind a hyphen what sets it apart from
+            others of that method.
         settings: what differs from the settings made for the model.
     """
 
@@ -104,10 +107,16 @@ class Plan:
         read = read_file(self.data, self.first, n_records, joint=self.joint, on_bad="skip").records
         kept = [record for record in read if record.index not in self.left_out]
         if len(kept) != self.count:
-            raise RequestError(f"{self.data} gives {len(kept)} edits now, but {self.count} when this comparison began. Put the file back.")
+            raise RequestError(
+                f"{self.data} gives {len(kept)} edits now, "
+                f"but {self.count} when this comparison began. Put the file back."
+            )
         if not self.is_chat:
             return kept
-        return [replace(record, request=request) for record, request in zip(kept, as_chat([record.request for record in kept]))]
+        return [
+            replace(record, request=request)
+            for record, request in zip(kept, as_chat([record.request for record in kept]))
+        ]
 
     @property
     def is_chat(self) -> bool:
@@ -133,10 +142,12 @@ class Plan:
         return next(contender for contender in self.contenders if contender.name == name)
 
     def save(self, folder: Path) -> None:
-        """Write it into the comparison's folder; contenders that are planned there and aren't among these stay in the file.
+        """Write it into the comparison's folder; contenders that are planned there and aren't among these
+        stay in the file.
 
         Raises:
-            HyperParamsError: the folder holds results of another plan; names what differs. Other contenders are fine.
+            HyperParamsError: the folder holds results of another plan; names what differs. Other contenders
+                are fine.
         """
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{PLAN}.lock"):  # another command may plan in the same folder
@@ -151,7 +162,9 @@ class Plan:
         old, new = (json.loads(json.dumps(asdict(plan))) for plan in (planned, self))
         was, now = ({contender["name"]: contender for contender in plan["contenders"]} for plan in (old, new))
         others = [contender for name, contender in was.items() if name not in now]
-        old["contenders"], new["contenders"] = ({name: plan[name] for name in was if name in now} for plan in (was, now))  # in any order
+        old["contenders"], new["contenders"] = (
+            {name: plan[name] for name in was if name in now} for plan in (was, now)
+        )  # in any order
         if differences := [name for name in new if old[name] != new[name]]:
             raise HyperParamsError(
                 f"{folder} holds results of another comparison; different: {', '.join(differences)}. "
@@ -161,7 +174,9 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
-        """Read the plan of a comparison's folder; settings of RLSEdit that are newer than it have their defaults."""
+        """Read the plan of a comparison's folder; settings of RLSEdit that are newer than it have their
+        defaults.
+        """
         raw = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         raw["hparams"] = RLSEditHyperParams.from_dict(raw["hparams"]).to_dict()
         contenders = tuple(Contender(**contender) for contender in raw["contenders"])

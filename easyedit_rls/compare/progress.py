@@ -38,7 +38,10 @@ class Progress:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
             seconds = json.loads(file.metadata()["seconds"])
-        kinds = [{name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)} for kind in (_WEIGHT, _MEMORY)]
+        kinds = [
+            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+            for kind in (_WEIGHT, _MEMORY)
+        ]
         return cls(seconds, *kinds)
 
     @torch.no_grad()
@@ -50,10 +53,18 @@ class Progress:
 
 
 def write_progress(
-    place: Path, model: PreTrainedModel, unedited: Mapping[str, Tensor], memory: Mapping[str, Tensor], seconds: Sequence[float]
+    place: Path,
+    model: PreTrainedModel,
+    unedited: Mapping[str, Tensor],
+    memory: Mapping[str, Tensor],
+    seconds: Sequence[float],
 ) -> None:
     """Write down that another batch is done; the last such file stays until this one is whole."""
-    changed = {name: weight.detach() for name, weight in model.named_parameters() if not torch.equal(weight, unedited[name])}
+    changed = {
+        name: weight.detach()
+        for name, weight in model.named_parameters()
+        if not torch.equal(weight, unedited[name])
+    }
     tensors = {f"{_WEIGHT}{name}": weight.contiguous() for name, weight in changed.items()}
     tensors |= {f"{_MEMORY}{name}": tensor.contiguous() for name, tensor in memory.items()}
     write_file(place / PROGRESS, save(tensors, {"seconds": json.dumps(list(seconds))}))

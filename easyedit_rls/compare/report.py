@@ -1,4 +1,6 @@
-"""What a comparison leaves behind: results.json, table.md, table.csv, figures, and one report.html that needs no network."""
+"""What a comparison leaves behind: results.json, table.md, table.csv, figures, and one report.html that needs
+no network.
+"""
 
 import html
 import importlib.resources
@@ -14,8 +16,14 @@ from easyedit_rls.compare.plan import Plan
 from easyedit_rls.compare.results import METRICS, comma_separated, load_runs, markdown, summary, table
 
 _NOTES = (
-    "Means over the records edited, with bootstrap 95 % intervals; every figure is taken after the last edit.",
-    "Answers are judged under teacher forcing, but for the generated ones, which are decoded greedily until they end.",
+    (
+        "Means over the records edited, with bootstrap 95 % intervals; "
+        "every figure is taken after the last edit."
+    ),
+    (
+        "Answers are judged under teacher forcing, "
+        "but for the generated ones, which are decoded greedily until they end."
+    ),
     "EasyEdit's figures are by its own rule (token accuracy), locality as agreement with the unedited model.",
 )
 
@@ -33,20 +41,29 @@ def write_report(folder: Path, plan: Plan) -> dict[str, Any]:
     _write(folder / "table.md", markdown(header, rows))
     _write(folder / "table.csv", comma_separated(header, rows))
     figures = draw(plan, runs, folder / "figures")
-    page = Template(importlib.resources.files("easyedit_rls.data").joinpath("report.html").read_text(encoding="utf-8"))
+    page = Template(
+        importlib.resources.files("easyedit_rls.data").joinpath("report.html").read_text(encoding="utf-8")
+    )
     _write(
         folder / "report.html",
         page.substitute(
             title=f"{plan.count} edits, {len(plan.contenders)} editors",
             summary=html.escape(
-                f"{Path(plan.model).name}, records {plan.first} to {plan.first + plan.count - 1} of {Path(plan.data).name}, "
+                f"{Path(plan.model).name}, "
+                f"records {plan.first} to {plan.first + plan.count - 1} of {Path(plan.data).name}, "
                 f"batches of {plan.batch}, the same order, templates and evaluation for all."
             ),
             notes="".join(f"<li>{html.escape(note)}</li>" for note in _NOTES),
             table=_table(header, rows),
             differences=_differences(result["differences"]),
-            figures="".join(_figure(folder / "figures" / f"{name}.svg", what) for name, what in figures.items()),
-            settings=html.escape(json.dumps({name: c["settings"] for name, c in result["contenders"].items()}, indent=1, default=str)),
+            figures="".join(
+                _figure(folder / "figures" / f"{name}.svg", what) for name, what in figures.items()
+            ),
+            settings=html.escape(
+                json.dumps(
+                    {name: c["settings"] for name, c in result["contenders"].items()}, indent=1, default=str
+                )
+            ),
         ),
     )
     return result
@@ -58,7 +75,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(
         f"<tr><th scope='row'>{html.escape(row[0])}</th>"
         + "".join(
-            f"<td data-label='{html.escape(name, quote=True)}'>{html.escape(cell) or '–'}</td>" for name, cell in zip(header[1:], row[1:])
+            f"<td data-label='{html.escape(name, quote=True)}'>{html.escape(cell) or '–'}</td>"
+            for name, cell in zip(header[1:], row[1:])
         )
         + "</tr>"
         for row in rows

@@ -1,4 +1,6 @@
-"""From the contenders' checkpoints to tables: means with intervals, retention, differences between contenders."""
+"""From the contenders' checkpoints to tables: means with intervals, retention, differences between
+contenders.
+"""
 
 import csv
 import io
@@ -88,9 +90,14 @@ def load_runs(folder: Path, plan: Plan) -> list[Run]:
     for contender in plan.contenders:
         place = folder / contender.folder
         if not (place / RESULT).is_file():
-            raise RLSEditError(f"{contender.name} has no result in {place}. Run the comparison again; it goes on where it stopped.")
+            raise RLSEditError(
+                f"{contender.name} has no result in {place}. "
+                "Run the comparison again; it goes on where it stopped."
+            )
         head = json.loads((place / RESULT).read_text(encoding="utf-8"))
-        before, *checkpoints = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.glob("checkpoint-*.json")))
+        before, *checkpoints = (
+            json.loads(path.read_text(encoding="utf-8")) for path in sorted(place.glob("checkpoint-*.json"))
+        )
         runs.append(Run(contender, head["settings"], before, checkpoints, head["versions"]))
     return runs
 
@@ -105,28 +112,48 @@ def estimate(values: Sequence[float | None], seed: int = 0) -> Estimate | None:
     from scipy.stats import bootstrap
 
     found = bootstrap(
-        (known,), np.mean, confidence_level=_LEVEL, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+        (known,),
+        np.mean,
+        confidence_level=_LEVEL,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
     )
-    return Estimate(float(known.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
+    return Estimate(
+        float(known.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high)
+    )
 
 
 def difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Estimate | None:
-    """Mean difference on the same records, with the interval of the paired bootstrap: not 0 where the interval leaves it out."""
+    """Mean difference on the same records, with the interval of the paired bootstrap: not 0 where the
+    interval leaves it out.
+    """
     return estimate([None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def summary(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
     """All figures, for results.json."""
     kept = min(100, plan.count)
-    result: dict[str, Any] = {"plan": asdict(plan), "unedited": _whole(runs[0].before, plan, None), "contenders": {}, "differences": {}}
+    result: dict[str, Any] = {
+        "plan": asdict(plan),
+        "unedited": _whole(runs[0].before, plan, None),
+        "contenders": {},
+        "differences": {},
+    }
     for run in runs:
         figures = _whole(run.last, plan, kept)
-        figures |= {"seconds_per_edit": float(np.median(run.last["seconds_per_edit"])), "settings": run.settings, "versions": run.versions}
+        figures |= {
+            "seconds_per_edit": float(np.median(run.last["seconds_per_edit"])),
+            "settings": run.settings,
+            "versions": run.versions,
+        }
         result["contenders"][run.contender.name] = {**figures, "checkpoints": run.checkpoints}
     for run in runs[1:]:
         names = f"{runs[0].contender.name} − {run.contender.name}"
         pairs = {metric: difference(runs[0].column(metric), run.column(metric)) for metric in METRICS}
-        result["differences"][names] = {metric: asdict(found) for metric, found in pairs.items() if found is not None}
+        result["differences"][names] = {
+            metric: asdict(found) for metric, found in pairs.items() if found is not None
+        }
     return result
 
 
@@ -137,9 +164,19 @@ def _whole(checkpoint: Mapping[str, Any], plan: Plan, kept: int | None) -> dict[
     if kept is not None:
         retained = estimate(columns["rewrite_accuracy"][:kept])
         figures["retention"] = {"first": kept, **(asdict(retained) if retained else {})}
-    figures |= {name: checkpoint[name] for name in ("perplexity", "fluency") if checkpoint.get(name) is not None}
-    figures |= {f"objective_{term}": value for term, value in checkpoint.get("objective", {}).items() if value is not None}
-    figures |= {f"{task}: {name}": value for task, found in checkpoint.get("abilities", {}).items() for name, value in found.items()}
+    figures |= {
+        name: checkpoint[name] for name in ("perplexity", "fluency") if checkpoint.get(name) is not None
+    }
+    figures |= {
+        f"objective_{term}": value
+        for term, value in checkpoint.get("objective", {}).items()
+        if value is not None
+    }
+    figures |= {
+        f"{task}: {name}": value
+        for task, found in checkpoint.get("abilities", {}).items()
+        for name, value in found.items()
+    }
     deviation = checkpoint["deviation"].values()
     return figures | {"deviation": max(deviation) if deviation else 0.0}
 
@@ -158,7 +195,10 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "seconds_per_edit": ("seconds an edit, median", 2),
     }
     abilities = {name: (name, 3) for figures in everyone.values() for name in figures if ": " in name}
-    rows = [[label, *(_interval(figures.get(name)) for figures in everyone.values())] for name, label in intervals.items()]
+    rows = [
+        [label, *(_interval(figures.get(name)) for figures in everyone.values())]
+        for name, label in intervals.items()
+    ]
     rows += [
         [label, *(_number(figures.get(name), digits) for figures in everyone.values())]
         for name, (label, digits) in {**numbers, **abilities}.items()
@@ -180,7 +220,9 @@ def comma_separated(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def _interval(found: Mapping[str, float] | None) -> str:
-    return f"{found['mean']:.3f} ({found['low']:.3f}–{found['high']:.3f})" if found and "mean" in found else ""
+    return (
+        f"{found['mean']:.3f} ({found['low']:.3f}–{found['high']:.3f})" if found and "mean" in found else ""
+    )
 
 
 def _number(value: float | None, digits: int) -> str:

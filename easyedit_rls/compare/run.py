@@ -1,4 +1,6 @@
-"""Runs a comparison: a fresh process for each contender, one after the other or some at once; those that are done are not run again."""
+"""Runs a comparison: a fresh process for each contender, one after the other or some at once; those that are
+done are not run again.
+"""
 
 import subprocess
 import sys
@@ -24,20 +26,26 @@ def run_all(folder: Path, plan: Plan, show_progress: bool | None = None, jobs: i
     Args:
         folder: where the plan is and the results go.
         plan: what to run.
-        show_progress: None shows a bar with the time left on a terminal only; each batch's line is shown either way.
-        jobs: contenders that run at once. More than one change nothing but times: an edit takes longer beside another's.
+        show_progress: None shows a bar with the time left on a terminal only; each batch's line is shown
+            either way.
+        jobs: contenders that run at once. More than one change nothing but times: an edit takes longer beside
+            another's.
 
     Raises:
         HostError: a contender needs EasyEdit, and there is none; told before anything runs.
         InputError: a contender can't use what it was given.
         RLSEditError: it failed; with the end of what it printed. The others' results stay.
     """
-    waiting = [contender for contender in plan.contenders if not (folder / contender.folder / RESULT).is_file()]
+    waiting = [
+        contender for contender in plan.contenders if not (folder / contender.folder / RESULT).is_file()
+    ]
     foreign = [contender.name for contender in waiting if contender.alg_name != "RLSEdit"]
     if foreign and not easyeditor_is_there():
         raise HostError(
-            f"{', '.join(foreign)} need EasyEdit. git clone https://github.com/zjunlp/EasyEdit, install what its requirements.txt "
-            "lists, and set EASYEDIT_HOME to its folder; or compare settings of RLSEdit with each other: alg_name=RLSEdit,RLSEdit-soft."
+            f"{', '.join(foreign)} need EasyEdit. "
+            "git clone https://github.com/zjunlp/EasyEdit, "
+            "install what its requirements.txt lists, and set EASYEDIT_HOME to its folder; "
+            "or compare settings of RLSEdit with each other: alg_name=RLSEdit,RLSEdit-soft."
         )
     n_done = (len(plan.contenders) - len(waiting)) * plan.n_batches
     with progress_bar(len(plan.contenders) * plan.n_batches, "comparing", "batch", show_progress) as bar:
@@ -57,7 +65,9 @@ def run_all(folder: Path, plan: Plan, show_progress: bool | None = None, jobs: i
                 raise
 
 
-def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]", children: "list[subprocess.Popen[str]]") -> None:
+def _run_one(
+    folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]", children: "list[subprocess.Popen[str]]"
+) -> None:
     """A contender's process: all it prints goes into a log, what it says of itself is shown."""
     log = folder / f"{contender.folder}.log"
     command = [sys.executable, "-m", "easyedit_rls.compare.stream", str(folder), contender.name]
@@ -77,4 +87,7 @@ def _run_one(folder: Path, plan: Plan, contender: Contender, bar: "tqdm[Any]", c
     if child.returncode and last and last[-1].startswith(REFUSED):
         raise InputError(f"{contender.name}: {last[-1].removeprefix(REFUSED).strip()}")
     if child.returncode:
-        raise RLSEditError(f"{contender.name} ended with status {child.returncode}; {log} has all it printed, which ends:\n{''.join(last)}")
+        raise RLSEditError(
+            f"{contender.name} ended with status {child.returncode}; "
+            f"{log} has all it printed, which ends:\n{''.join(last)}"
+        )

@@ -1,8 +1,9 @@
 """One contender's run, in a process of its own: ``python -m easyedit_rls.compare.stream FOLDER NAME``.
 
 Edits the stream batch by batch and measures at each checkpoint all records so far. What it finds goes to
-``FOLDER/<contender>/checkpoint-<edits>.json``, and at the end ``result.json`` says that it is whole. A run that was broken off goes on
-behind its last whole batch. The unedited model is measured by the first contender, for all of them.
+``FOLDER/<contender>/checkpoint-<edits>.json``, and at the end ``result.json`` says that it is whole. A run
+that was broken off goes on behind its last whole batch. The unedited model is measured by the first
+contender, for all of them.
 """
 
 import json
@@ -29,7 +30,16 @@ from easyedit_rls.compare.progress import PROGRESS, Progress, write_progress
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import EditRecord
 from easyedit_rls.errors import InputError
-from easyedit_rls.evaluation import abilities, add_locality, answers, edit_quality, evaluate, fluency, generate, perplexity
+from easyedit_rls.evaluation import (
+    abilities,
+    add_locality,
+    answers,
+    edit_quality,
+    evaluate,
+    fluency,
+    generate,
+    perplexity,
+)
 from easyedit_rls.model.load import load_model
 
 RESULT = "result.json"
@@ -61,7 +71,9 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     _say(f"{contender.name}: settings {json.dumps(editor.describe(), default=str)}")
     if progress is not None:
         progress.restore(model)
-        if not editor.remember(progress.memory, len(progress.seconds)):  # killed between the ledger's writing and our own
+        if not editor.remember(
+            progress.memory, len(progress.seconds)
+        ):  # killed between the ledger's writing and our own
             editor.close()
             shutil.rmtree(place)
             return run_contender(folder, plan, contender)
@@ -74,15 +86,27 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
             editor.edit([record.request for record in batch])
             seconds.append((time.perf_counter() - begun) / len(batch))
             write_progress(place, model, scale.weights, editor.memory(), seconds)
-        line = f"{contender.name}: batch {number} of {plan.n_batches}, {seconds[number - 1]:.2f} s/edit{'' if is_new else ', done before'}"
+        line = (
+            f"{contender.name}: batch {number} of {plan.n_batches}, "
+            f"{seconds[number - 1]:.2f} s/edit{'' if is_new else ', done before'}"
+        )
         n_edits = min(number * plan.batch, len(records))
         if plan.is_checkpoint(number) and not (place / checkpoint_name(n_edits)).is_file():
             found = scale.now(n_edits, is_last=number == plan.n_batches, editor=editor)
             _write(place / checkpoint_name(n_edits), {**found, "seconds_per_edit": seconds})
             line += f", rewrite accuracy {_mean(found['records'], 'rewrite_accuracy'):.3f} over {n_edits}"
         _say(line)
-    versions = {"easyedit_rls": easyedit_rls.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    result = {"name": contender.name, "settings": editor.describe(), "versions": versions, "threads": torch.get_num_threads()}
+    versions = {
+        "easyedit_rls": easyedit_rls.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    result = {
+        "name": contender.name,
+        "settings": editor.describe(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }
     _write(place / RESULT, result)
     editor.close()
     (place / PROGRESS).unlink()
@@ -96,12 +120,18 @@ def checkpoint_name(n_edits: int) -> str:
 class _Measure:
     """What is measured at each checkpoint, against the unedited model."""
 
-    def __init__(self, plan: Plan, model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord]) -> None:
+    def __init__(
+        self, plan: Plan, model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[EditRecord]
+    ) -> None:
         self._plan, self._model, self._tok, self._records = plan, model, tok, records
         self._text = read_text(plan.text) if plan.text else None
-        self.weights: dict[str, Tensor] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.weights: dict[str, Tensor] = {
+            name: weight.detach().clone() for name, weight in model.named_parameters()
+        }
         self._objective = Objective(model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)))
-        self.quality: Sequence[Mapping[str, Any]] = ()  # EasyEdit's figures of the unedited model, which its locality is taken against
+        self.quality: Sequence[
+            Mapping[str, Any]
+        ] = ()  # EasyEdit's figures of the unedited model, which its locality is taken against
 
     def unedited(self) -> dict[str, Any]:
         """The same before the first edit, on all records: figures, and what locality is taken against."""
@@ -109,9 +139,13 @@ class _Measure:
         return {"quality": self.quality, "figures": self.now(len(self._records), is_last=True)}
 
     def now(self, n_edits: int, is_last: bool, editor: Editor | None = None) -> dict[str, Any]:
-        """Figures of the first records, and of the model as a whole; of an editor, RLSEdit's targets, if it is that."""
+        """Figures of the first records, and of the model as a whole; of an editor, RLSEdit's targets, if it
+        is that.
+        """
         records = self._records[:n_edits]
-        counterfact = evaluate(self._model, self._tok, [record.request for record in records], show_progress=False).records
+        counterfact = evaluate(
+            self._model, self._tok, [record.request for record in records], show_progress=False
+        ).records
         quality = self._easyedit(records)
         add_locality(self.quality[:n_edits], quality)
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
@@ -121,34 +155,58 @@ class _Measure:
             result["perplexity"] = perplexity(self._model, self._tok, self._text, show_progress=False)
         if is_last and self._plan.answers:
             asked = [record.request.probe(record.request.prompt, record.request.target) for record in records]
-            for figures, answer in zip(found, answers(self._model, self._tok, asked, [probe.answer for probe in asked])):
-                figures |= {"answer": answer.text, "exact": float(answer.is_exact), "contained": float(answer.is_contained)}
+            for figures, answer in zip(
+                found, answers(self._model, self._tok, asked, [probe.answer for probe in asked])
+            ):
+                figures |= {
+                    "answer": answer.text,
+                    "exact": float(answer.is_exact),
+                    "contained": float(answer.is_contained),
+                }
         if is_last and self._plan.fluency:
-            prompts = [record.generation_prompts[0] for record in records if record.generation_prompts][: self._plan.fluency]
+            prompts = [record.generation_prompts[0] for record in records if record.generation_prompts][
+                : self._plan.fluency
+            ]
             result["fluency"] = (
-                fluency(generate(self._model, self._tok, prompts, max_new_tokens=_FLUENT_TOKENS, top_k=5)) if prompts else None
+                fluency(generate(self._model, self._tok, prompts, max_new_tokens=_FLUENT_TOKENS, top_k=5))
+                if prompts
+                else None
             )
         if self._plan.has_tasks(-(-n_edits // self._plan.batch)):
             limit, folder = self._plan.tasks_limit, self._plan.tasks_folder
-            result["abilities"] = abilities(self._model, self._tok, self._plan.tasks, limit=limit, folder=folder)
+            result["abilities"] = abilities(
+                self._model, self._tok, self._plan.tasks, limit=limit, folder=folder
+            )
         return {**result, "records": found}
 
     def _easyedit(self, records: Sequence[EditRecord]) -> list[dict[str, Any]]:
         """EasyEdit's own figures."""
-        return edit_quality(self._model, self._tok, [record.easyedit for record in records], chat_template=self._plan.is_chat)
+        return edit_quality(
+            self._model, self._tok, [record.easyedit for record in records], chat_template=self._plan.is_chat
+        )
 
     def _deviation(self) -> dict[str, float]:
         """‖W − W_0‖/‖W_0‖ of each weight that has changed."""
-        changed = {name: weight.detach().float() - self.weights[name].float() for name, weight in self._model.named_parameters()}
-        return {name: float(change.norm() / self.weights[name].float().norm()) for name, change in changed.items() if bool(change.any())}
+        changed = {
+            name: weight.detach().float() - self.weights[name].float()
+            for name, weight in self._model.named_parameters()
+        }
+        return {
+            name: float(change.norm() / self.weights[name].float().norm())
+            for name, change in changed.items()
+            if bool(change.any())
+        }
 
 
 def _easyedit(figures: Mapping[str, Any]) -> dict[str, float | None]:
     """EasyEdit's figures of one record as one number each."""
     sections = {
-        name: [x for key, part in figures[name].items() if key.endswith("_acc") for x in part] for name in ("locality", "portability")
+        name: [x for key, part in figures[name].items() if key.endswith("_acc") for x in part]
+        for name in ("locality", "portability")
     }
-    found: dict[str, float | None] = {name: fmean(figures[name]) if name in figures else None for name in ("rewrite_acc", "rephrase_acc")}
+    found: dict[str, float | None] = {
+        name: fmean(figures[name]) if name in figures else None for name in ("rewrite_acc", "rephrase_acc")
+    }
     return found | {name: fmean(values) if values else None for name, values in sections.items()}
 
 

@@ -34,4 +34,7 @@ def find_settings(path_or_name: str | Path) -> Path:
         for candidate in candidates:
             if candidate.is_file():
                 return candidate.resolve()
-    raise HyperParamsError(f"No settings file at {given.absolute()}; shipped: {', '.join(shipped())}. Give a path or one of these names.")
+    raise HyperParamsError(
+        f"No settings file at {given.absolute()}; shipped: {', '.join(shipped())}. "
+        "Give a path or one of these names."
+    )

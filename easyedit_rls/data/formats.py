@@ -1,8 +1,8 @@
 """Edit records as the authors of data sets publish them, one reader a format.
 
-A format is told by a record's fields. Each reader gives flat mappings, one an edit, in the names that `parse_requests` knows, with
-``locality`` and ``portability`` as {name: {"prompt": [...], "ground_truth": [...]}}. It leaves what it can't read for the checks behind it
-to name.
+A format is told by a record's fields. Each reader gives flat mappings, one an edit, in the names that
+`parse_requests` knows, with ``locality`` and ``portability`` as {name: {"prompt": [...], "ground_truth":
+[...]}}. It leaves what it can't read for the checks behind it to name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +27,8 @@ class Format:
         name: of the data set that has it.
         tells: whether a record has it; asked in the order of `FORMATS`.
         read: gives a record's edits.
-        fields: all that its records hold, whether they are read or not, those of ``requested_rewrite`` among them.
+        fields: all that its records hold, whether they are read or not, those of ``requested_rewrite`` among
+            them.
         beginnings: of further fields' names.
         names: what the format calls a field that our messages would name otherwise.
     """
@@ -42,9 +43,13 @@ class Format:
     def unknown(self, raw: Mapping[str, Any]) -> list[str]:
         """Fields of a record that the format does not have."""
         rewrites = raw.get("requested_rewrite")
-        inner = [rewrites] if isinstance(rewrites, Mapping) else rewrites if isinstance(rewrites, list) else []
+        inner = (
+            [rewrites] if isinstance(rewrites, Mapping) else rewrites if isinstance(rewrites, list) else []
+        )
         names = [*raw, *(name for part in inner if isinstance(part, Mapping) for name in part)]
-        unread = (name for name in dict.fromkeys(map(str, names)) if name not in self.fields and name not in _SHARED)
+        unread = (
+            name for name in dict.fromkeys(map(str, names)) if name not in self.fields and name not in _SHARED
+        )
         return [name for name in unread if not name.startswith(self.beginnings)]
 
 
@@ -55,10 +60,12 @@ def format_of(raw: Mapping[str, Any]) -> Format:
 
 
 def counterfact(raw: Mapping[str, Any]) -> list[Flat]:
-    """CounterFact (Meng et al. 2022), and what MEMIT's and AlphaEdit's code makes of ZsRE, with an answer for each neighbor.
+    """CounterFact (Meng et al. 2022), and what MEMIT's and AlphaEdit's code makes of ZsRE, with an answer for
+    each neighbor.
 
-    AKEW's records (Wu et al. 2024) hold, besides, a text that tells the same fact, ``fact_new_uns``: what they are made to edit in. It
-    is the target then, behind their question, and the facts taken from it are portability.
+    AKEW's records (Wu et al. 2024) hold, besides, a text that tells the same fact, ``fact_new_uns``: what
+    they are made to edit in. It is the target then, behind their question, and the facts taken from it are
+    portability.
     """
     fact = raw["requested_rewrite"]
     if not isinstance(fact, Mapping):
@@ -74,7 +81,9 @@ def counterfact(raw: Mapping[str, Any]) -> list[Flat]:
 
 
 def _near(item: Any, true: Any) -> tuple[Any, Any]:
-    """A neighbor's prompt and answer: those of {prompt, target}, or a text, whose answer is the record's true one."""
+    """A neighbor's prompt and answer: those of {prompt, target}, or a text, whose answer is the record's true
+    one.
+    """
     return (item.get("prompt"), item.get("target")) if isinstance(item, Mapping) else (item, true)
 
 
@@ -84,7 +93,10 @@ def _unstructured(flat: Flat, fact: Mapping[str, Any]) -> Flat:
         return flat
     prompt = next((fact[name] for name in ("question", "prompt_full") if fact.get(name)), fact.get("prompt"))
     told = [part for part in _list(fact.get("unsfact_triplets_GPT")) if isinstance(part, Mapping)]
-    asked = _pairs((str(part.get("prompt", "")).replace("{}", str(part.get("subject", ""))), part.get("target")) for part in told)
+    asked = _pairs(
+        (str(part.get("prompt", "")).replace("{}", str(part.get("subject", ""))), part.get("target"))
+        for part in told
+    )
     return flat | {
         "prompt": prompt,
         "target_new": fact["fact_new_uns"],
@@ -93,7 +105,8 @@ def _unstructured(flat: Flat, fact: Mapping[str, Any]) -> Flat:
 
 
 def mquake(raw: Mapping[str, Any]) -> list[Flat]:
-    """MQuAKE (Zhong et al. 2023): a chain of edits, a question about each, and questions that need all of them.
+    """MQuAKE (Zhong et al. 2023): a chain of edits, a question about each, and questions that need all of
+    them.
 
     The latter are asked of the record's last edit, once, since they can't be answered before all are made.
     """
@@ -101,10 +114,14 @@ def mquake(raw: Mapping[str, Any]) -> list[Flat]:
     case = raw.get("case_id")
     for number, fact in enumerate(raw["requested_rewrite"]):
         if not isinstance(fact, Mapping):
-            raise RequestError(f"holds a {type(fact).__name__} as edit {number}, not a mapping.", field="requested_rewrite")
+            raise RequestError(
+                f"holds a {type(fact).__name__} as edit {number}, not a mapping.", field="requested_rewrite"
+            )
         flat = {**_kept(raw, *_SHARED), **fact, "case_id": case if case is None else f"{case}.{number}"}
         if fact.get("question"):
-            flat["portability"] = {"single_hop": _pairs([(fact["question"], _text_of(fact.get("target_new")))])}
+            flat["portability"] = {
+                "single_hop": _pairs([(fact["question"], _text_of(fact.get("target_new")))])
+            }
         edits.append(_unstructured(flat, fact))
     if not edits:
         raise RequestError("is empty.", field="requested_rewrite")
@@ -116,9 +133,16 @@ def mquake(raw: Mapping[str, Any]) -> list[Flat]:
 
 
 def zsre(raw: Mapping[str, Any]) -> list[Flat]:
-    """ZsRE as MEND has it (Levy et al. 2017; Mitchell et al. 2022), with the question about a consequence that EasyEdit adds."""
+    """ZsRE as MEND has it (Levy et al. 2017; Mitchell et al. 2022), with the question about a consequence
+    that EasyEdit adds.
+    """
     flat = _kept(raw, *_SHARED, "subject")
-    flat |= {"prompt": raw["src"], "target_new": raw["alt"], "rephrase_prompt": raw.get("rephrase"), "ground_truth": raw.get("answers")}
+    flat |= {
+        "prompt": raw["src"],
+        "target_new": raw["alt"],
+        "rephrase_prompt": raw.get("rephrase"),
+        "ground_truth": raw.get("answers"),
+    }
     if raw.get("loc") is not None:
         flat["locality"] = {"neighborhood": _pairs([(raw["loc"], raw.get("loc_ans"))])}
     hop = raw.get("portability") or {}
@@ -130,14 +154,16 @@ def zsre(raw: Mapping[str, Any]) -> list[Flat]:
 
 
 def wikibigedit(raw: Mapping[str, Any]) -> list[Flat]:
-    """WikiBigEdit as published (Thede et al. 2025): facts that changed in Wikidata, asked in other words, by personas and by two hops."""
+    """WikiBigEdit as published (Thede et al. 2025): facts that changed in Wikidata, asked in other words, by
+    personas and by two hops.
+    """
     flat = _kept(raw, *_SHARED, "subject", "ground_truth")
     flat |= {"prompt": raw["update"], "target_new": raw["ans"], "rephrase_prompt": _said(raw.get("rephrase"))}
     if _said(raw.get("loc")):
         flat["locality"] = {"neighborhood": _pairs([(raw["loc"], raw.get("loc_ans"))])}
-    asked = {name: (raw.get(name), raw["ans"]) for name in raw if name.startswith("personas") and _said(raw["ans"])} | {
-        "mhop": (raw.get("mhop"), raw.get("mhop_ans"))
-    }
+    asked = {
+        name: (raw.get(name), raw["ans"]) for name in raw if name.startswith("personas") and _said(raw["ans"])
+    } | {"mhop": (raw.get("mhop"), raw.get("mhop_ans"))}
     flat["portability"] = {name: _pairs([pair]) for name, pair in asked.items() if _said(pair[0])}
     return [flat]
 
@@ -145,12 +171,20 @@ def wikibigedit(raw: Mapping[str, Any]) -> list[Flat]:
 def halluedit(raw: Mapping[str, Any]) -> list[Flat]:
     """HalluEditBench (Huang et al. 2025): facts that a model got wrong; a row of its CSV files.
 
-    Its questions about the subject's other facts come without answers, so there is nothing to hold the edited model's to: they are
-    left out.
+    Its questions about the subject's other facts come without answers, so there is nothing to hold the edited
+    model's to: they are left out.
     """
     flat = _kept(raw, *_SHARED, "subject")
-    flat |= {"prompt": raw["question"], "target_new": raw["object"], "rephrase_prompt": raw.get("paraphrased_question")}
-    choices = f"{raw['question']} {raw['multiple_choice_with_letters']}" if raw.get("multiple_choice_with_letters") else None
+    flat |= {
+        "prompt": raw["question"],
+        "target_new": raw["object"],
+        "rephrase_prompt": raw.get("paraphrased_question"),
+    }
+    choices = (
+        f"{raw['question']} {raw['multiple_choice_with_letters']}"
+        if raw.get("multiple_choice_with_letters")
+        else None
+    )
     asked = {
         "multiple_choice": (choices, raw.get("multiple_choice_labels")),
         "yes": (raw.get("yes_question"), "Yes"),
@@ -158,14 +192,17 @@ def halluedit(raw: Mapping[str, Any]) -> list[Flat]:
         "reversed_relation": (raw.get("reversed_relation_question"), raw["subject"]),
         **{f"{n}hop": (raw.get(f"question_{n}hop"), raw.get(f"answer_{n}hop")) for n in _HOPS},
     }
-    flat["portability"] = {name: _pairs([pair]) for name, pair in asked.items() if _said(pair[0]) and _said(pair[1])}
+    flat["portability"] = {
+        name: _pairs([pair]) for name, pair in asked.items() if _said(pair[0]) and _said(pair[1])
+    }
     return [flat]
 
 
 def unke(raw: Mapping[str, Any]) -> list[Flat]:
     """UnKE (Deng et al. 2024): a question and a long answer, with no subject.
 
-    The whole question is the subject then, so that the value sits at the question's last token, where UnKE edits.
+    The whole question is the subject then, so that the value sits at the question's last token, where UnKE
+    edits.
     """
     flat = _kept(raw, *_SHARED) | {"prompt": "{}", "subject": raw["question"], "target_new": raw["answer"]}
     flat["rephrase_prompt"] = _said(raw.get("para_question"))
@@ -177,12 +214,17 @@ def unke(raw: Mapping[str, Any]) -> list[Flat]:
 
 def qaedit(raw: Mapping[str, Any]) -> list[Flat]:
     """QAEdit (Yang et al. 2025): questions of NQ, TriviaQA and SimpleQA."""
-    flat = _kept(raw, *_SHARED, "prompt", "subject", "ground_truth") | {"target_new": raw["target"], "rephrase_prompt": raw.get("rephrase")}
+    flat = _kept(raw, *_SHARED, "prompt", "subject", "ground_truth") | {
+        "target_new": raw["target"],
+        "rephrase_prompt": raw.get("rephrase"),
+    }
     return [flat | {section: dict(_parts(raw, section)) for section in ("locality", "portability")}]
 
 
 def easyedit(raw: Mapping[str, Any]) -> list[Flat]:
-    """EasyEdit's own flat names, what its data set classes give, and KnowEdit (Zhang et al. 2024), which has other names for some."""
+    """EasyEdit's own flat names, what its data set classes give, and KnowEdit (Zhang et al. 2024), which has
+    other names for some.
+    """
     flat = _kept(raw, *_SHARED, *_FLAT.split())
     for name, other in _OTHER_NAMES.items():
         if raw.get(name) is None and raw.get(other) is not None:
@@ -193,11 +235,15 @@ def easyedit(raw: Mapping[str, Any]) -> list[Flat]:
 def _parts(raw: Mapping[str, Any], section: str) -> Iterator[tuple[str, dict[str, list[Any]]]]:
     """A section's parts, however they are written.
 
-    KnowEdit: {name: [{"prompt", "ground_truth"}, ...]}. EasyEdit: {name: {"prompt", "ground_truth"}}. QAEdit: [{"loc", "loc_ans"}, ...].
-    EasyEdit's data set classes: texts, with their answers in `locality_ans`. One flat pair: `locality_prompt`, `locality_ground_truth`.
+    KnowEdit: {name: [{"prompt", "ground_truth"}, ...]}. EasyEdit: {name: {"prompt", "ground_truth"}}. QAEdit:
+        [{"loc", "loc_ans"}, ...].
+    EasyEdit's data set classes: texts, with their answers in `locality_ans`. One flat pair:
+    `locality_prompt`, `locality_ground_truth`.
     """
     parts, only = raw.get(section) or {}, "neighborhood" if section == "locality" else "one_hop"
-    is_texts = isinstance(parts, str) or (isinstance(parts, list) and all(isinstance(part, str) for part in parts))
+    is_texts = isinstance(parts, str) or (
+        isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+    )
     if is_texts and f"{section}_ans" in raw:
         parts = {only: {"prompt": parts, "ground_truth": raw[f"{section}_ans"]}}
     elif isinstance(parts, list) and all(isinstance(part, Mapping) and "loc" in part for part in parts):
@@ -206,11 +252,19 @@ def _parts(raw: Mapping[str, Any], section: str) -> Iterator[tuple[str, dict[str
         raise RequestError(f"is a {type(parts).__name__}, not a mapping.", field=section)
     for name, part in parts.items():
         if isinstance(part, list):
-            whole = [item for item in part if isinstance(item, Mapping) and {"prompt", "ground_truth"} <= item.keys()]
+            whole = [
+                item
+                for item in part
+                if isinstance(item, Mapping) and {"prompt", "ground_truth"} <= item.keys()
+            ]
             if len(whole) != len(part):
-                raise RequestError("is not a list of {'prompt': …, 'ground_truth': …}.", field=f"{section}.{name}")
+                raise RequestError(
+                    "is not a list of {'prompt': …, 'ground_truth': …}.", field=f"{section}.{name}"
+                )
             answered = [(item["prompt"], _first(item["ground_truth"])) for item in whole]
-            kept = [(prompt, answer) for prompt, answer in answered if str(answer or "").strip()]  # EasyEdit leaves empty answers out
+            kept = [
+                (prompt, answer) for prompt, answer in answered if str(answer or "").strip()
+            ]  # EasyEdit leaves empty answers out
             if kept:
                 yield name, _pairs(kept)
         elif part:
@@ -230,7 +284,10 @@ def _kept(raw: Mapping[str, Any], *names: str) -> Flat:
 
 def _pairs(pairs: Iterable[tuple[Any, Any]]) -> dict[str, list[Any]]:
     listed = list(pairs)
-    return {"prompt": [prompt for prompt, _ in listed], "ground_truth": [_first(answer) for _, answer in listed]}
+    return {
+        "prompt": [prompt for prompt, _ in listed],
+        "ground_truth": [_first(answer) for _, answer in listed],
+    }
 
 
 def _list(value: Any) -> list[Any]:
@@ -240,7 +297,11 @@ def _list(value: Any) -> list[Any]:
 
 def _said(value: Any) -> Any:
     """None for what stands for nothing: an empty text, or the NaN that tables have in empty cells."""
-    is_empty = value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
+    is_empty = (
+        value is None
+        or (isinstance(value, str) and not value.strip())
+        or (isinstance(value, float) and value != value)
+    )
     return None if is_empty else value
 
 
@@ -263,20 +324,28 @@ def _is_chain(raw: Mapping[str, Any]) -> bool:
     return isinstance(raw.get("requested_rewrite"), list)
 
 
-_FLAT = "prompt subject target_new target_true ground_truth rephrase_prompt paraphrase_prompts neighborhood_prompts generation_prompts cond"
+_FLAT = (
+    "prompt subject target_new target_true ground_truth "
+    "rephrase_prompt paraphrase_prompts neighborhood_prompts generation_prompts cond"
+)
 _SECTIONS = (
-    "locality locality_ans locality_prompt locality_ground_truth portability portability_prompt portability_ground_truth "
+    "locality locality_ans locality_prompt locality_ground_truth "
+    "portability portability_prompt portability_ground_truth "
     "portability_personas portability_hop portability_hop_ans"
 )
 _REWRITE = (
     "requested_rewrite prompt subject target_new target_true relation_id question "
     # AKEW's
-    "prompt_full fact_new fact_true fact_new_uns unsfact_triplets_GPT subject_id time_new time_true answer_GPT answer_new "
-    "answer_new_alias answer_true answer_true_alias target_old loc loc_ans"
+    "prompt_full fact_new fact_true fact_new_uns unsfact_triplets_GPT subject_id time_new time_true "
+    "answer_GPT answer_new answer_new_alias answer_true answer_true_alias target_old loc loc_ans"
 )
-_CHAIN = "questions answer answer_alias answer_extended new_answer new_answer_alias new_answer_extended single_hops new_single_hops orig"
+_CHAIN = (
+    "questions answer answer_alias answer_extended new_answer new_answer_alias new_answer_extended "
+    "single_hops new_single_hops orig"
+)
 _HALLU = (
-    "topic subject relation object question multiple_choices multiple_choice_with_letters multiple_choice_labels "
+    "topic subject relation object question "
+    "multiple_choices multiple_choice_with_letters multiple_choice_labels "
     "paraphrased_question yes_question no_question locality_question reversed_relation_question"
 )
 
@@ -284,8 +353,17 @@ _OTHER_NAMES = {"prompt": "text", "target_new": "labels", "subject": "concept", 
 _NAMES = {
     "ZsRE": {"prompt": "src", "target_new": "alt", "rephrase_prompt": "rephrase", "ground_truth": "answers"},
     "WikiBigEdit": {"prompt": "update", "target_new": "ans", "rephrase_prompt": "rephrase"},
-    "HalluEditBench": {"prompt": "question", "target_new": "object", "rephrase_prompt": "paraphrased_question"},
-    "UnKE": {"prompt": "question", "subject": "question", "target_new": "answer", "rephrase_prompt": "para_question"},
+    "HalluEditBench": {
+        "prompt": "question",
+        "target_new": "object",
+        "rephrase_prompt": "paraphrased_question",
+    },
+    "UnKE": {
+        "prompt": "question",
+        "subject": "question",
+        "target_new": "answer",
+        "rephrase_prompt": "para_question",
+    },
     "QAEdit": {"target_new": "target", "rephrase_prompt": "rephrase"},
 }
 
@@ -297,10 +375,19 @@ FORMATS = tuple(
             "CounterFact",
             _has("requested_rewrite"),
             counterfact,
-            f"{_REWRITE} pararel_idx paraphrase_prompts neighborhood_prompts attribute_prompts generation_prompts",
+            (
+                f"{_REWRITE} pararel_idx "
+                "paraphrase_prompts neighborhood_prompts attribute_prompts generation_prompts"
+            ),
             (),
         ),
-        ("ZsRE", _has("src", "alt"), zsre, "subject src alt pred rephrase answers loc loc_ans cond portability", ()),
+        (
+            "ZsRE",
+            _has("src", "alt"),
+            zsre,
+            "subject src alt pred rephrase answers loc loc_ans cond portability",
+            (),
+        ),
         (
             "WikiBigEdit",
             _has("update", "ans"),
@@ -329,6 +416,12 @@ FORMATS = tuple(
             "id source prompt target subject rephrase locality portability ground_truth",
             (),
         ),
-        ("EasyEdit", lambda raw: True, easyedit, f"{_FLAT} {_SECTIONS} {' '.join(_OTHER_NAMES.values())} id", ()),
+        (
+            "EasyEdit",
+            lambda raw: True,
+            easyedit,
+            f"{_FLAT} {_SECTIONS} {' '.join(_OTHER_NAMES.values())} id",
+            (),
+        ),
     )
 )

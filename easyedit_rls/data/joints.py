@@ -1,4 +1,6 @@
-"""What stands between a prompt and what is said behind it: a space or nothing, as the prompt's own end tells."""
+"""What stands between a prompt and what is said behind it: a space or nothing, as the prompt's own end
+tells.
+"""
 
 import unicodedata
 
@@ -27,21 +29,25 @@ _TYING = "/\\@#"
 def joint(prompt: str, target: str) -> str:
     """The space that belongs between the two, or nothing.
 
-    A space, where the prompt ends in a letter, a digit or punctuation of a language with spaces, and the target brings none along. A
-    digit or a mark that many languages share belongs to the language of the last letter before it.
+    A space, where the prompt ends in a letter, a digit or punctuation of a language with spaces, and the
+    target brings none along. A digit or a mark that many languages share belongs to the language of the last
+    letter before it.
 
     Args:
         prompt: as it is given.
         target: likewise.
 
-    >>> english = ("The Eiffel Tower stands in", "He was born in 1990", "Q: Who? A:", "She said (loudly)", "The city of “Rome”")
+    >>> english = ("The Eiffel Tower stands in", "He was born in 1990", "Q: Who? A:",
+    ...            "She said (loudly)", "The city of “Rome”")
     >>> for prompt in (*english, "그의 이름은"):
     ...     print(repr(joint(prompt, "x")), end=" ")
     ' ' ' ' ' ' ' ' ' ' ' '
-    >>> for prompt in ("西游记的作者是", "西遊記の作者は", "ผู้แต่งคือ", "答：", "答:", "写于1592", "", "def f():\\n", "It is ", "It is\u00a0"):
+    >>> for prompt in ("西游记的作者是", "西遊記の作者は", "ผู้แต่งคือ", "答：", "答:",
+    ...                "写于1592", "", "def f():\\n", "It is ", "It is\u00a0"):
     ...     print(repr(joint(prompt, "x")), end=" ")
     '' '' '' '' '' '' '' '' '' ''
-    >>> for prompt in ("the so-called “", 'He said "', "f(", "snake_", "/usr/", "mail@", "It costs $", "x =", 'He said "no"'):
+    >>> for prompt in ("the so-called “", 'He said "', "f(", "snake_", "/usr/",
+    ...                "mail@", "It costs $", "x =", 'He said "no"'):
     ...     print(repr(joint(prompt, "x")), end=" ")
     '' '' '' '' '' '' '' '' ' '
     >>> joint("The Eiffel Tower stands in", " Rome")

@@ -35,7 +35,8 @@ def raw_records(path: Path) -> list[RawRecord]:
     """All records of a file. What is wrong with one line of many is that record's problem, not the file's.
 
     Args:
-        path: its ending tells the form: '.jsonl' and '.ndjson' have a record a line, '.csv' is a table, all else is a JSON list.
+        path: its ending tells the form: '.jsonl' and '.ndjson' have a record a line, '.csv' is a table, all
+            else is a JSON list.
 
     Raises:
         RequestError: the file is missing, not UTF-8, no JSON, or no list.
@@ -51,7 +52,10 @@ def raw_records(path: Path) -> list[RawRecord]:
         hint = " One record a line goes into a file whose name ends in '.jsonl'." if _is_lines(text) else ""
         raise RequestError(f"{path} is no JSON: {exc}.{hint}") from exc
     if not isinstance(found, list):
-        raise RequestError(f"{path} holds a {type(found).__name__}, not a list of records. (Files with a record a line end in '.jsonl'.)")
+        raise RequestError(
+            f"{path} holds a {type(found).__name__}, not a list of records. "
+            "(Files with a record a line end in '.jsonl'.)"
+        )
     return [RawRecord("", item) for item in found]
 
 
@@ -75,7 +79,9 @@ def _json(text: str) -> Any:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping whose keys stand in it once each; of two, JSON's own reader would take the last without a word."""
+    """A mapping whose keys stand in it once each; of two, JSON's own reader would take the last without a
+    word.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -101,7 +107,9 @@ def _columns(names: list[str], path: Path) -> list[str]:
 
 
 def _rows(text: str, path: Path) -> Iterator[RawRecord]:
-    """A table's rows by the names of its columns. An empty cell is an empty text; of `_SETTINGS`, it says nothing."""
+    """A table's rows by the names of its columns. An empty cell is an empty text; of `_SETTINGS`, it says
+    nothing.
+    """
     reader = csv.DictReader(io.StringIO(text.lstrip("\n"), newline=""), strict=True)
     try:
         reader.fieldnames = _columns(list(reader.fieldnames or ()), path)

@@ -1,7 +1,8 @@
 """Files of edit records, as the authors of data sets publish them.
 
-Each record's format is told by its fields (`formats`). EasyEdit's dataset classes give the same records; ours needs no checkout, keeps
-the subjects that `ZsreDataset` drops, checks all records before one is used, and names file, record and field where something is wrong.
+Each record's format is told by its fields (`formats`). EasyEdit's dataset classes give the same records; ours
+needs no checkout, keeps the subjects that `ZsreDataset` drops, checks all records before one is used, and
+names file, record and field where something is wrong.
 """
 
 import difflib
@@ -29,9 +30,9 @@ class EditRecord:
 
     Attributes:
         request: the edit, with its paraphrases and neighbors (CounterFact's figures).
-        easyedit: the same in the shape that EasyEdit's evaluation takes: prompt (or messages), subject, target_new, and where there are any
-            ground_truth, rephrase_prompt, locality and portability, the last two as {name: {"prompt": [...], "ground_truth": [...]}};
-            and the request's joint.
+        easyedit: the same in the shape that EasyEdit's evaluation takes: prompt (or messages), subject,
+            target_new, and where there are any ground_truth, rephrase_prompt, locality and portability, the
+            last two as {name: {"prompt": [...], "ground_truth": [...]}}; and the request's joint.
         generation_prompts: where the model shall go on writing, for fluency and consistency.
         index: number of the file's record that it is from, counted from 0.
     """
@@ -77,34 +78,52 @@ class RecordFile:
 
 
 def read_records(
-    path: str | Path, first: int = 0, count: int | None = None, *, joint: str | None = None, on_bad: str = "error"
+    path: str | Path,
+    first: int = 0,
+    count: int | None = None,
+    *,
+    joint: str | None = None,
+    on_bad: str = "error",
 ) -> list[EditRecord]:
-    """The edits of a file; see `read_file`, which tells more. Says what it left out, and which fields it does not know, by a warning each.
+    """The edits of a file; see `read_file`, which tells more. Says what it left out, and which fields it does
+    not know, by a warning each.
 
     Raises:
         RequestError: see `read_file`.
     """
     found = read_file(path, first, count, joint=joint, on_bad=on_bad)
     if found.left_out:
-        warnings.warn(f"{path}: left out {listed(found.left_out, found.n_read)}", RLSEditWarning, stacklevel=2)
+        warnings.warn(
+            f"{path}: left out {listed(found.left_out, found.n_read)}", RLSEditWarning, stacklevel=2
+        )
     if found.unknown:
         warnings.warn(f"{path}: {_unknown(found.unknown)}", RLSEditWarning, stacklevel=2)
     return list(found.records)
 
 
-def read_file(path: str | Path, first: int = 0, count: int | None = None, *, joint: str | None = None, on_bad: str = "error") -> RecordFile:
+def read_file(
+    path: str | Path,
+    first: int = 0,
+    count: int | None = None,
+    *,
+    joint: str | None = None,
+    on_bad: str = "error",
+) -> RecordFile:
     """Read and check the records of a file.
 
     Args:
-        path: a JSON list; '.jsonl' or '.ndjson', with a record a line; or a '.csv' table. UTF-8, with or without a byte-order mark.
+        path: a JSON list; '.jsonl' or '.ndjson', with a record a line; or a '.csv' table. UTF-8, with or
+            without a byte-order mark.
         first: how many records to leave out at the beginning.
         count: how many records to take edits from; None takes all.
-        joint: what stands between prompt and answer in records that don't say so themselves; None: as their texts tell.
+        joint: what stands between prompt and answer in records that don't say so themselves; None: as their
+            texts tell.
         on_bad: 'error' refuses the file if a record is wrong; 'skip' leaves such records out.
 
     Raises:
-        RequestError: the file can't be read, has no edit, or (on_bad="error") a record is wrong: names the file, the first such record
-            (counted from the file's beginning) with its field, and how many others there are.
+        RequestError: the file can't be read, has no edit, or (on_bad="error") a record is wrong: names the
+            file, the first such record (counted from the file's beginning) with its field, and how many
+            others there are.
         HyperParamsError: an argument is out of its range.
     """
     if not isinstance(path, (str, Path)):
@@ -139,7 +158,9 @@ def read_file(path: str | Path, first: int = 0, count: int | None = None, *, joi
         raise refusal(faults)
     if not records:
         what = f"no record that can be used: {listed(left_out, n_read)}" if left_out else "no record."
-        raise RequestError(f"{path} has {what if not first or left_out else f'no record behind number {first}.'}")
+        raise RequestError(
+            f"{path} has {what if not first or left_out else f'no record behind number {first}.'}"
+        )
     return RecordFile(path, tuple(records), n_read, tuple(left_out), formats, tuple(unknown))
 
 
@@ -153,7 +174,11 @@ def _check(first: int, count: int | None, on_bad: str) -> None:
 
 def _has_no_edit(raw: RawRecord) -> bool:
     """Whether it is one of ZsRE's records without a new answer, which EasyEdit leaves out too."""
-    return isinstance(raw.content, Mapping) and raw.content.get("alt") == "" and format_of(raw.content).name == "ZsRE"
+    return (
+        isinstance(raw.content, Mapping)
+        and raw.content.get("alt") == ""
+        and format_of(raw.content).name == "ZsRE"
+    )
 
 
 def _edits(raw: RawRecord, index: int, joint: str | None) -> list[EditRecord]:
@@ -175,7 +200,10 @@ def _edits(raw: RawRecord, index: int, joint: str | None) -> list[EditRecord]:
     try:
         return [_edit(flat, tuple(prompts), index) for flat in form.read(item)]
     except RequestError as exc:
-        names = {**form.names, **({"case_id": "id"} if "case_id" not in raw.content and "id" in raw.content else {})}
+        names = {
+            **form.names,
+            **({"case_id": "id"} if "case_id" not in raw.content and "id" in raw.content else {}),
+        }
         raise RequestError(exc.problem, field=names.get(exc.field, exc.field)) from exc
 
 
@@ -215,7 +243,9 @@ def _pair(part: Any, field: str) -> dict[str, list[str]]:
             check_text(text, f"{field}.{name}")
         pair[name] = list(values)
     if len(pair["prompt"]) != len(pair["ground_truth"]):
-        raise RequestError(f"has {len(pair['ground_truth'])} answers for {len(pair['prompt'])} prompts.", field=field)
+        raise RequestError(
+            f"has {len(pair['ground_truth'])} answers for {len(pair['prompt'])} prompts.", field=field
+        )
     return pair
 
 
@@ -224,7 +254,9 @@ def refusal(faults: Sequence[RequestError]) -> RequestError:
     first, *others = faults
     if not others:
         return RequestError(f"{first.problem} {_CURE}", index=first.index, field=first.field)
-    numbers = ", ".join(str(fault.index) for fault in others[:_SHOWN]) + (", …" if len(others) > _SHOWN else "")
+    numbers = ", ".join(str(fault.index) for fault in others[:_SHOWN]) + (
+        ", …" if len(others) > _SHOWN else ""
+    )
     more = f"{len(others)} more {'is' if len(others) == 1 else 'are'} wrong: {numbers}."
     return RequestError(f"{first.problem} {more} {_CURE}", index=first.index, field=first.field)
 
@@ -245,5 +277,8 @@ def _unknown(names: Sequence[str]) -> str:
     """What is not read, and what may be meant."""
     known = sorted({name for one in FORMATS for name in one.fields})
     close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.75) for name in names}
-    shown = (f"{name or repr(name)} (did you mean {close[name][0]}?)" if close[name] else name or repr(name) for name in names)
+    shown = (
+        f"{name or repr(name)} (did you mean {close[name][0]}?)" if close[name] else name or repr(name)
+        for name in names
+    )
     return f"fields that are not read: {', '.join(shown)}."

@@ -2,17 +2,18 @@
 
 These formats are understood everywhere:
 
-* EasyEdit's dict: ``prompt`` (with the subject in it, or with ``{}`` in its place), ``subject``, ``target_new``, and for evaluation
-  ``ground_truth``, ``rephrase_prompt``, ``locality`` (or ``locality_prompt`` and ``locality_ground_truth``);
-* items of EasyEdit's data sets as they come. Its ``ZsreDataset`` drops the subject, which is then found as the one name that prompt and
-  rewording share (`subjects.find_subject`), or else the request is refused;
-* a CounterFact record: ``requested_rewrite`` with ``prompt``, ``subject``, ``target_new.str``, ``target_true.str``, and for
-  evaluation ``paraphrase_prompts``, ``neighborhood_prompts``;
-* a chat: any of these with ``messages`` instead of ``prompt``, a list of ``{"role", "content"}`` whose last one is the user's. Paraphrases
-  and neighbors are user's turns behind the same earlier ones then.
+* EasyEdit's dict: ``prompt`` (with the subject in it, or with ``{}`` in its place), ``subject``,
+  ``target_new``, and for evaluation ``ground_truth``, ``rephrase_prompt``, ``locality`` (or
+  ``locality_prompt`` and ``locality_ground_truth``);
+* items of EasyEdit's data sets as they come. Its ``ZsreDataset`` drops the subject, which is then found as
+  the one name that prompt and rewording share (`subjects.find_subject`), or else the request is refused;
+* a CounterFact record: ``requested_rewrite`` with ``prompt``, ``subject``, ``target_new.str``,
+  ``target_true.str``, and for evaluation ``paraphrase_prompts``, ``neighborhood_prompts``;
+* a chat: any of these with ``messages`` instead of ``prompt``, a list of ``{"role", "content"}`` whose last
+  one is the user's. Paraphrases and neighbors are user's turns behind the same earlier ones then.
 
-Texts are taken as they are given, white space at their ends included. What stands between a prompt and its target follows from the text
-(`joints.joint`), or is the request's ``joint``.
+Texts are taken as they are given, white space at their ends included. What stands between a prompt and its
+target follows from the text (`joints.joint`), or is the request's ``joint``.
 
 Nothing is mutated, and text is never passed through ``str.format``: braces in it are just characters.
 """
@@ -47,7 +48,8 @@ class Probe:
         prompt: a text, or the user's turn of a chat.
         answer: what should follow.
         joint: what stands between the two; None: as the text tells.
-        chat: None for plain text; for a chat the turns (role, content) before the user's, () if there are none.
+        chat: None for plain text; for a chat the turns (role, content) before the user's, () if there are
+            none.
     """
 
     prompt: str
@@ -68,10 +70,13 @@ class EditRequest:
         target_true: what it should have said before the edit, if known.
         importance: d_i in the objective, from 1e-6 to 1e6.
         paraphrases: other prompts for the same fact.
-        neighbors: prompts about other subjects, with the answers they should keep (EasyEdit's ``locality`` too).
+        neighbors: prompts about other subjects, with the answers they should keep (EasyEdit's ``locality``
+            too).
         case_id: the caller's own number or name of the request, if any.
-        joint: what stands between prompt and target; None: as the text tells (`joints.joint`), or the chat template.
-        chat: None for a plain prompt; for a chat the turns (role, content) before the user's, which before, subject and after make up.
+        joint: what stands between prompt and target; None: as the text tells (`joints.joint`), or the chat
+            template.
+        chat: None for a plain prompt; for a chat the turns (role, content) before the user's, which before,
+            subject and after make up.
     """
 
     before: str
@@ -93,18 +98,23 @@ class EditRequest:
 
     @property
     def continuation(self) -> str:
-        """The target with what joins it to the prompt; of a chat without a joint of its own, the target alone."""
+        """The target with what joins it to the prompt; of a chat without a joint of its own, the target
+        alone.
+        """
         if self.joint is None and self.chat is None:
             return joint_of(self.prompt, self.target) + self.target
         return (self.joint or "") + self.target
 
     @property
     def question(self) -> tuple[str, ...]:
-        """What is asked: the prompt, and of a chat its turns, whatever the spacing, the way Unicode is written, or the subject in it.
+        """What is asked: the prompt, and of a chat its turns, whatever the spacing, the way Unicode is
+        written, or the subject in it.
 
         Two requests with the same question contradict each other or agree.
         """
-        turns = () if self.chat is None else tuple(text for turn in (*self.chat, ("user", "")) for text in turn)
+        turns = (
+            () if self.chat is None else tuple(text for turn in (*self.chat, ("user", "")) for text in turn)
+        )
         return tuple(" ".join(unicodedata.normalize("NFC", text).split()) for text in (self.prompt, *turns))
 
     def probe(self, prompt: str, answer: str) -> Probe:
@@ -134,7 +144,14 @@ class EditRequest:
             Probe(prompt, answer, own[0], _turns(own[1])) if own else Probe(prompt, answer, joint, chat)
             for prompt, answer, *own in values.get("neighbors", ())
         )
-        return cls(**{**values, "neighbors": neighbors, "paraphrases": tuple(values.get("paraphrases", ())), "chat": chat})
+        return cls(
+            **{
+                **values,
+                "neighbors": neighbors,
+                "paraphrases": tuple(values.get("paraphrases", ())),
+                "chat": chat,
+            }
+        )
 
 
 def _turns(chat: Sequence[Sequence[str]] | None) -> Chat | None:
@@ -142,22 +159,29 @@ def _turns(chat: Sequence[Sequence[str]] | None) -> Chat | None:
 
 
 def as_chat(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The same requests with every prompt, paraphrase and neighbor as a user's turn; what is a chat already stays as it is."""
+    """The same requests with every prompt, paraphrase and neighbor as a user's turn; what is a chat already
+    stays as it is.
+    """
 
     def wrapped(request: EditRequest) -> EditRequest:
-        neighbors = tuple(replace(probe, chat=()) if probe.chat is None else probe for probe in request.neighbors)
+        neighbors = tuple(
+            replace(probe, chat=()) if probe.chat is None else probe for probe in request.neighbors
+        )
         return replace(request, neighbors=neighbors, chat=() if request.chat is None else request.chat)
 
     return [wrapped(request) for request in requests]
 
 
 def parse_requests(
-    requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest, *, chat_template: bool = False
+    requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest,
+    *,
+    chat_template: bool = False,
 ) -> list[EditRequest]:
     """Turn what users hand over into checked requests.
 
     Args:
-        requests: one request or a list of them, each EasyEdit's dict, a CounterFact record, or an `EditRequest`.
+        requests: one request or a list of them, each EasyEdit's dict, a CounterFact record, or an
+            `EditRequest`.
         chat_template: make every prompt a user's turn, see `as_chat`.
 
     Raises:
@@ -169,13 +193,18 @@ def parse_requests(
     requests = listed(requests, "requests", "EasyEdit's dicts or CounterFact records")
     if not requests:
         raise RequestError("the list is empty. Give at least one request.")
-    parsed = [_checked(request, i) if isinstance(request, EditRequest) else _parse(request, i) for i, request in enumerate(requests)]
+    parsed = [
+        _checked(request, i) if isinstance(request, EditRequest) else _parse(request, i)
+        for i, request in enumerate(requests)
+    ]
     return as_chat(parsed) if chat_template else parsed
 
 
 def _checked(request: EditRequest, index: int) -> EditRequest:
     """A request that was made by hand, with its numbers as plain ones."""
-    return replace(request, importance=_importance(request.importance, index), case_id=_case_id(request.case_id, index))
+    return replace(
+        request, importance=_importance(request.importance, index), case_id=_case_id(request.case_id, index)
+    )
 
 
 def _importance(value: object, index: int) -> float:
@@ -183,7 +212,9 @@ def _importance(value: object, index: int) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= largest:  # type: ignore[operator]
         shown = "a very long number" if isinstance(value, int) and abs(value) > _LARGE else repr(value)
         raise RequestError(
-            f"is {shown}. Give a number from {least:g} to {largest:g}; 1 is the usual weight.", index=index, field="importance"
+            f"is {shown}. Give a number from {least:g} to {largest:g}; 1 is the usual weight.",
+            index=index,
+            field="importance",
         )
     return float(value)
 
@@ -192,19 +223,28 @@ def _case_id(value: object, index: int) -> int | str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, Integral) or abs(int(value)) > _LARGE:
-        raise RequestError(f"is a {type(value).__name__}. Give a number below 2^63, or a text.", index=index, field="case_id")
+        raise RequestError(
+            f"is a {type(value).__name__}. Give a number below 2^63, or a text.", index=index, field="case_id"
+        )
     return int(value)
 
 
 def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
     if not isinstance(raw, Mapping):
-        raise RequestError(f"is a {type(raw).__name__}, not a mapping. Give EasyEdit's dict or a CounterFact record.", index=index)
+        raise RequestError(
+            f"is a {type(raw).__name__}, not a mapping. Give EasyEdit's dict or a CounterFact record.",
+            index=index,
+        )
     fact = {**raw, **_mapping(raw, "requested_rewrite", index)}
     chat, field = None, "prompt"
     if fact.get("messages") is not None:
         chat, fact["prompt"] = parse_messages(fact, index)
         field = "messages"
-    subject = _zsre_subject(fact, index) if "cond" in fact and "subject" not in fact else _text(fact, "subject", index)
+    subject = (
+        _zsre_subject(fact, index)
+        if "cond" in fact and "subject" not in fact
+        else _text(fact, "subject", index)
+    )
     before, subject, after = _split_prompt(_text(fact, "prompt", index), subject, index, field)
     joint = parse_joint(fact, index)
     target = _text(fact, "target_new", index)
@@ -212,16 +252,24 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
     paraphrases = [text for name in _REWORDED for text in _texts(fact, name, index)]
     neighbors = [(prompt, str(target_true)) for prompt in _texts(fact, "neighborhood_prompts", index)]
     if neighbors and target_true is None:
-        raise RequestError("is missing, but neighborhood_prompts need it as their answer. Add it.", index=index, field="target_true")
+        raise RequestError(
+            "is missing, but neighborhood_prompts need it as their answer. Add it.",
+            index=index,
+            field="target_true",
+        )
     if fact.get("locality_prompt") is not None:
         neighbors.append((_text(fact, "locality_prompt", index), _text(fact, "locality_ground_truth", index)))
     for kind, pair in _mapping(fact, "locality", index).items():
         if not isinstance(pair, Mapping):
-            raise RequestError(f"'{kind}' is no mapping. Give prompt and ground_truth.", index=index, field="locality")
+            raise RequestError(
+                f"'{kind}' is no mapping. Give prompt and ground_truth.", index=index, field="locality"
+            )
         prompts, answers = _texts(pair, "prompt", index), _texts(pair, "ground_truth", index)
         if len(prompts) != len(answers):
             raise RequestError(
-                f"'{kind}' has {len(prompts)} prompts and {len(answers)} answers. Give one each.", index=index, field="locality"
+                f"'{kind}' has {len(prompts)} prompts and {len(answers)} answers. Give one each.",
+                index=index,
+                field="locality",
             )
         neighbors += zip(prompts, answers)
 
@@ -241,7 +289,9 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
 
 
 def _true_answer(fact: Mapping[str, Any], index: int) -> str | None:
-    """What the model should have said before, the first of lists of right answers; None where there is nothing."""
+    """What the model should have said before, the first of lists of right answers; None where there is
+    nothing.
+    """
     name = "target_true" if fact.get("target_true") is not None else "ground_truth"
     answer = fact.get(name)
     if isinstance(answer, Mapping):
@@ -262,7 +312,11 @@ def parse_joint(fact: Mapping[str, Any], index: int) -> str | None:
     joint = fact.get("joint")
     if joint is None or isinstance(joint, str):
         return joint
-    raise RequestError(f"is a {type(joint).__name__}, not text. Give a space, an empty text, or leave it out.", index=index, field="joint")
+    raise RequestError(
+        f"is a {type(joint).__name__}, not text. Give a space, an empty text, or leave it out.",
+        index=index,
+        field="joint",
+    )
 
 
 def parse_messages(fact: Mapping[str, Any], index: int) -> tuple[Chat, str]:
@@ -275,13 +329,27 @@ def parse_messages(fact: Mapping[str, Any], index: int) -> tuple[Chat, str]:
         raise RequestError("stands beside a prompt. Give one of the two.", index=index, field="messages")
     turns = fact["messages"]
     if not isinstance(turns, (list, tuple)) or not turns:
-        raise RequestError("is no list of turns. Give {'role': …, 'content': …} for each.", index=index, field="messages")
+        raise RequestError(
+            "is no list of turns. Give {'role': …, 'content': …} for each.", index=index, field="messages"
+        )
     for number, turn in enumerate(turns):
-        is_turn = isinstance(turn, Mapping) and set(turn) == {"role", "content"} and all(isinstance(text, str) for text in turn.values())
+        is_turn = (
+            isinstance(turn, Mapping)
+            and set(turn) == {"role", "content"}
+            and all(isinstance(text, str) for text in turn.values())
+        )
         if not is_turn:
-            raise RequestError(f"has turn {number}, {turn!r}. Give {{'role': …, 'content': …}}, both texts.", index=index, field="messages")
+            raise RequestError(
+                f"has turn {number}, {turn!r}. Give {{'role': …, 'content': …}}, both texts.",
+                index=index,
+                field="messages",
+            )
     if turns[-1]["role"] != "user":
-        raise RequestError(f"ends in a turn of the {turns[-1]['role']!r}. Let the user's turn be the last.", index=index, field="messages")
+        raise RequestError(
+            f"ends in a turn of the {turns[-1]['role']!r}. Let the user's turn be the last.",
+            index=index,
+            field="messages",
+        )
     for turn in turns[:-1]:
         if turn["content"]:
             check_text(turn["content"] + ".", "messages", index)
@@ -302,12 +370,17 @@ def _zsre_subject(fact: Mapping[str, Any], index: int) -> str:
 def _split_prompt(prompt: str, subject: str, index: int, field: str) -> tuple[str, str, str]:
     """Text before the subject, the subject as the prompt writes it, and text behind it.
 
-    ``{}`` marks the place if it is there; otherwise the last occurrence that stands as a word of its own counts, and
-    failing that the last one at all (languages without spaces). White space around a subject is none of it.
+    ``{}`` marks the place if it is there; otherwise the last occurrence that stands as a word of its own
+    counts, and failing that the last one at all (languages without spaces). White space around a subject is
+    none of it.
     """
     slots = prompt.count("{}")
     if slots > 1:
-        raise RequestError(f"has {slots} places marked {{}}: {prompt!r}. Mark the subject's place once.", index=index, field=field)
+        raise RequestError(
+            f"has {slots} places marked {{}}: {prompt!r}. Mark the subject's place once.",
+            index=index,
+            field=field,
+        )
     if slots == 1:
         before, after = prompt.split("{}")
         start = len(before) + len(subject) - len(subject.lstrip())
@@ -316,7 +389,8 @@ def _split_prompt(prompt: str, subject: str, index: int, field: str) -> tuple[st
         places = find_spans(prompt, subject.strip())
     if not places:
         raise RequestError(
-            f"does not contain the subject {subject!r}: {prompt!r}. Write the subject into the prompt, or {{}} where it goes.",
+            f"does not contain the subject {subject!r}: {prompt!r}. "
+            "Write the subject into the prompt, or {} where it goes.",
             index=index,
             field=field,
         )
@@ -363,7 +437,9 @@ def check_text(text: str, field: str, index: int | None = None) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as exc:
-        raise RequestError(f"holds half a character, {text[exc.start]!r}. Write the whole one.", index=index, field=field) from exc
+        raise RequestError(
+            f"holds half a character, {text[exc.start]!r}. Write the whole one.", index=index, field=field
+        ) from exc
     return text
 
 

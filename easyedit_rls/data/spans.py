@@ -10,8 +10,9 @@ _ALIKE = str.maketrans({"’": "'", "ʼ": "'", "‘": "'", "′": "'", "“": '"
 def find_spans(text: str, wanted: str) -> list[tuple[int, int]]:
     """All places where a text stands in another one, (first character, one past the last), in order.
 
-    Where it is not there letter by letter, composed and decomposed characters count as the same, so do all kinds of white space, and
-    straight and curly quotation marks. No place begins or ends between a letter and its accent then.
+    Where it is not there letter by letter, composed and decomposed characters count as the same, so do all
+    kinds of white space, and straight and curly quotation marks. No place begins or ends between a letter and
+    its accent then.
 
     >>> find_spans("Paris, Texas lies far from Paris", "Paris")
     [(0, 5), (27, 32)]
@@ -32,14 +33,20 @@ def find_spans(text: str, wanted: str) -> list[tuple[int, int]]:
 
 
 def _folded(text: str) -> tuple[str, list[int | None], list[int | None]]:
-    """The text with what is alike made the same; for each of its characters, where in the text a cluster begins and ends with it.
+    """The text with what is alike made the same; for each of its characters, where in the text a cluster
+    begins and ends with it.
 
-    None where a character is not the first, or not the last, of its cluster (a letter with its accents, a stretch of white space).
+    None where a character is not the first, or not the last, of its cluster (a letter with its accents, a
+    stretch of white space).
     """
     folded: list[str] = []
     starts: list[int | None] = []
     ends: list[int | None] = []
-    borders = [at for at in range(len(text)) if at == 0 or not (_joins(text[at]) or (text[at].isspace() and text[at - 1].isspace()))]
+    borders = [
+        at
+        for at in range(len(text))
+        if at == 0 or not (_joins(text[at]) or (text[at].isspace() and text[at - 1].isspace()))
+    ]
     for start, end in zip(borders, [*borders[1:], len(text)]):
         cluster = text[start:end]
         characters = " " if cluster.isspace() else unicodedata.normalize("NFD", cluster.translate(_ALIKE))
@@ -51,4 +58,6 @@ def _folded(text: str) -> tuple[str, list[int | None], list[int | None]]:
 
 def _joins(character: str) -> bool:
     """Whether a character belongs to the cluster before it."""
-    return bool(unicodedata.combining(character)) or any(first <= ord(character) <= last for first, last in _JAMO)
+    return bool(unicodedata.combining(character)) or any(
+        first <= ord(character) <= last for first, last in _JAMO
+    )

@@ -6,7 +6,9 @@ from easyedit_rls._base.common_prefix import common_prefix
 from easyedit_rls.errors import RequestError
 
 _WORD = re.compile(r"\w+(?:[-'’.&/]\w+)*")
-_NAME = re.compile(r"[A-Z0-9À-ÖØ-Þ]|[^\x00-\u024f]")  # a capital or a digit somewhere (iPad, d'Adda), or another script
+_NAME = re.compile(
+    r"[A-Z0-9À-ÖØ-Þ]|[^\x00-\u024f]"
+)  # a capital or a digit somewhere (iPad, d'Adda), or another script
 _OPENERS = {
     "a",
     "at",
@@ -33,8 +35,8 @@ _OPENERS = {
 def find_subject(prompt: str, rewording: str) -> str:
     """The one name that both texts share.
 
-    Of each stretch of words that both hold, what begins and ends with a word that looks like a name counts; question words and the
-    like at the start of the prompt don't.
+    Of each stretch of words that both hold, what begins and ends with a word that looks like a name counts;
+    question words and the like at the start of the prompt don't.
 
     Args:
         prompt: e.g. "Which family does Ramalinaceae belong to?"
@@ -60,7 +62,10 @@ def find_subject(prompt: str, rewording: str) -> str:
     names = list(dict.fromkeys(found))
     if len(names) != 1:
         what = f"several names, {', '.join(map(repr, names))}" if names else "no name"
-        raise RequestError(f"is missing, and {prompt!r} shares {what} with its rewording {rewording!r}. Add the subject.", field="subject")
+        raise RequestError(
+            f"is missing, and {prompt!r} shares {what} with its rewording {rewording!r}. Add the subject.",
+            field="subject",
+        )
     return names[0]
 
 
@@ -73,6 +78,9 @@ def _span(text: str, start: int, end: int) -> str:
     """The text between, with the bracket or quotation mark that it opens closed."""
     for opening, closing in (("(", ")"), ('"', '"'), ("“", "”")):
         inside = text[start:end]
-        if opening in inside and inside.count(opening) % 2 != (inside.count(closing) if closing != opening else 0) % 2:
+        if (
+            opening in inside
+            and inside.count(opening) % 2 != (inside.count(closing) if closing != opening else 0) % 2
+        ):
             end += text.startswith(closing, end)
     return text[start:end]

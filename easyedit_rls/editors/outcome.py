@@ -31,7 +31,9 @@ def find_said(model: PreTrainedModel, facts: Sequence[Fact], batch_tokens: int) 
     return [top == row.target for row, top in zip(rows, predicted)]
 
 
-def fact_reports(edits: Sequence[Edit], walk: LayerWalk, values: Values, said: Sequence[bool], value_layer: int) -> list[FactReport]:
+def fact_reports(
+    edits: Sequence[Edit], walk: LayerWalk, values: Values, said: Sequence[bool], value_layer: int
+) -> list[FactReport]:
     """A report of each fact, with the weights as they are now.
 
     Args:
@@ -47,11 +49,14 @@ def fact_reports(edits: Sequence[Edit], walk: LayerWalk, values: Values, said: S
     miss = (missed / wanted.clamp(min=1e-12)).tolist()
     numbers = zip(values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss, said)
     return [
-        FactReport(edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id, *row) for edit, row in zip(edits, numbers)
+        FactReport(edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id, *row)
+        for edit, row in zip(edits, numbers)
     ]
 
 
-def refuse_if_off(facts: Sequence[FactReport], steps: Mapping[int, float], hparams: RLSEditHyperParams) -> None:
+def refuse_if_off(
+    facts: Sequence[FactReport], steps: Mapping[int, float], hparams: RLSEditHyperParams
+) -> None:
     """Refuse a batch that moves a layer by more than `max_deviation` while most of its facts stay unsaid.
 
     Args:
@@ -68,10 +73,11 @@ def refuse_if_off(facts: Sequence[FactReport], steps: Mapping[int, float], hpara
     layer, step = max(steps.items(), key=lambda item: item[1])
     if step > hparams.max_deviation:
         raise NumericalError(
-            f"The batch was taken back: it moved layer {layer} by {step:.2f} of its norm (max_deviation: "
-            f"{hparams.max_deviation:g}), and still the model does not say {unsaid} of its {len(facts)} facts. "
-            f"Raise mom2_update_weight ({hparams.mom2_update_weight:g}) or lambda_reg, edit fewer facts "
-            "a batch, take other layers (`easyedit-rls tune`), or set max_deviation: off."
+            f"The batch was taken back: it moved layer {layer} by {step:.2f} of its norm "
+            f"(max_deviation: {hparams.max_deviation:g}), "
+            f"and still the model does not say {unsaid} of its {len(facts)} facts. "
+            f"Raise mom2_update_weight ({hparams.mom2_update_weight:g}) or lambda_reg, "
+            "edit fewer facts a batch, take other layers (`easyedit-rls tune`), or set max_deviation: off."
         )
 
 
@@ -88,14 +94,17 @@ def warn_if_unsaid(report: EditReport, hparams: RLSEditHyperParams, stacklevel: 
     named = ", ".join(f"{fact.prompt!r} ({fact.target!r})" for fact in report.unsaid[:_NAMED])
     more = ", …" if len(report.unsaid) > _NAMED else ""
     warnings.warn(
-        f"The model does not say {len(report.unsaid)} of {len(report.facts)} facts of batch {report.batch}: {named}{more}; largest "
-        f"miss {max(fact.miss for fact in report.unsaid):.2f}. {' '.join(advice(report.unsaid, hparams))}",
+        f"The model does not say {len(report.unsaid)} of {len(report.facts)} facts of batch {report.batch}: "
+        f"{named}{more}; largest miss {max(fact.miss for fact in report.unsaid):.2f}. "
+        f"{' '.join(advice(report.unsaid, hparams))}",
         UnsaidWarning,
         stacklevel=stacklevel + 1,
     )
 
 
-def advice(unsaid: Sequence[FactReport], hparams: RLSEditHyperParams, *, may_loosen: bool = True) -> list[str]:
+def advice(
+    unsaid: Sequence[FactReport], hparams: RLSEditHyperParams, *, may_loosen: bool = True
+) -> list[str]:
     """What helps facts that the model does not say: a sentence for values that fall short, one for weights.
 
     Args:
@@ -114,7 +123,9 @@ def advice(unsaid: Sequence[FactReport], hparams: RLSEditHyperParams, *, may_loo
         sentences.append(f"The weights do not reach the values of {len(unwritten)}: {cure}.")
     if short:
         sentences.append(
-            f"The values themselves fall short for {len(short)} (NLL up to {max(fact.nll for fact in short):.1f} nats a token): "
-            f"raise v_num_grad_steps ({hparams.v_num_grad_steps}) or clamp_norm_factor ({hparams.clamp_norm_factor:g})."
+            f"The values themselves fall short for {len(short)} "
+            f"(NLL up to {max(fact.nll for fact in short):.1f} nats a token): "
+            f"raise v_num_grad_steps ({hparams.v_num_grad_steps}) "
+            f"or clamp_norm_factor ({hparams.clamp_norm_factor:g})."
         )
     return sentences

@@ -18,7 +18,8 @@ class FactReport:
         nll: the target's negative log-likelihood with the value put in by hand, nats a token.
         value_change: ‖z − h‖/‖h‖ before the weights were written.
         miss: ‖z − h‖ after they were written, as a fraction of the same before; 0 is a perfect write.
-        is_said: whether the edited model says the target: each of its tokens is the most probable one behind the bare prompt.
+        is_said: whether the edited model says the target: each of its tokens is the most probable one behind
+            the bare prompt.
     """
 
     edit_id: int
@@ -61,8 +62,9 @@ class EditReport:
         layers: a report each edited layer.
         superseded: numbers of older edits that were taken out because these contradict them.
         rehearsed: numbers of older edits that the model had lost, which were taken out and edited in again.
-        seconds: time in 'rehearsal' (looking for these), 'prepare' (templates, anchors; first batch only), 'values', 'weights' (keys and
-            updates), 'check' (which facts the model says now), and 'ledger' (the entry, and a checkpoint where one was due).
+        seconds: time in 'rehearsal' (looking for these), 'prepare' (templates, anchors; first batch only),
+            'values', 'weights' (keys and updates), 'check' (which facts the model says now), and 'ledger'
+            (the entry, and a checkpoint where one was due).
     """
 
     batch: int
@@ -75,8 +77,12 @@ class EditReport:
 
     @property
     def seconds_per_edit(self) -> float:
-        """Seconds a request, without the one-time preparation; what was rehearsed is paid for by the requests, if there were any."""
-        return (sum(self.seconds.values()) - self.seconds["prepare"]) / (len(self.facts) - len(self.rehearsed) or len(self.facts))
+        """Seconds a request, without the one-time preparation; what was rehearsed is paid for by the
+        requests, if there were any.
+        """
+        return (sum(self.seconds.values()) - self.seconds["prepare"]) / (
+            len(self.facts) - len(self.rehearsed) or len(self.facts)
+        )
 
     @property
     def unsaid(self) -> list[FactReport]:

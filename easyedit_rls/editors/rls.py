@@ -41,18 +41,21 @@ _LEAST_TOKENS = 64
 
 
 class RLSEditor:
-    """Edits facts into a causal language model, batch after batch, by recursive least squares (RLSEdit, arXiv 2601.15686).
+    """Edits facts into a causal language model, batch after batch, by recursive least squares (RLSEdit, arXiv
+    2601.15686).
 
-    Weights are written in place. The editor keeps a state (a covariance and a float32 master weight for each edited layer) and
-    checks before each batch that the model's weights are those it left. With `state_dir`, every batch that `edit` reports is on disk,
-    and a new editor of the unedited model (or of the edited one, saved) with the same folder goes on where this one ended. Use it as a
-    context manager, or `close` it at the end.
+    Weights are written in place. The editor keeps a state (a covariance and a float32 master weight for each
+    edited layer) and checks before each batch that the model's weights are those it left. With `state_dir`,
+    every batch that `edit` reports is on disk, and a new editor of the unedited model (or of the edited one,
+    saved) with the same folder goes on where this one ended. Use it as a context manager, or `close` it at
+    the end.
 
     Args:
         model: a Hugging Face causal language model in float32, bfloat16 or float16.
         tok: its fast tokenizer; its settings are not touched.
         hparams: settings.
-        anchors: explicit anchors instead of second moments: `AnchorPairs`, or prompts whose outcome should stay.
+        anchors: explicit anchors instead of second moments: `AnchorPairs`, or prompts whose outcome should
+            stay.
         state: the state of an earlier editor of this model under the same objective; a fresh one if None.
         state_dir: folder of the ledger; None takes the setting of that name.
         show_progress: None shows progress bars on a terminal only.
@@ -79,12 +82,20 @@ class RLSEditor:
         show_progress: bool | None = None,
     ) -> None:
         if not isinstance(hparams, RLSEditHyperParams):
-            cure = "Give RLSEditHyperParams: from_hparams reads a file, from_dict takes a mapping, for_model makes them."
+            cure = (
+                "Give RLSEditHyperParams: "
+                "from_hparams reads a file, from_dict takes a mapping, for_model makes them."
+            )
             raise ArgumentError(f"hparams is a {type(hparams).__name__}. {cure}")
         if not isinstance(tok, PreTrainedTokenizerBase):
-            raise ArgumentError(f"tok is a {type(tok).__name__}, not a tokenizer. Load it with AutoTokenizer.")
+            raise ArgumentError(
+                f"tok is a {type(tok).__name__}, not a tokenizer. Load it with AutoTokenizer."
+            )
         if state is not None and not isinstance(state, EditorState):
-            raise ArgumentError(f"state is a {type(state).__name__}, not an EditorState. Give another editor's state, or None.")
+            raise ArgumentError(
+                f"state is a {type(state).__name__}, not an EditorState. "
+                "Give another editor's state, or None."
+            )
         if state_dir is not None and not isinstance(state_dir, (str, Path)):
             raise ArgumentError(f"state_dir is a {type(state_dir).__name__}, not the name of a folder.")
         if not isinstance(anchors, AnchorPairs | None):
@@ -100,7 +111,9 @@ class RLSEditor:
         if folder is not None and self.state.ledger is None:
             attach(self.state, folder, model, self.layout, hparams, anchors)
 
-    def edit(self, requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest) -> EditReport:
+    def edit(
+        self, requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest
+    ) -> EditReport:
         """Edit one batch of facts into the model: all of it, or nothing.
 
         Args:
@@ -110,11 +123,12 @@ class RLSEditor:
             What happened to each fact and each layer.
 
         Raises:
-            RequestError: a request is incomplete, contradicts itself, another one, or (on_conflict: error) an earlier edit;
-                or it is longer than the model's table of positions.
+            RequestError: a request is incomplete, contradicts itself, another one, or (on_conflict: error) an
+                earlier edit; or it is longer than the model's table of positions.
             ModelError: a token of a request is none of the model's.
             StateMismatchError: somebody else changed the edited weights.
-            NumericalError: NaN in the weights, a prior that is not positive definite, or a batch past `max_deviation`.
+            NumericalError: NaN in the weights, a prior that is not positive definite, or a batch past
+                `max_deviation`.
             AnchorError: the second moments can't be had.
             LedgerError: the batch can't be written to disk.
         """
@@ -122,10 +136,13 @@ class RLSEditor:
         with self.state.mutex:
             self._sync()
             superseded = self._superseded(parsed)
-            return self._edit(parsed, superseded, due_edits(self.state.history, self.hparams.rehearsal, superseded))
+            return self._edit(
+                parsed, superseded, due_edits(self.state.history, self.hparams.rehearsal, superseded)
+            )
 
     def rehearse(self) -> EditReport | None:
-        """Look at all edits that stand, and edit those again that the model has lost: whose target is no longer the most probable text.
+        """Look at all edits that stand, and edit those again that the model has lost: whose target is no
+        longer the most probable text.
 
         Returns:
             What was done, or None if nothing was lost.
@@ -140,7 +157,8 @@ class RLSEditor:
             return self._edit([], [], lost) if lost else None
 
     def retract(self, edit_ids: Iterable[int] | int) -> RetractReport:
-        """Take edits out of the objective exactly, as if they had never been made; the others stay where they are.
+        """Take edits out of the objective exactly, as if they had never been made; the others stay where they
+        are.
 
         Args:
             edit_ids: their numbers, from `FactReport.edit_id` or ``easyedit-rls state log``.
@@ -160,7 +178,8 @@ class RLSEditor:
             return RetractReport(wanted, self.n_edits, reports)
 
     def amend(self, edit_id: int, request: Mapping[str, Any] | EditRequest) -> EditReport:
-        """Replace one edit by another: the old one is taken out exactly, then the new one edited in, as one change.
+        """Replace one edit by another: the old one is taken out exactly, then the new one edited in, as one
+        change.
 
         Args:
             edit_id: number of the old one.
@@ -176,7 +195,8 @@ class RLSEditor:
             return self._edit(parsed, sorted({edit_id, *self._superseded(parsed, besides=edit_id)}))
 
     def prepare(self) -> None:
-        """Do now what the first edit would do: sample the context templates, and take the moments of the anchor term from cache or text.
+        """Do now what the first edit would do: sample the context templates, and take the moments of the
+        anchor term from cache or text.
 
         Raises:
             AnchorError: the moments can't be had.
@@ -197,7 +217,9 @@ class RLSEditor:
             self.state.roll_back(self.layout.edited)
 
     def reset(self) -> None:
-        """Forget all edits and start anew from the weights as they are now; they count as unedited from here on."""
+        """Forget all edits and start anew from the weights as they are now; they count as unedited from here
+        on.
+        """
         with self.state.mutex:
             self.state.reset()
 
@@ -208,14 +230,18 @@ class RLSEditor:
                 self.state.adopt(self.layout.edited)
 
     def close(self) -> None:
-        """Store the whole state in the ledger and let other editors have it. Without a ledger, nothing happens."""
+        """Store the whole state in the ledger and let other editors have it. Without a ledger, nothing
+        happens.
+        """
         with self.state.mutex:
             self.state.close()
 
     def __enter__(self) -> "RLSEditor":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -228,8 +254,12 @@ class RLSEditor:
         self.layout.refuse_if_replaced()
         self.state.sync_with_weights(self.layout.edited)
 
-    def _edit(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit] = ()) -> EditReport:
-        """Edit, in passes as long as memory allows: nothing has happened when it runs out, so the batch begins anew with shorter ones."""
+    def _edit(
+        self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit] = ()
+    ) -> EditReport:
+        """Edit, in passes as long as memory allows: nothing has happened when it runs out, so the batch
+        begins anew with shorter ones.
+        """
         given, history = self.hparams.batch_tokens, self.state.history
         while True:
             try:
@@ -242,12 +272,17 @@ class RLSEditor:
             torch.cuda.empty_cache()
         if self.hparams.batch_tokens < given:
             fits = self.hparams.batch_tokens
-            message = f"Memory did not suffice for passes of {given} tokens; they have {fits} now. Set batch_tokens: {fits}."
+            message = (
+                f"Memory did not suffice for passes of {given} tokens; they have {fits} now. "
+                f"Set batch_tokens: {fits}."
+            )
             warnings.warn(message, RLSEditWarning, stacklevel=3)
         warn_if_unsaid(report, self.hparams, stacklevel=3)
         return report
 
-    def _edit_once(self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit]) -> EditReport:
+    def _edit_once(
+        self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit]
+    ) -> EditReport:
         with undisturbed(self.model):
             self._locate(requests, self.state.now.templates)  # bad requests fail here, before the long work
             clock = [time.perf_counter()]
@@ -261,7 +296,8 @@ class RLSEditor:
             clock.append(time.perf_counter())
             facts = self._locate(requests, self.state.now.templates)
             with self.state.change(self.layout.edited) as change:
-                self._open(change, removed)  # what the new facts contradict, and what was lost, goes first: their values start without it
+                # what the new facts contradict, and what was lost, goes first: their values start without it
+                self._open(change, removed)
                 values = self._optimize(facts)
                 clock.append(time.perf_counter())
                 walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
@@ -279,10 +315,14 @@ class RLSEditor:
         seconds = dict(zip(("rehearsal", "prepare", "values", "weights", "check", "ledger"), spans))
         seconds["ledger"] += upkeep
         rehearsed = [edit.edit_id for edit in lost]
-        return EditReport(self.state.n_batches, self.n_edits, told, layer_reports, superseded, rehearsed, seconds)
+        return EditReport(
+            self.state.n_batches, self.n_edits, told, layer_reports, superseded, rehearsed, seconds
+        )
 
     def _superseded(self, requests: Sequence[EditRequest], besides: int | None = None) -> list[int]:
-        """Earlier edits that the requests contradict, to be taken out first; one of them may be known already."""
+        """Earlier edits that the requests contradict, to be taken out first; one of them may be known
+        already.
+        """
         if self.hparams.on_conflict == "keep":
             return []
         targets: dict[tuple[str, ...], EditRequest] = {}
@@ -290,14 +330,18 @@ class RLSEditor:
             if targets.setdefault(request.question, request).continuation != request.continuation:
                 other = targets[request.question].target
                 raise RequestError(
-                    f"gives {request.prompt!r} the target {request.target!r}, but another request of this batch {other!r}. "
+                    f"gives {request.prompt!r} the target {request.target!r}, "
+                    f"but another request of this batch {other!r}. "
                     "Keep one of them, or set on_conflict: keep.",
                     index=index,
                 )
         found = [edit_id for edit_id in self.state.history.conflicts(requests) if edit_id != besides]
         if found and self.hparams.on_conflict == "error":
             numbers = ", ".join(map(str, found))
-            raise RequestError(f"the same prompts were edited before, as edits {numbers}. Amend those, or set on_conflict: supersede.")
+            raise RequestError(
+                f"the same prompts were edited before, as edits {numbers}. "
+                "Amend those, or set on_conflict: supersede."
+            )
         return found
 
     def _locate(self, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[Fact]:
@@ -307,7 +351,9 @@ class RLSEditor:
         return facts
 
     def _prepare(self, requests: Sequence[EditRequest] = ()) -> None:
-        """Before the first batch: context templates, and the prior of each layer; requests that are too long behind these fail here."""
+        """Before the first batch: context templates, and the prior of each layer; requests that are too long
+        behind these fail here.
+        """
         if self.state.layers:
             return
         hp = self.hparams
@@ -317,11 +363,17 @@ class RLSEditor:
         self._locate(requests, templates)
         priors = make_priors(self.model, self.tok, hp, weights, self._anchors, self._show_progress)
         has_ledger = self.state.ledger is not None
-        self.state.begin(priors, templates, identify(self.model, self.layout, hp, self._anchors, templates) if has_ledger else None)
+        self.state.begin(
+            priors,
+            templates,
+            identify(self.model, self.layout, hp, self._anchors, templates) if has_ledger else None,
+        )
         logger.info("Prepared layers %s of %s", hp.layers, hp.model_name)
 
     def _optimize(self, facts: Sequence[Fact]) -> Values:
-        with progress_bar(len(facts), f"batch {self.state.n_batches + 1}: values", "fact", self._show_progress) as bar:
+        with progress_bar(
+            len(facts), f"batch {self.state.n_batches + 1}: values", "fact", self._show_progress
+        ) as bar:
             return optimize_values(self.model, self.layout, facts, self.hparams, bar)
 
     def _open(self, change: Change, removed: Sequence[int]) -> None:
@@ -354,9 +406,13 @@ class RLSEditor:
 
 
 def _targets(K: Tensor, W: Tensor, share: Tensor, layers_left: int, kind: str) -> Tensor:
-    """Target outputs V of one layer: the old output plus this layer's share of what is missing at the value layer."""
+    """Target outputs V of one layer: the old output plus this layer's share of what is missing at the value
+    layer.
+    """
     output = K @ W
     share = share if K.dim() == 2 else share[:, None]  # a fact's rows all change alike
-    if kind == "published":  # the authors' code takes z − h itself for the target output, and shares out what that leaves
+    if (
+        kind == "published"
+    ):  # the authors' code takes z − h itself for the target output, and shares out what that leaves
         return output + share - output / layers_left
     return output + share

@@ -24,7 +24,8 @@ def abilities(
 ) -> dict[str, dict[str, float]]:
     """Run tasks of the harness on a model as it is.
 
-    The caller's random numbers are left as they were; the harness draws its few-shot examples from seeds of its own.
+    The caller's random numbers are left as they were; the harness draws its few-shot examples from seeds of
+    its own.
 
     Args:
         model: edited or not.
@@ -47,21 +48,30 @@ def abilities(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as exc:
-        raise RLSEditError("General abilities need lm-eval. Install it: pip install 'easyedit-rls[lm-eval]'.") from exc
+        raise RLSEditError(
+            "General abilities need lm-eval. Install it: pip install 'easyedit-rls[lm-eval]'."
+        ) from exc
     manager = TaskManager(include_path=None if folder is None else str(user_path(folder)))
     tasks = listed(tasks, "tasks", "names")
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
-        raise HyperParamsError(f"lm-eval has no task {', '.join(unknown)}. `lm_eval ls tasks` lists them; name the folder of your own.")
+        raise HyperParamsError(
+            f"lm-eval has no task {', '.join(unknown)}. "
+            "`lm_eval ls tasks` lists them; name the folder of your own."
+        )
     with torch.random.fork_rng(), undisturbed(model):
         wrapped = HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size)
-        found = lm_eval.simple_evaluate(model=wrapped, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(
+            model=wrapped, tasks=tasks, limit=limit, task_manager=manager, bootstrap_iters=0
+        )
     results: dict[str, dict[str, Any]] = found["results"]
     return {
         task: {
             name.removesuffix(",none"): float(value)
             for name, value in figures.items()
-            if isinstance(value, (int, float)) and "stderr" not in name and name not in ("sample_len", "sample_count")
+            if isinstance(value, (int, float))
+            and "stderr" not in name
+            and name not in ("sample_len", "sample_count")
         }
         for task, figures in results.items()
     }

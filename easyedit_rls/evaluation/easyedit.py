@@ -1,9 +1,10 @@
 """EasyEdit's own figures, batched: `rewrite_acc`, `rephrase_acc`, locality and portability.
 
-The same numbers as `compute_edit_quality` gives for its default, teacher forcing by tokens (`eval_metric="token_em"`), which runs one
-prompt at a time through the whole model; here all prompts of all records share passes. What is measured is EasyEdit's choice: a prompt's
-tokens are counted without the answer, and where several prompts of one record run together there, left-padded, models with absolute
-positions (GPT-2) see them shifted; here they don't.
+The same numbers as `compute_edit_quality` gives for its default, teacher forcing by tokens
+(`eval_metric="token_em"`), which runs one prompt at a time through the whole model; here all prompts of all
+records share passes. What is measured is EasyEdit's choice: a prompt's tokens are counted without the answer,
+and where several prompts of one record run together there, left-padded, models with absolute positions
+(GPT-2) see them shifted; here they don't.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,16 +37,17 @@ def edit_quality(
     Args:
         model: edited or not.
         tok: its tokenizer.
-        records: EasyEdit's dicts: prompt and target_new, and where there are any rephrase_prompt, locality and portability, the
-            last two as {name: {"prompt": …, "ground_truth": …}}. A prompt may be a list, with as many answers. `messages` and `joint` are
-            as in a request (`requests`).
+        records: EasyEdit's dicts: prompt and target_new, and where there are any rephrase_prompt, locality
+            and portability, the last two as {name: {"prompt": …, "ground_truth": …}}. A prompt may be a list,
+            with as many answers. `messages` and `joint` are as in a request (`requests`).
         chat_template: make every prompt a user's turn in the tokenizer's chat template.
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
 
     Returns:
         For each record ``{"rewrite_acc": [share of answer tokens that are the argmax], "rephrase_acc": [...],
-        "locality": {"<name>_output": [[argmax tokens]]}, "portability": {"<name>_acc": [...]}}``; of what a record lacks there is nothing.
+        "locality": {"<name>_output": [[argmax tokens]]}, "portability": {"<name>_acc": [...]}}``; of what a
+        record lacks there is nothing.
 
     Raises:
         ArgumentError: one record was given instead of a list.
@@ -53,20 +55,29 @@ def edit_quality(
         ModelError: a token is none of the model's.
     """
     asked, rows = _tokenized(model, tok, listed(records, "records", "records"), chat_template)
-    predicted = predict_rows(model, rows, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress)
+    predicted = predict_rows(
+        model, rows, batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress
+    )
     answers = iter(zip(rows, predicted))
     return [_quality(parts, answers) for parts in asked]
 
 
 def refuse_unfit_quality(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]], *, chat_template: bool = False
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    chat_template: bool = False,
 ) -> None:
     """See that `edit_quality` can measure records, without running the model; raises what it would."""
     _tokenized(model, tok, records, chat_template)
 
 
 def _tokenized(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]], chat_template: bool
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    records: Sequence[Mapping[str, Any]],
+    chat_template: bool,
 ) -> tuple[list[list[tuple[str, str, list[Probe]]]], list[Row]]:
     """What each record asks, see `_asked`, and the rows of all of it."""
     asked = [list(_asked(record, i, () if chat_template else None)) for i, record in enumerate(records)]
@@ -78,7 +89,8 @@ def _tokenized(
 
 
 def add_locality(before: Sequence[Mapping[str, Any]], after: Sequence[dict[str, Any]]) -> None:
-    """Write `<name>_acc` into `after`: how many of the answers' tokens are as before the edit (EasyEdit's `finalize_locality_metrics`).
+    """Write `<name>_acc` into `after`: how many of the answers' tokens are as before the edit (EasyEdit's
+    `finalize_locality_metrics`).
 
     Args:
         before: `edit_quality` of the unedited model.
@@ -87,11 +99,17 @@ def add_locality(before: Sequence[Mapping[str, Any]], after: Sequence[dict[str, 
     for old, new in zip(before, after, strict=True):
         for name in list(new["locality"]):
             pairs = zip(old["locality"][name], new["locality"][name], strict=True)
-            new["locality"][name.removesuffix("_output") + "_acc"] = [sum(a == b for a, b in zip(x, y)) / len(y) for x, y in pairs]
+            new["locality"][name.removesuffix("_output") + "_acc"] = [
+                sum(a == b for a, b in zip(x, y)) / len(y) for x, y in pairs
+            ]
 
 
-def _asked(record: Mapping[str, Any], index: int, chat: Chat | None) -> Iterator[tuple[str, str, list[Probe]]]:
-    """(section, name, prompts with answers) of everything a record asks; the section of the first two is empty."""
+def _asked(
+    record: Mapping[str, Any], index: int, chat: Chat | None
+) -> Iterator[tuple[str, str, list[Probe]]]:
+    """(section, name, prompts with answers) of everything a record asks; the section of the first two is
+    empty.
+    """
     if not isinstance(record, Mapping):
         raise RequestError(f"is a {type(record).__name__}, not a mapping.", index=index)
     if record.get("messages") is not None:
@@ -100,30 +118,58 @@ def _asked(record: Mapping[str, Any], index: int, chat: Chat | None) -> Iterator
     joint = parse_joint(record, index)
     for name, (prompt, answer) in _ANSWERED.items():
         if name == "rewrite_acc" or record.get(prompt):
-            yield "", name, _probes(record.get(prompt), record.get(answer), index, (prompt, answer), joint, chat)
+            yield (
+                "",
+                name,
+                _probes(record.get(prompt), record.get(answer), index, (prompt, answer), joint, chat),
+            )
     for section, ending in (("locality", "output"), ("portability", "acc")):
         for name, part in (record.get(section) or {}).items():
             if not isinstance(part, Mapping):
-                raise RequestError("is not a mapping. Give {'prompt': …, 'ground_truth': …}.", index=index, field=f"{section}.{name}")
+                raise RequestError(
+                    "is not a mapping. Give {'prompt': …, 'ground_truth': …}.",
+                    index=index,
+                    field=f"{section}.{name}",
+                )
             names = f"{section}.{name}.prompt", f"{section}.{name}.ground_truth"
-            yield section, f"{name}_{ending}", _probes(part.get("prompt"), part.get("ground_truth"), index, names, joint, chat)
+            yield (
+                section,
+                f"{name}_{ending}",
+                _probes(part.get("prompt"), part.get("ground_truth"), index, names, joint, chat),
+            )
 
 
-def _probes(prompts: Any, answers: Any, index: int, names: tuple[str, str], joint: str | None, chat: Chat | None) -> list[Probe]:
+def _probes(
+    prompts: Any, answers: Any, index: int, names: tuple[str, str], joint: str | None, chat: Chat | None
+) -> list[Probe]:
     prompts, answers = ([value] if isinstance(value, str) else value for value in (prompts, answers))
     for values, field in zip((prompts, answers), names):
-        if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, str) for value in values):
+        if (
+            not isinstance(values, (list, tuple))
+            or not values
+            or not all(isinstance(value, str) for value in values)
+        ):
             raise RequestError("is neither a text nor a list of texts.", index=index, field=field)
     if len(prompts) != len(answers):
-        raise RequestError(f"has {len(answers)} texts for {len(prompts)} prompts. Give one for each.", index=index, field=names[1])
+        raise RequestError(
+            f"has {len(answers)} texts for {len(prompts)} prompts. Give one for each.",
+            index=index,
+            field=names[1],
+        )
     return [Probe(prompt, answer, joint, chat) for prompt, answer in zip(prompts, answers)]
 
 
-def _quality(parts: Sequence[tuple[str, str, list[Probe]]], answers: Iterator[tuple[Row, tuple[int, ...]]]) -> dict[str, Any]:
-    """One record's figures, from as many rows, with the tokens predicted for their targets, as it has prompts."""
+def _quality(
+    parts: Sequence[tuple[str, str, list[Probe]]], answers: Iterator[tuple[Row, tuple[int, ...]]]
+) -> dict[str, Any]:
+    """One record's figures, from as many rows, with the tokens predicted for their targets, as it has
+    prompts.
+    """
     result: dict[str, Any] = {"locality": {}, "portability": {}}
     for section, name, texts in parts:
         found = list(islice(answers, len(texts)))
         place = result[section] if section else result
-        place[name] = [list(top) if name.endswith("_output") else accuracy(top, row.target) for row, top in found]
+        place[name] = [
+            list(top) if name.endswith("_output") else accuracy(top, row.target) for row, top in found
+        ]
     return result

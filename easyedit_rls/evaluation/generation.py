@@ -1,7 +1,7 @@
 """What an edited model writes by itself: answers, fluency, consistency.
 
-Teacher forcing overstates success: it gives the model the answer's first tokens and its length (Yang et al. 2025, arXiv 2502.11177).
-So answers are generated too, greedily and until they end.
+Teacher forcing overstates success: it gives the model the answer's first tokens and its length (Yang et al.
+2025, arXiv 2502.11177). So answers are generated too, greedily and until they end.
 """
 
 import math
@@ -32,7 +32,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer against the wanted one, both without case, articles, punctuation and doubled spaces (SQuAD's rule).
+    """A generated answer against the wanted one, both without case, articles, punctuation and doubled spaces
+    (SQuAD's rule).
 
     Attributes:
         text: what the model wrote, up to the end of the answer.
@@ -55,7 +56,8 @@ def answers(
     batch_tokens: int = 2048,
     show_progress: bool | None = None,
 ) -> list[Answer]:
-    """Let the model answer each prompt: greedy decoding until a full stop, a line's end or the model's end token.
+    """Let the model answer each prompt: greedy decoding until a full stop, a line's end or the model's end
+    token.
 
     Args:
         model: edited or not.
@@ -83,7 +85,9 @@ def answers(
 def judge(text: str, wanted: str) -> Answer:
     """Compare a generated answer with the wanted one."""
     given, asked = _plain(text), _plain(wanted)
-    return Answer(text=text, is_exact=given == asked, is_contained=bool(asked) and f" {asked} " in f" {given} ")
+    return Answer(
+        text=text, is_exact=given == asked, is_contained=bool(asked) and f" {asked} " in f" {given} "
+    )
 
 
 def generate(
@@ -107,7 +111,8 @@ def generate(
         prompts: texts to go on from; a `Probe` is a prompt in its form (a chat's turns).
         max_new_tokens: tokens of a continuation, at most.
         stops: a continuation ends behind the first of these.
-        top_k: None decodes greedily; a number samples from that many tokens at temperature 1 (ROME takes 5 for its fluency).
+        top_k: None decodes greedily; a number samples from that many tokens at temperature 1 (ROME takes 5
+            for its fluency).
         seed: of the sampling; the caller's random state stays as it is.
         batch_tokens: tokens held in one pass, at most.
         desc: label of the progress bar.
@@ -115,11 +120,15 @@ def generate(
 
     Raises:
         ArgumentError: one prompt was given instead of a list.
-        RequestError: prompt and continuation are longer than the model's table of positions; names the prompt by its number.
+        RequestError: prompt and continuation are longer than the model's table of positions; names the prompt
+            by its number.
         ModelError: a token of a prompt is none of the model's.
     """
     rows = prompt_rows(tok, listed(prompts, "prompts"))
-    what, cure = f"The prompt with the {max_new_tokens} tokens to be written", "Shorten it, or lower max_new_tokens."
+    what, cure = (
+        f"The prompt with the {max_new_tokens} tokens to be written",
+        "Shorten it, or lower max_new_tokens.",
+    )
     refuse_unfit(model, tok, rows, what=what, cure=cure, n_new=max_new_tokens)
     if top_k is None:
         config = greedy(model, tok, max_new_tokens=max_new_tokens, stops=stops)
@@ -130,7 +139,9 @@ def generate(
     random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with random, progress_bar(len(rows), desc, "text", show_progress) as bar:
         torch.manual_seed(seed)
-        for group in pack_batches([len(row) + max_new_tokens for row in rows], batch_tokens, pass_overhead(device)):
+        for group in pack_batches(
+            [len(row) + max_new_tokens for row in rows], batch_tokens, pass_overhead(device)
+        ):
             batch = pad([rows[i] for i in group], "left", device)
             out = write_on(model, tok, batch.ids, batch.mask, config)
             new = tok.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True)
@@ -140,21 +151,25 @@ def generate(
 
 
 def fluency(texts: Sequence[str]) -> float:
-    """Generation entropy (Zhang et al. 2018, arXiv 1809.05972; ROME's "fluency"): low where a text repeats itself.
+    """Generation entropy (Zhang et al. 2018, arXiv 1809.05972; ROME's "fluency"): low where a text repeats
+    itself.
 
-    The mean over texts of ``(2/3 · H_2 + 4/3 · H_3) / 2`` with H_n the entropy of the text's n-grams of words, bits.
+    The mean over texts of ``(2/3 · H_2 + 4/3 · H_3) / 2`` with H_n the entropy of the text's n-grams of
+    words, bits.
 
     Raises:
         ArgumentError: one text was given instead of a list.
         RLSEditError: nltk is missing.
     """
     return fmean(
-        fmean(weight * _entropy(_words(text), n) for n, weight in ((2, 2 / 3), (3, 4 / 3))) for text in checked_texts(texts, "texts")
+        fmean(weight * _entropy(_words(text), n) for n, weight in ((2, 2 / 3), (3, 4 / 3)))
+        for text in checked_texts(texts, "texts")
     )
 
 
 def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
-    """Cosine of TF-IDF vectors (ROME's "consistency"): do generated texts use the words of texts about the new answer?
+    """Cosine of TF-IDF vectors (ROME's "consistency"): do generated texts use the words of texts about the
+    new answer?
 
     Args:
         texts: what the model wrote about a subject.
@@ -166,8 +181,12 @@ def consistency(texts: Sequence[str], references: Sequence[str]) -> float:
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ModuleNotFoundError as exc:
-        raise RLSEditError("Consistency needs scikit-learn. Run `pip install 'easyedit-rls[evaluation]'`.") from exc
-    a, b = TfidfVectorizer().fit_transform([" ".join(checked_texts(texts, "texts")), " ".join(checked_texts(references, "references"))])
+        raise RLSEditError(
+            "Consistency needs scikit-learn. Run `pip install 'easyedit-rls[evaluation]'`."
+        ) from exc
+    a, b = TfidfVectorizer().fit_transform(
+        [" ".join(checked_texts(texts, "texts")), " ".join(checked_texts(references, "references"))]
+    )
     return float((a @ b.T).toarray()[0, 0])
 
 
@@ -179,7 +198,9 @@ def _entropy(words: Sequence[str], n: int) -> float:
 
 
 def _words(text: str) -> list[str]:
-    """Penn Treebank words. (ROME cuts the text into sentences first, which takes data that nltk would have to download.)"""
+    """Penn Treebank words. (ROME cuts the text into sentences first, which takes data that nltk would have to
+    download.)
+    """
     try:
         from nltk.tokenize import word_tokenize
     except ModuleNotFoundError as exc:
@@ -189,7 +210,9 @@ def _words(text: str) -> list[str]:
 
 
 def _up_to_end(text: str) -> str:
-    """The text before its first end; a full stop inside a number or a name ("3.5", "J.R.") ends it too, as in EasyEdit."""
+    """The text before its first end; a full stop inside a number or a name ("3.5", "J.R.") ends it too, as in
+    EasyEdit.
+    """
     return re.split("|".join(map(re.escape, _ENDS)), text.strip(), maxsplit=1)[0].strip()
 
 

@@ -30,8 +30,8 @@ class RecordScores:
 class Evaluation:
     """Means over records, each in [0, 1]; None where no record has what it takes.
 
-    P is the likelihood of an answer, the geometric mean over its tokens, under teacher forcing; "argmax" means that every
-    token of the answer is the most probable one.
+    P is the likelihood of an answer, the geometric mean over its tokens, under teacher forcing; "argmax"
+    means that every token of the answer is the most probable one.
 
     Attributes:
         efficacy: how often P(new) > P(true) on the edited prompt (ES).
@@ -60,7 +60,14 @@ class Evaluation:
         return asdict(self)
 
 
-METRICS = ("efficacy", "rewrite_accuracy", "generalization", "paraphrase_accuracy", "specificity", "neighborhood_accuracy")
+METRICS = (
+    "efficacy",
+    "rewrite_accuracy",
+    "generalization",
+    "paraphrase_accuracy",
+    "specificity",
+    "neighborhood_accuracy",
+)
 
 
 def evaluate(
@@ -78,24 +85,34 @@ def evaluate(
         model: edited or not.
         tok: its tokenizer.
         records: one or a list: EasyEdit's dicts or CounterFact records.
-        chat_template: make every prompt, paraphrase and neighbor a user's turn in the tokenizer's chat template.
+        chat_template: make every prompt, paraphrase and neighbor a user's turn in the tokenizer's chat
+            template.
         batch_tokens: tokens in one pass, at most.
         show_progress: None shows a bar on a terminal only.
 
     Raises:
-        RequestError: a record is incomplete, or a text of it is longer than the model's table of positions; names the record.
+        RequestError: a record is incomplete, or a text of it is longer than the model's table of positions;
+            names the record.
         ModelError: a token is none of the model's.
     """
     requests = parse_requests(records, chat_template=chat_template)
     askers = _askers(requests)
     found = score(
-        model, tok, list(askers), numbers=list(askers.values()), batch_tokens=batch_tokens, desc="evaluating", show_progress=show_progress
+        model,
+        tok,
+        list(askers),
+        numbers=list(askers.values()),
+        batch_tokens=batch_tokens,
+        desc="evaluating",
+        show_progress=show_progress,
     )
     scores = dict(zip(askers, found))
     return summarize([_record_scores(request, scores) for request in requests])
 
 
-def refuse_unfit_records(model: PreTrainedModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest]) -> None:
+def refuse_unfit_records(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+) -> None:
     """See that `evaluate` can measure requests, without running the model; raises what it would."""
     askers = _askers(requests)
     numbers = list(askers.values())
@@ -103,7 +120,9 @@ def refuse_unfit_records(model: PreTrainedModel, tok: PreTrainedTokenizerBase, r
 
 
 def _askers(requests: Sequence[EditRequest]) -> dict[Probe, int]:
-    """Everything that the requests' figures need scored, each once, with the number of the first request that asks it."""
+    """Everything that the requests' figures need scored, each once, with the number of the first request that
+    asks it.
+    """
     askers: dict[Probe, int] = {}
     for number, request in enumerate(requests):
         for probe in _probes(request):
@@ -123,7 +142,11 @@ def _probes(request: EditRequest) -> list[Probe]:
     wanted = [request.probe(prompt, request.target) for prompt in prompts]
     if request.target_true is not None:
         wanted += [request.probe(prompt, request.target_true) for prompt in prompts]
-    return wanted + list(request.neighbors) + [replace(neighbor, answer=request.target) for neighbor in request.neighbors]
+    return (
+        wanted
+        + list(request.neighbors)
+        + [replace(neighbor, answer=request.target) for neighbor in request.neighbors]
+    )
 
 
 def _record_scores(request: EditRequest, scores: Mapping[Probe, Score]) -> RecordScores:

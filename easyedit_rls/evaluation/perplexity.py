@@ -26,7 +26,8 @@ def perplexity(
 ) -> float:
     """exp of the mean next-token negative log-likelihood, over windows that don't overlap.
 
-    The tokenizer's start tokens come before each window. Each window's first token is not counted, with start tokens or without.
+    The tokenizer's start tokens come before each window. Each window's first token is not counted, with start
+    tokens or without.
 
     Args:
         model: the model.
@@ -39,19 +40,26 @@ def perplexity(
 
     Raises:
         ArgumentError: the text is none.
-        RequestError: the text has fewer than two tokens, or a window is longer than the model's table of positions.
+        RequestError: the text has fewer than two tokens, or a window is longer than the model's table of
+            positions.
         ModelError: a token is none of the model's.
     """
     start, most = start_tokens(tok), n_positions(model)
     if most is not None and window + len(start) > most:
         room = most - len(start)
-        raise RequestError(f"is {window}, but the model has positions for {room} tokens of a text. Lower it.", field="window")
+        raise RequestError(
+            f"is {window}, but the model has positions for {room} tokens of a text. Lower it.", field="window"
+        )
     own = encode(tok, checked_text(text, "text"), with_start=False).ids
     ids = own[len(start) if own[: len(start)] == start else 0 :][:max_tokens]
-    rows = [row for at in range(0, len(ids), window) if len(row := start + ids[at : at + window]) > len(start) + 1]
+    rows = [
+        row for at in range(0, len(ids), window) if len(row := start + ids[at : at + window]) > len(start) + 1
+    ]
     refuse_unknown_tokens(model, tok, rows)
     if not rows:
-        raise RequestError("has fewer than two tokens, so there is nothing to predict. Give more text.", field="text")
+        raise RequestError(
+            "has fewer than two tokens, so there is nothing to predict. Give more text.", field="text"
+        )
     total, count, step = 0.0, 0, max(1, batch_tokens // window)
     with undisturbed(model), progress_bar(len(rows), "perplexity", "window", show_progress) as bar:
         for at in range(0, len(rows), step):
@@ -60,7 +68,11 @@ def perplexity(
             logits = run(model, batch).logits[:, :-1].float()
             targets = batch.ids[:, 1:].masked_fill(batch.mask[:, 1:] == 0, -100)
             targets[:, : len(start)] = -100
-            total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100))
+            total += float(
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
+                )
+            )
             count += sum(len(row) - len(start) - 1 for row in some)
             bar.update(len(some))
     return math.exp(total / count)

@@ -18,7 +18,8 @@ from easyedit_rls.model.subject import Row, answer_rows
 
 _Ids = tuple[int, ...]
 
-_WIDTH = 48  # tokens of a row of texts; wider rows share little more, and attention pays for what a token does not see
+# tokens of a row of texts; wider rows share little more, and attention pays for what a token does not see
+_WIDTH = 48
 _FEW = 8  # texts that aren't worth the two short passes that tell whether a model takes trees
 
 
@@ -51,8 +52,8 @@ def score(
 ) -> list[Score]:
     """Score each probe's answer behind its prompt.
 
-    What texts have in common at their beginnings is run once where the model lets it (`model/tree.py`), so a second answer to a prompt
-    costs its own tokens only.
+    What texts have in common at their beginnings is run once where the model lets it (`model/tree.py`), so a
+    second answer to a prompt costs its own tokens only.
 
     Args:
         model: the model; logits are computed where an answer stands only.
@@ -67,7 +68,8 @@ def score(
         A score each probe, in order.
 
     Raises:
-        RequestError: an answer has no token of its own, or a text is longer than the model's table of positions.
+        RequestError: an answer has no token of its own, or a text is longer than the model's table of
+            positions.
         ModelError: a token is none of the model's.
     """
     rows = answer_rows(tok, probes, numbers)
@@ -88,9 +90,16 @@ def score(
 
 
 def predict_rows(
-    model: PreTrainedModel, rows: Sequence[Row], *, batch_tokens: int = 8192, desc: str = "scoring", show_progress: bool | None = None
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    *,
+    batch_tokens: int = 8192,
+    desc: str = "scoring",
+    show_progress: bool | None = None,
 ) -> list[tuple[int, ...]]:
-    """The most probable token where each token of tokenized rows' targets stands: `Score.predicted` alone, in a little less time."""
+    """The most probable token where each token of tokenized rows' targets stands: `Score.predicted` alone, in
+    a little less time.
+    """
     predicted: dict[int, tuple[int, ...]] = {}
 
     def take(numbers: list[int], logits: Tensor, places: Tensor) -> None:
@@ -110,8 +119,9 @@ def _run_rows(
     desc: str,
     show_progress: bool | None,
 ) -> None:
-    """Run rows; `take` gets of each pass the numbers of the rows that it answers, logits, (places, vocabulary), and which of these stand
-    before each of those rows' target tokens in turn."""
+    """Run rows; `take` gets of each pass the numbers of the rows that it answers, logits, (places,
+    vocabulary), and which of these stand before each of those rows' target tokens in turn.
+    """
     askers: dict[_Ids, list[int]] = {}
     for i, row in enumerate(rows):
         askers.setdefault(row.ids[:-1], []).append(i)
@@ -120,12 +130,25 @@ def _run_rows(
         price = pass_overhead(device_of(model), model.dtype)
         trees = grow(askers, min(_WIDTH, batch_tokens) if is_packed else 0)
         for group in pack_batches([len(tree.ids) for tree in trees], batch_tokens, price):
-            asked = [(i, r, path) for r, g in enumerate(group) for text, path in trees[g].paths.items() for i in askers[text]]
-            wanted = [(r, path[rows[i].target_start - 1 + k]) for i, r, path in asked for k in range(len(rows[i].target))]
+            asked = [
+                (i, r, path)
+                for r, g in enumerate(group)
+                for text, path in trees[g].paths.items()
+                for i in askers[text]
+            ]
+            wanted = [
+                (r, path[rows[i].target_start - 1 + k])
+                for i, r, path in asked
+                for k in range(len(rows[i].target))
+            ]
             places = sorted(set(wanted))
             number = {place: n for n, place in enumerate(places)}
             logits = _logits(model, tree_batch([trees[g] for g in group], model), places)
-            take([i for i, _, _ in asked], logits, torch.tensor([number[place] for place in wanted], device=logits.device))
+            take(
+                [i for i, _, _ in asked],
+                logits,
+                torch.tensor([number[place] for place in wanted], device=logits.device),
+            )
             bar.update(len(asked))
 
 
@@ -146,7 +169,9 @@ def _logits(model: PreTrainedModel, batch: Batch, places: Sequence[tuple[int, in
 
 
 def _top(logits: Tensor) -> Tensor:
-    """Each row's most probable token, (rows,); `max` takes a CPU half of `argmax`'s time, and gives the first of equals as well."""
+    """Each row's most probable token, (rows,); `max` takes a CPU half of `argmax`'s time, and gives the first
+    of equals as well.
+    """
     return logits.max(1).indices
 
 
@@ -156,4 +181,6 @@ def accuracy(predicted: Sequence[int], target: Sequence[int]) -> float:
 
 
 def _score(nll: Sequence[float], top: tuple[int, ...], target: tuple[int, ...]) -> Score:
-    return Score(nll=sum(nll) / len(nll), is_argmax=top == target, accuracy=accuracy(top, target), predicted=top)
+    return Score(
+        nll=sum(nll) / len(nll), is_argmax=top == target, accuracy=accuracy(top, target), predicted=top
+    )

@@ -1,10 +1,12 @@
 """Keys: where a fact sits (MEMIT, Meng et al. 2023, section 4).
 
-The key of a fact at a layer is the input of the MLP's output projection at the subject's last token, averaged over context
-templates: the bare prompt counts half, the templates with a text in front share the other half. A subject at the very start of a
-text has keys that are far from those it has further on (the first tokens draw attention to themselves; Xiao et al. 2024, arXiv
-2309.17453), and a mean of both is neither: with ``keys: each`` every template's key is a row of its own, with the same shares as
-weights. Attention is causal, so prompts run only up to the subject.
+The key of a fact at a layer is the input of the MLP's output projection at the subject's last token, averaged
+over context
+templates: the bare prompt counts half, the templates with a text in front share the other half. A subject at
+    the very start of a
+text has keys that are far from those it has further on (the first tokens draw attention to themselves; Xiao
+et al. 2024, arXiv 2309.17453), and a mean of both is neither: with ``keys: each`` every template's key is a
+row of its own, with the same shares as weights. Attention is causal, so prompts run only up to the subject.
 """
 
 from collections.abc import Sequence
@@ -43,14 +45,18 @@ class Fact:
 
 
 def locate_facts(
-    tok: PreTrainedTokenizerBase, requests: Sequence[EditRequest], templates: Sequence[str], statements: Sequence[str] = ()
+    tok: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    templates: Sequence[str],
+    statements: Sequence[str] = (),
 ) -> list[Fact]:
     """Tokenize requests in every template.
 
     Args:
         tok: the model's tokenizer.
         requests: parsed requests.
-        templates: texts to put before the prompt, besides the bare prompt; within the user's turn, where the request is a chat.
+        templates: texts to put before the prompt, besides the bare prompt; within the user's turn, where the
+            request is a chat.
         statements: short texts with {} for the subject, to put the target behind.
 
     Raises:
@@ -61,12 +67,20 @@ def locate_facts(
         try:
             rows = tuple(
                 tokenize_fact(
-                    tok, template + request.before, request.subject, request.after, request.target, joint=request.joint, chat=request.chat
+                    tok,
+                    template + request.before,
+                    request.subject,
+                    request.after,
+                    request.target,
+                    joint=request.joint,
+                    chat=request.chat,
                 )
                 for template in ("", *templates)
             )
             cut = [text.split("{}") for text in statements]
-            short = tuple(tokenize_fact(tok, before, request.subject, after, request.target) for before, after in cut)
+            short = tuple(
+                tokenize_fact(tok, before, request.subject, after, request.target) for before, after in cut
+            )
             facts.append(Fact(request, rows, short, tokenize_fact(tok, "", request.subject, " is a")))
         except RequestError as exc:
             raise exc.at(index) from exc
@@ -80,7 +94,11 @@ def refuse_unfit_facts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, fac
         RequestError: one is longer than the model's table of positions; names the request.
         ModelError: a token of one is none of the model's.
     """
-    rows = [(number, row.ids) for number, fact in enumerate(facts) for row in (*fact.rows, *fact.statements, fact.kl_prompt)]
+    rows = [
+        (number, row.ids)
+        for number, fact in enumerate(facts)
+        for row in (*fact.rows, *fact.statements, fact.kl_prompt)
+    ]
     refuse_unfit(
         model,
         tok,
@@ -94,7 +112,8 @@ def refuse_unfit_facts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, fac
 class LayerWalk:
     """The states of a batch's facts, layer after layer, as the layers below are edited for good.
 
-    Nothing is run twice without need: going on to a layer starts from the states below it, which no later edit changes.
+    Nothing is run twice without need: going on to a layer starts from the states below it, which no later
+    edit changes.
 
     Args:
         model: the model.
@@ -104,10 +123,18 @@ class LayerWalk:
         keys: 'mean' over a fact's templates, or 'each' template's.
 
     Attributes:
-        importance: of the rows in the objective, (facts,), or with 'each' (facts, templates): every fact's own, shared out.
+        importance: of the rows in the objective, (facts,), or with 'each' (facts, templates): every fact's
+            own, shared out.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int, keys: str = "mean") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        facts: Sequence[Fact],
+        batch_tokens: int,
+        keys: str = "mean",
+    ) -> None:
         self._layout, self._n_templates, self._keys = layout, len(facts[0].rows), keys
         self.importance = torch.tensor([fact.request.importance for fact in facts])
         if keys == "each":
@@ -136,9 +163,13 @@ class LayerWalk:
         return self._bare.last_states(self._layout.value_layer, False, layer)
 
     def needed(self, layer: int, change: Tensor) -> Tensor:
-        """The change of the projection's output that a change of the layer's output, (facts, d), asks for, (facts, d), float32."""
+        """The change of the projection's output that a change of the layer's output, (facts, d), asks for,
+        (facts, d), float32.
+        """
         residual = self._layout.residuals[layer]
-        return residual.needed(change, None if residual.norm is None else self._bare.last_states(residual.norm, True, layer))
+        return residual.needed(
+            change, None if residual.norm is None else self._bare.last_states(residual.norm, True, layer)
+        )
 
     def left(self, layer: int, state: Tensor, output: Tensor) -> Tensor:
         """The change of the projection's output that brings the layer to a goal, (facts, d), float32.
@@ -157,13 +188,17 @@ class LayerWalk:
 
 
 def _shares(n_templates: int) -> Tensor:
-    """Each template's share of a fact, (templates,): half for the bare prompt, the other half for the others."""
+    """Each template's share of a fact, (templates,):
+    half for the bare prompt, the other half for the others.
+    """
     if n_templates == 1:
         return torch.ones(1)
     return torch.tensor([0.5] + [0.5 / (n_templates - 1)] * (n_templates - 1))
 
 
-def collect_keys(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int) -> Tensor:
+def collect_keys(
+    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int
+) -> Tensor:
     """Keys of facts at one layer, with the weights as they are now: (facts, d_k), float32."""
     return LayerWalk(model, layout, facts, batch_tokens).keys(layer)
 
@@ -195,16 +230,24 @@ class _Part:
 
 
 class _Stage:
-    """Rows of tokens on their way up through the layers. What several rows begin with runs once, into a cache."""
+    """Rows of tokens on their way up through the layers. What several rows begin with runs once, into a
+    cache.
+    """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int
+    ) -> None:
         self._model, self._layers, self._n_rows = model, layout.lower_layers, len(rows)
         device = device_of(model)
         self._shared = share_prefixes([row[:-1] for row in rows], device)
         rests = rows if self._shared is None else [row[n:] for row, n in zip(rows, self._shared.lengths)]
         self._parts = []
         for group in pack_batches([len(rest) for rest in rests], batch_tokens, pass_overhead(device)):
-            mask, numbers = (None, None) if self._shared is None else (self._shared.mask[group], self._shared.numbers[group])
+            mask, numbers = (
+                (None, None)
+                if self._shared is None
+                else (self._shared.mask[group], self._shared.numbers[group])
+            )
             self._parts.append(_Part(group, pad([rests[i] for i in group], "left", device, mask), numbers))
         if self._shared is not None:
             self._common = _Part([], self._shared.texts)
@@ -213,18 +256,23 @@ class _Stage:
                 run(model, self._shared.texts, cache=self._cache, use_cache=True)
 
     def last_states(self, module: nn.Module, is_input: bool, level: int) -> Tensor:
-        """Input or output of a module at each row's last token, (rows, width), float32; keeps the states below `level`."""
+        """Input or output of a module at each row's last token, (rows, width), float32; keeps the states
+        below `level`.
+        """
         wanted = {"inputs" if is_input else "outputs": {"state": module}}
         if self._shared is not None:
             cache = DynamicCache(config=self._model.config)
             below = self._common.level
             self._run(self._common, wanted, level, cache)
             self._cache.layers[below:] = [
-                new if new.is_initialized else old for new, old in zip(cache.layers[below:], self._cache.layers[below:])
+                new if new.is_initialized else old
+                for new, old in zip(cache.layers[below:], self._cache.layers[below:])
             ]
         found: list[Tensor | None] = [None] * self._n_rows
         for part in self._parts:
-            for i, state in zip(part.rows, self._run(part, wanted, level, self._cache_of(part))[:, -1].float()):
+            for i, state in zip(
+                part.rows, self._run(part, wanted, level, self._cache_of(part))[:, -1].float()
+            ):
                 found[i] = state
         return torch.stack(found)  # type: ignore[arg-type]
 
@@ -241,7 +289,9 @@ class _Stage:
         if between:
             part.level, part.hidden = level, hidden_of(outputs[-1])
             part.forms = part.forms + [form_of(output) for output in outputs]
-        return seen["state"].reshape(*part.batch.ids.shape, -1)  # some models flatten rows and tokens before the MLP
+        return seen["state"].reshape(
+            *part.batch.ids.shape, -1
+        )  # some models flatten rows and tokens before the MLP
 
     def _cache_of(self, part: _Part) -> DynamicCache | None:
         if part.common_prefixes is None:

@@ -1,7 +1,8 @@
 """Suffixes: the texts of facts from the subject's last token on, which is where a value is put.
 
-Tokens before it never see the value (attention is causal), so they run once and stay in the model's own key-value cache; each step runs
-only the tokens, from the first layer on that sees the value: the one above the value layer, or the first edited one (`at`).
+Tokens before it never see the value (attention is causal), so they run once and stay in the model's own
+key-value cache; each step runs only the tokens, from the first layer on that sees the value: the one above
+the value layer, or the first edited one (`at`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,16 +25,19 @@ _NO_TOKEN = -1  # stands where an output has no target: the KL prompt's
 
 @dataclass(frozen=True)
 class SuffixRow:
-    """One text, cut at the subject's last token: what stands before it never sees δ, since attention is causal.
+    """One text, cut at the subject's last token: what stands before it never sees δ, since attention is
+    causal.
 
     Attributes:
         fact: number of its fact.
         prefix: tokens before the subject's last one.
         suffix: tokens from there on, as far as an output is wanted.
         first: position in the suffix of the first output that is wanted.
-        target: tokens that the outputs from there on shall predict; none for a KL prompt that has a row of its own.
+        target: tokens that the outputs from there on shall predict; none for a KL prompt that has a row of
+            its own.
         share: of its mean NLL in its fact's loss.
-        must_lead: whether early stopping asks for its target to lead: that of a prompt, not that of a statement.
+        must_lead: whether early stopping asks for its target to lead: that of a prompt, not that of a
+            statement.
         has_kl: whether its first output is that of the KL prompt, whose distribution shall stay.
     """
 
@@ -50,8 +54,8 @@ class SuffixRow:
 def rows_of(facts: Sequence[Fact], statement_share: float, shares_kl: bool) -> list[SuffixRow]:
     """Of each fact its prompts, the bare one first, then its statements and the KL prompt.
 
-    The KL prompt is needed up to the subject only. Where another text begins with the same tokens (a statement mostly does), its
-    output there is read off that one, the shortest of them, if `shares_kl`.
+    The KL prompt is needed up to the subject only. Where another text begins with the same tokens (a
+    statement mostly does), its output there is read off that one, the shortest of them, if `shares_kl`.
     """
     rows = []
     for f, fact in enumerate(facts):
@@ -61,10 +65,22 @@ def rows_of(facts: Sequence[Fact], statement_share: float, shares_kl: bool) -> l
             for row in texts:
                 cut = row.place
                 first, suffix = row.target_start - 1 - cut, row.ids[cut:-1]
-                own.append(SuffixRow(f, row.ids[:cut], suffix, first, row.target, share / len(texts), must_lead=texts is fact.rows))
+                own.append(
+                    SuffixRow(
+                        f,
+                        row.ids[:cut],
+                        suffix,
+                        first,
+                        row.target,
+                        share / len(texts),
+                        must_lead=texts is fact.rows,
+                    )
+                )
         cut = fact.kl_prompt.place
         prefix, last = fact.kl_prompt.ids[:cut], fact.kl_prompt.ids[cut]
-        alike = [i for i, row in enumerate(own) if shares_kl and row.prefix == prefix and row.suffix[0] == last]
+        alike = [
+            i for i, row in enumerate(own) if shares_kl and row.prefix == prefix and row.suffix[0] == last
+        ]
         if alike:
             shortest = min(alike, key=lambda i: len(own[i].suffix))
             own[shortest] = replace(own[shortest], has_kl=True)
@@ -82,8 +98,10 @@ class _Pass:
         places: which of the chosen rows.
         batch: their suffixes.
         cache: their prefixes in the model's cache, or None.
-        states: of their suffixes behind the layers that see no value, (rows, length, d); None where all layers see it.
-        wanted: which outputs are wanted, as indices of rows and tokens; on the CPU, since layers may lie on several devices.
+        states: of their suffixes behind the layers that see no value, (rows, length, d); None where all
+            layers see it.
+        wanted: which outputs are wanted, as indices of rows and tokens; on the CPU, since layers may lie on
+            several devices.
     """
 
     places: list[int]
@@ -95,7 +113,8 @@ class _Pass:
 
 @dataclass(frozen=True)
 class SuffixPasses:
-    """How chosen rows run, and what the outputs of the loss layer that are wanted of them mean, in the order in which they come.
+    """How chosen rows run, and what the outputs of the loss layer that are wanted of them mean, in the order
+    in which they come.
 
     Attributes:
         passes: the rows in groups of like length.
@@ -115,7 +134,8 @@ class SuffixPasses:
 
 
 class Suffixes:
-    """The suffixes of a group of facts: their states below the value, and in the model's cache what stands before them, their prefixes.
+    """The suffixes of a group of facts: their states below the value, and in the model's cache what stands
+    before them, their prefixes.
 
     Prefixes run once through all layers, suffixes once up to the value layer; each step starts from there.
 
@@ -124,21 +144,37 @@ class Suffixes:
         layout: its modules.
         rows: the texts.
         batch_tokens: tokens in one pass, at most.
-        at: where the value is put: at the value layer's 'hidden' state, or at every edited layer's MLP 'output'.
+        at: where the value is put: at the value layer's 'hidden' state, or at every edited layer's MLP
+            'output'.
 
     Attributes:
-        places: of each suffix what stands where the value is put, (n, d): its first token's hidden state at the value layer (n = 1), or the
-            output of each edited layer's MLP (n = edited layers).
+        places: of each suffix what stands where the value is put, (n, d): its first token's hidden state at
+            the value layer (n = 1), or the output of each edited layer's MLP (n = edited layers).
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, rows: Sequence[SuffixRow], batch_tokens: int, at: str = "hidden") -> None:
-        self._model, self._layout, self._rows, self._batch_tokens, self._at = model, layout, rows, batch_tokens, at
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        rows: Sequence[SuffixRow],
+        batch_tokens: int,
+        at: str = "hidden",
+    ) -> None:
+        self._model, self._layout, self._rows, self._batch_tokens, self._at = (
+            model,
+            layout,
+            rows,
+            batch_tokens,
+            at,
+        )
         self._below = layout.lower_layers if at == "hidden" else layout.layers[: min(layout.edited)]
         self._prefixes = PrefixCache(model, layout.loss_layer, {row.prefix for row in rows}, batch_tokens)
         self._forms: list[Any] = []
         states: dict[int, Tensor] = {}
         places: dict[int, Tensor] = {}
-        for group in pack_batches([len(row.suffix) for row in rows], batch_tokens, pass_overhead(device_of(model))):
+        for group in pack_batches(
+            [len(row.suffix) for row in rows], batch_tokens, pass_overhead(device_of(model))
+        ):
             with record_outputs(self._below) as below:
                 end, outputs = self._run(*self._batch(group), layout.value_layer)
             self._forms = [form_of(output) for output in below]
@@ -177,9 +213,13 @@ class Suffixes:
         )
 
     def forward(self, plan: SuffixPasses, delta: Tensor) -> Tensor:
-        """Run rows with δ, (chosen, n, d), added at the places of each; returns the wanted outputs of the loss layer, (wanted, d)."""
+        """Run rows with δ, (chosen, n, d), added at the places of each; returns the wanted outputs of the
+        loss layer, (wanted, d).
+        """
         found = [
-            self._with_value(one.batch, one.cache, one.states, delta[one.places], self._layout.loss_layer)[0][one.wanted]
+            self._with_value(one.batch, one.cache, one.states, delta[one.places], self._layout.loss_layer)[0][
+                one.wanted
+            ]
             for one in plan.passes
         ]
         return torch.cat(found)
@@ -188,15 +228,20 @@ class Suffixes:
         """What δ, (rows, n, d), makes of rows' first tokens.
 
         Returns:
-            The edited layers' hidden states, and their MLPs' outputs, δ included, each (rows, edited layers, d), float32.
+            The edited layers' hidden states, and their MLPs' outputs, δ included, each (rows, edited layers,
+            d), float32.
         """
         layers = {("state", number): self._layout.layers[number] for number in self._layout.edited}
         parts: dict[int, tuple[Tensor, Tensor]] = {}
         for one in self.plan(numbers).passes:
             with tap(outputs=layers) as seen:
-                _, outputs = self._with_value(one.batch, one.cache, one.states, delta[one.places], self._layout.value_layer)
+                _, outputs = self._with_value(
+                    one.batch, one.cache, one.states, delta[one.places], self._layout.value_layer
+                )
             states = torch.stack([seen[key][:, 0].to(outputs.device) for key in layers], dim=1)
-            parts |= {k: (state, output) for k, state, output in zip(one.places, states.float(), outputs.float())}
+            parts |= {
+                k: (state, output) for k, state, output in zip(one.places, states.float(), outputs.float())
+            }
         found_states, found_outputs = zip(*(parts[k] for k in range(len(numbers))))
         return torch.stack(found_states), torch.stack(found_outputs)
 
@@ -206,7 +251,9 @@ class Suffixes:
         """A pass with δ, (rows, n, d), at its places; see `_run`."""
         edits: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         if self._at == "output":
-            edits = {weight.module: _at_first(delta[:, i]) for i, weight in enumerate(self._layout.edited.values())}
+            edits = {
+                weight.module: _at_first(delta[:, i]) for i, weight in enumerate(self._layout.edited.values())
+            }
         elif states is not None:
             states = _at_first(delta[:, 0])(states)
         with skip_layers(self._below, self._forms, states):
@@ -215,7 +262,9 @@ class Suffixes:
     def _batch(self, numbers: Sequence[int]) -> tuple[Batch, DynamicCache | None]:
         """Rows' suffixes, and the cache of their prefixes."""
         cache, prefix_mask = self._prefixes.select([self._rows[i].prefix for i in numbers])
-        return pad([self._rows[i].suffix for i in numbers], "right", device_of(self._model), after=prefix_mask), cache
+        return pad(
+            [self._rows[i].suffix for i in numbers], "right", device_of(self._model), after=prefix_mask
+        ), cache
 
     def _states_of(self, numbers: Sequence[int]) -> Tensor | None:
         if self._states is None:
@@ -232,8 +281,9 @@ class Suffixes:
         """Run suffixes.
 
         Returns:
-            What the module `until` gives, (rows, length, d), and where values are put at outputs, what each edited layer's MLP gives at
-            the first tokens, edits included, (rows, edited layers, d); otherwise an empty tensor.
+            What the module `until` gives, (rows, length, d), and where values are put at outputs, what each
+            edited layer's MLP gives at the first tokens, edits included, (rows, edited layers, d); otherwise
+            an empty tensor.
         """
         sites = {}
         if self._at == "output":
@@ -241,12 +291,16 @@ class Suffixes:
         with tap(outputs={**sites, "end": until}, edit=edits, stop=True) as seen:
             run(self._model, batch, cache=None if cache is None else fork(cache), use_cache=cache is not None)
         end = seen["end"]
-        firsts = [seen[layer].reshape(len(end), -1, seen[layer].shape[-1])[:, 0].to(end.device) for layer in sites]
+        firsts = [
+            seen[layer].reshape(len(end), -1, seen[layer].shape[-1])[:, 0].to(end.device) for layer in sites
+        ]
         return end, torch.stack(firsts, dim=1) if firsts else end.new_zeros(len(end), 0, end.shape[-1])
 
 
 def _at_first(delta: Tensor) -> Callable[[Tensor], Tensor]:
-    """Adds δ, (rows, d), at the first token of each row; some models flatten rows and tokens before the MLP."""
+    """Adds δ, (rows, d), at the first token of each row;
+    some models flatten rows and tokens before the MLP.
+    """
 
     def change(output: Tensor) -> Tensor:
         rows = output.reshape(len(delta), -1, output.shape[-1])

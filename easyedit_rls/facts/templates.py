@@ -7,7 +7,9 @@ from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.model.weights import refuse_unsound
 
 
-def templates_of(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams) -> list[str]:
+def templates_of(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams
+) -> list[str]:
     """The context templates that settings give, or else sampled ones.
 
     Raises:

@@ -1,15 +1,20 @@
 """Values: the hidden state that states a fact, optimized for all facts of a batch together.
 
-For each fact, ``z = h + δ`` at the last edited layer and the subject's last token (MEMIT, Meng et al. 2023, eq. 16), with δ by Adam on
+For each fact, ``z = h + δ`` at the last edited layer and the subject's last token (MEMIT, Meng et al. 2023,
+eq. 16), with δ by Adam on
 
-    mean over templates of the target's NLL  +  kl_factor · KL(p_δ ‖ p_0) at the subject in "{subject} is a"  +  v_weight_decay · ‖δ‖/‖h‖²
+    mean over templates of the target's NLL
+        +  kl_factor · KL(p_δ ‖ p_0) at the subject in "{subject} is a"
+        +  v_weight_decay · ‖δ‖/‖h‖²
 
-(with `statements`, such as "{subject}: {target}", these have `statement_share` of the NLL, and the templates the rest), and kept in a
-ball of radius clamp_norm_factor · ‖h‖; what is found may be lengthened (`overshoot`). The facts don't interact: the loss is a sum, Adam
-works coordinate by coordinate, and each fact stops by itself.
+(with `statements`, such as "{subject}: {target}", these have `statement_share` of the NLL, and the templates
+the rest), and kept in a ball of radius clamp_norm_factor · ‖h‖; what is found may be lengthened
+(`overshoot`). The facts don't interact: the loss is a sum, Adam works coordinate by coordinate, and each fact
+stops by itself.
 
-Each step runs only the tokens that see δ (`suffixes`). A text that already predicts its target well hardly pulls any more, so it keeps its
-last gradient for some steps (`settled_nll`, `settled_every`); before a fact is called done, all its texts are run.
+Each step runs only the tokens that see δ (`suffixes`). A text that already predicts its target well hardly
+pulls any more, so it keeps its last gradient for some steps (`settled_nll`, `settled_every`); before a fact
+is called done, all its texts are run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,9 +56,12 @@ class Values:
     Attributes:
         z: target hidden states at the value layer, (facts, d).
         h: hidden states there before the edit, (facts, d).
-        delta: δ, (facts, n, d), which makes h into z: n is 1 at the hidden state, or the number of edited layers at their outputs.
-        goals: where δ is put at the outputs of all edited MLPs, what each edited layer shall reach; otherwise None.
-        loss: the whole loss at the δ found, (facts,), nats, before it is lengthened; with `values: gradient`, before the step.
+        delta: δ, (facts, n, d), which makes h into z: n is 1 at the hidden state, or the number of edited
+            layers at their outputs.
+        goals: where δ is put at the outputs of all edited MLPs, what each edited layer shall reach; otherwise
+            None.
+        loss: the whole loss at the δ found, (facts,), nats, before it is lengthened; with `values: gradient`,
+            before the step.
         nll: its first term, (facts,), nats.
         steps: Adam steps taken, (facts,), int64.
     """
@@ -69,7 +77,9 @@ class Values:
 
 @dataclass(frozen=True)
 class _Found:
-    """What an optimization gives: δ, (facts, n, d), the h that it started from, (facts, n, d), and `Values`' other figures."""
+    """What an optimization gives: δ, (facts, n, d), the h that it started from, (facts, n, d), and `Values`'
+    other figures.
+    """
 
     delta: Tensor
     h: Tensor
@@ -79,18 +89,24 @@ class _Found:
 
 
 def optimize_values(
-    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, progress: "tqdm[Any] | None" = None
+    model: PreTrainedModel,
+    layout: Layout,
+    facts: Sequence[Fact],
+    hparams: RLSEditHyperParams,
+    progress: "tqdm[Any] | None" = None,
 ) -> Values:
     """Optimize the values of all facts, in groups that fit `batch_tokens`.
 
-    With `v_dtype`, a copy of the model in that type is optimized on (see `cast_copy`), and the losses are as it
-    sees them; h is the model's own. The copy has the weights that the model holds, rounded as they are there.
+    With `v_dtype`, a copy of the model in that type is optimized on (see `cast_copy`), and the losses are as
+    it sees them; h is the model's own. The copy has the weights that the model holds, rounded as they are
+    there.
 
     Args:
         model: in evaluation mode, its parameters without gradient.
         layout: its modules.
         facts: tokenized facts.
-        hparams: v_*, clamp_norm_factor, kl_factor, statement_share, early_stopping*, overshoot, settled_*, batch_tokens.
+        hparams: v_*, clamp_norm_factor, kl_factor, statement_share, early_stopping*, overshoot, settled_*,
+            batch_tokens.
         progress: a bar to advance by the facts that are done.
 
     Raises:
@@ -109,22 +125,29 @@ def optimize_values(
 
 
 def value_place(layout: Layout, hparams: RLSEditHyperParams) -> str:
-    """Where values are put: as `value_at` says, or else at the MLPs' outputs if a norm stands behind an edited one, which lets no
-    length through, so that not every hidden state can be reached."""
+    """Where values are put: as `value_at` says, or else at the MLPs' outputs if a norm stands behind an
+    edited one, which lets no length through, so that not every hidden state can be reached.
+    """
     has_norm = any(residual.norm is not None for residual in layout.residuals.values())
     place = hparams.value_at or ("output" if has_norm else "hidden")
     if place == "output" and hparams.targets == "published":
         raise HyperParamsError(
-            "targets: published is the authors' code for values at the hidden state; these are at the outputs. "
-            "Set targets: residual, or value_at: hidden."
+            "targets: published is the authors' code for values at the hidden state; "
+            "these are at the outputs. Set targets: residual, or value_at: hidden."
         )
     return place
 
 
 def _find(
-    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, progress: "tqdm[Any] | None"
+    model: PreTrainedModel,
+    layout: Layout,
+    facts: Sequence[Fact],
+    hparams: RLSEditHyperParams,
+    progress: "tqdm[Any] | None",
 ) -> _Found:
-    lengths = [max(len(row.ids) for row in fact.rows) * (len(fact.rows) + len(fact.statements) + 1) for fact in facts]
+    lengths = [
+        max(len(row.ids) for row in fact.rows) * (len(fact.rows) + len(fact.statements) + 1) for fact in facts
+    ]
     parts: dict[int, list[Tensor]] = {}
     for group in _groups(lengths, hparams.batch_tokens):
         optimization = _Optimization(model, layout, [facts[i] for i in group], hparams)
@@ -132,7 +155,12 @@ def _find(
         for j, i in enumerate(group):
             parts[i] = [found.delta[j], found.h[j], found.loss[j], found.nll[j], found.steps[j]]
     merged = _Found(*(torch.stack(column) for column in zip(*(parts[i] for i in range(len(facts))))))
-    bad = (~(torch.isfinite(merged.delta).flatten(1).all(1) & torch.isfinite(merged.loss))).nonzero().flatten().tolist()
+    bad = (
+        (~(torch.isfinite(merged.delta).flatten(1).all(1) & torch.isfinite(merged.loss)))
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     if bad:
         raise NumericalError(
             f"The value of request {bad[0]} ({facts[bad[0]].request.prompt!r}) is not finite. "
@@ -141,16 +169,23 @@ def _find(
     return merged
 
 
-def _goals(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor) -> list[Goal]:
+def _goals(
+    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor
+) -> list[Goal]:
     """What the edited layers do in bare prompts when δ, (facts, edited layers, d), is put in by hand."""
     bare = [replace(fact, rows=fact.rows[:1], statements=()) for fact in facts]
     rows = [row for row in rows_of(bare, 0.0, shares_kl=False) if not row.has_kl]
-    states, outputs = Suffixes(model, layout, rows, hparams.batch_tokens, "output").with_value(range(len(rows)), delta)
+    states, outputs = Suffixes(model, layout, rows, hparams.batch_tokens, "output").with_value(
+        range(len(rows)), delta
+    )
     return [Goal(state, output) for state, output in zip(states.unbind(1), outputs.unbind(1))]
 
 
-def losses_at(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor) -> Tensor:
-    """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all heads in memory.
+def losses_at(
+    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor
+) -> Tensor:
+    """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all heads in
+    memory.
 
     Args:
         model, layout, facts, hparams: see `optimize_values`.
@@ -161,7 +196,9 @@ def losses_at(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hpa
 
 
 def _groups(n_tokens: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Facts that are optimized together: in turn as many as have no more tokens than that, or one that has."""
+    """Facts that are optimized together: in turn as many as have no more tokens than that,
+    or one that has.
+    """
     group: list[int] = []
     for fact, tokens in enumerate(n_tokens):
         if group and sum(n_tokens[i] for i in group) + tokens > most:
@@ -174,31 +211,49 @@ def _groups(n_tokens: Sequence[int], most: int) -> Iterator[list[int]]:
 class _Optimization:
     """One group of facts on their way to their values.
 
-    `delta` and `gradient` live beside the model; what decides on the next step lives on the CPU, and comes there in one piece.
+    `delta` and `gradient` live beside the model; what decides on the next step lives on the CPU, and comes
+    there in one piece.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams
+    ) -> None:
         self.layout, self.hparams = layout, hparams
-        self.rows = rows_of(facts, hparams.statement_share, shares_kl=hparams.settled_nll == 0)  # a settled row skips steps
+        self.rows = rows_of(
+            facts, hparams.statement_share, shares_kl=hparams.settled_nll == 0
+        )  # a settled row skips steps
         place = value_place(layout, hparams)
         self.suffixes = Suffixes(model, layout, self.rows, hparams.batch_tokens, place)
         firsts = [next(i for i, row in enumerate(self.rows) if row.fact == f) for f in range(len(facts))]
-        self.h = torch.stack([self.suffixes.places[i].float() for i in firsts])  # where δ is put, (facts, n, d)
+        self.h = torch.stack(
+            [self.suffixes.places[i].float() for i in firsts]
+        )  # where δ is put, (facts, n, d)
         self.length = self.h.norm(dim=2, keepdim=True)
-        # Adam's unit: hidden states have one length, so v_lr is in their own; outputs of layers don't, so there it is relative
-        self.unit = torch.ones_like(self.length) if place == "hidden" else self.length / self.h.shape[2] ** 0.5
+        # Adam's unit: hidden states have one length, so v_lr is in their own; outputs of layers don't, so
+        # there it is relative
+        self.unit = (
+            torch.ones_like(self.length) if place == "hidden" else self.length / self.h.shape[2] ** 0.5
+        )
         self.delta = torch.zeros_like(self.h)
-        self.gradient = self.h.new_zeros(len(self.rows), *self.h.shape[1:])  # of each row's part of the loss, when it last ran
+        self.gradient = self.h.new_zeros(
+            len(self.rows), *self.h.shape[1:]
+        )  # of each row's part of the loss, when it last ran
         self.last_plan: tuple[Tensor, SuffixPasses] | None = None  # the rows that ran last
-        self.kl_prompt: Tensor | None = None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
+        self.kl_prompt: Tensor | None = (
+            None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
+        )
 
         self.fact = torch.tensor([row.fact for row in self.rows])
         self.share = torch.tensor([row.share for row in self.rows])
         self.must_lead = torch.tensor([row.must_lead for row in self.rows])
         self.part = torch.zeros(len(self.rows))  # of each row's target in its fact's loss, when it last ran
-        self.divergence = torch.zeros(len(self.rows))  # kl_factor times that at the KL prompt's output, for rows that have it
+        self.divergence = torch.zeros(
+            len(self.rows)
+        )  # kl_factor times that at the KL prompt's output, for rows that have it
         self.has_kl = torch.tensor([row.has_kl for row in self.rows])
-        self.falls_short = torch.zeros(len(self.rows), dtype=torch.bool)  # whether its target was not the most probable text
+        self.falls_short = torch.zeros(
+            len(self.rows), dtype=torch.bool
+        )  # whether its target was not the most probable text
         self.age = torch.full((len(self.rows),), hparams.settled_every)  # steps since it last ran
         self.decay = torch.zeros(len(facts))
         self.is_active = torch.ones(len(facts), dtype=torch.bool)
@@ -225,7 +280,9 @@ class _Optimization:
             self.is_active &= ~done
             if not bool(self.is_active.any()):
                 break
-            in_units.grad = self._whole_gradient() * self.unit * self.is_active.to(self.delta.device)[:, None, None]
+            in_units.grad = (
+                self._whole_gradient() * self.unit * self.is_active.to(self.delta.device)[:, None, None]
+            )
             adam.step()
             self.delta = self._clamped(self.unit * in_units)
             in_units.copy_(self.delta / self.unit)
@@ -234,7 +291,8 @@ class _Optimization:
         return _Found(final, self.h, loss=final_loss.to(to), nll=final_nll.to(to), steps=steps.to(to))
 
     def step_once(self, progress: "tqdm[Any] | None") -> _Found:
-        """One step of a given length down the gradient at δ = 0, as UltraEdit (arXiv 2505.14679) takes its values from one backward pass.
+        """One step of a given length down the gradient at δ = 0, as UltraEdit (arXiv 2505.14679) takes its
+        values from one backward pass.
 
         The losses are those before the step, since nothing is run after it.
         """
@@ -260,7 +318,9 @@ class _Optimization:
         return self._loss()
 
     def _due(self, is_last: bool) -> Tensor:
-        """Rows that must run in this step: those of active facts; before the last step not the settled ones that ran a short while ago."""
+        """Rows that must run in this step: those of active facts; before the last step not the settled ones
+        that ran a short while ago.
+        """
         due = self.is_active[self.fact]
         if not is_last:
             is_settled = ~self.has_kl & (self.part < self.hparams.settled_nll * self.share)
@@ -278,14 +338,22 @@ class _Optimization:
         delta = self.delta[fact].requires_grad_(wants_gradient)
         plan = self._plan(chosen)
         with torch.set_grad_enabled(wants_gradient):
-            logits = self.layout.logits(self.suffixes.forward(plan, delta)).to(self.h.device)  # the head may lie elsewhere
+            logits = self.layout.logits(self.suffixes.forward(plan, delta)).to(
+                self.h.device
+            )  # the head may lie elsewhere
         part, divergence, falls_short, slope = self._judge(logits.detach(), plan, fact)
         if wants_gradient:
             (self.gradient[where],) = torch.autograd.grad(logits, delta, slope)
-        decay = self.hparams.v_weight_decay * (self.delta.norm(dim=2, keepdim=True) / self.length**2).mean((1, 2))
+        decay = self.hparams.v_weight_decay * (self.delta.norm(dim=2, keepdim=True) / self.length**2).mean(
+            (1, 2)
+        )
         known = torch.cat([part, divergence, falls_short, decay]).cpu()
         part, divergence, falls_short = known[: 3 * len(fact)].reshape(3, -1)
-        self.part[chosen], self.divergence[chosen], self.falls_short[chosen] = part, divergence, falls_short > 0
+        self.part[chosen], self.divergence[chosen], self.falls_short[chosen] = (
+            part,
+            divergence,
+            falls_short > 0,
+        )
         self.decay = known[3 * len(fact) :]
         self.age[chosen] = 0
 
@@ -296,13 +364,16 @@ class _Optimization:
             self.last_plan = (chosen, self.suffixes.plan(chosen.tolist()))
         return self.last_plan[1]
 
-    def _judge(self, logits: Tensor, plan: SuffixPasses, fact: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _judge(
+        self, logits: Tensor, plan: SuffixPasses, fact: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the outputs say of the rows that ran.
 
         Returns:
-            Each row's part of the loss, by its target, (rows,), and by the KL prompt's divergence, (rows,); how many target tokens
-            fall short of the most probable text, (rows,); the gradient of the parts' sum in the logits, (wanted, vocabulary):
-            w·(p − 1_target) for a target token's −w·log p, and kl_factor · p · (log p − log p_0 − KL) for the divergence.
+            Each row's part of the loss, by its target, (rows,), and by the KL prompt's divergence, (rows,);
+            how many target tokens fall short of the most probable text, (rows,); the gradient of the parts'
+            sum in the logits, (wanted, vocabulary): w·(p − 1_target) for a target token's −w·log p, and
+            kl_factor · p · (log p − log p_0 − KL) for the divergence.
         """
         log_probs = F.log_softmax(logits, dim=1)
         targets, token, kl_places = plan.targets, plan.token, plan.kl_places
@@ -331,14 +402,18 @@ class _Optimization:
     def _whole_gradient(self) -> Tensor:
         """Of each fact's loss in its δ, (facts, n, d)."""
         parts: Tensor = torch.zeros_like(self.h).index_add_(0, self.fact.to(self.h.device), self.gradient)
-        decay: Tensor = self.hparams.v_weight_decay / self.h.shape[1] * F.normalize(self.delta, dim=2) / self.length**2
+        decay: Tensor = (
+            self.hparams.v_weight_decay / self.h.shape[1] * F.normalize(self.delta, dim=2) / self.length**2
+        )
         return parts + decay
 
     def _nll(self) -> Tensor:
         return torch.zeros_like(self.decay).index_add(0, self.fact, self.part)
 
     def _loss(self) -> Tensor:
-        return self._nll() + torch.zeros_like(self.decay).index_add(0, self.fact, self.divergence) + self.decay
+        return (
+            self._nll() + torch.zeros_like(self.decay).index_add(0, self.fact, self.divergence) + self.decay
+        )
 
     def _done(self, is_last: bool) -> Tensor:
         """Active facts that stop here, (facts,)."""

@@ -1,7 +1,8 @@
 """Requests from EasyEdit's data sets.
 
-Items of ``CounterFactDataset`` and ``KnowEditDataset`` are requests as they come. ``ZsreDataset`` drops the subjects that its file holds;
-`parse_requests` then looks for each in the prompt and its rewording, and this module takes it from the file.
+Items of ``CounterFactDataset`` and ``KnowEditDataset`` are requests as they come. ``ZsreDataset`` drops the
+subjects that its file holds; `parse_requests` then looks for each in the prompt and its rewording, and this
+module takes it from the file.
 """
 
 import json
@@ -29,16 +30,23 @@ def zsre_requests(dataset: Iterable[Mapping[str, Any]], source: str | Path) -> l
     except (ValueError, RecursionError) as exc:
         raise RequestError(f"{source} is no JSON: {exc}. Give the file of this data set.") from exc
     if not isinstance(records, list):
-        raise RequestError(f"{source} holds a {type(records).__name__}, not a list of records. Give the file of this data set.")
+        raise RequestError(
+            f"{source} holds a {type(records).__name__}, not a list of records. "
+            "Give the file of this data set."
+        )
     requests = []
     for index, item in enumerate(dataset):
         at = item.get("case_id")
         record = records[at] if isinstance(at, int) and 0 <= at < len(records) else {}
         if record.get("src") != item.get("prompt"):
             raise RequestError(
-                f"is {at!r}, but {source} has another prompt there. Give the file of this data set.", index=index, field="case_id"
+                f"is {at!r}, but {source} has another prompt there. Give the file of this data set.",
+                index=index,
+                field="case_id",
             )
         if not record.get("subject"):
-            raise RequestError(f"is missing in record {at} of {source}. Add it to the file.", index=index, field="subject")
+            raise RequestError(
+                f"is missing in record {at} of {source}. Add it to the file.", index=index, field="subject"
+            )
         requests.append({**item, "subject": record["subject"]})
     return requests

@@ -24,8 +24,9 @@ def easyeditor_is_there() -> bool:
 def easyeditor() -> ModuleType:
     """Import EasyEdit and return its package.
 
-    A package that is already imported is taken as it is; then the checkout at ``EASYEDIT_HOME``, then what Python finds by
-    itself. Importing it seeds the global random generators with 42 and configures logging, as it does for every EasyEdit script.
+    A package that is already imported is taken as it is; then the checkout at ``EASYEDIT_HOME``, then what
+    Python finds by itself. Importing it seeds the global random generators with 42 and configures logging, as
+    it does for every EasyEdit script.
 
     Raises:
         HostError: there is no checkout, or it can't be imported.
@@ -40,7 +41,9 @@ def easyeditor() -> ModuleType:
     try:
         return importlib.import_module("easyeditor")
     except ImportError as exc:
-        raise HostError(f"EasyEdit is there but can't be imported: {exc}. Install what its requirements.txt lists.") from exc
+        raise HostError(
+            f"EasyEdit is there but can't be imported: {exc}. Install what its requirements.txt lists."
+        ) from exc
 
 
 def add_checkout(home: Path) -> None:

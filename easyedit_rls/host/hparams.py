@@ -12,7 +12,8 @@ from easyedit_rls.host.find import easyeditor
 def host_hyperparams() -> type[RLSEditHyperParams]:
     """A subclass of both `easyedit_rls.RLSEditHyperParams` and EasyEdit's ``HyperParams``.
 
-    It reads files as EasyEdit does (YAML or JSON, ``1e-1`` as a number, ``alg`` for ``alg_name``) and checks them as we do.
+    It reads files as EasyEdit does (YAML or JSON, ``1e-1`` as a number, ``alg`` for ``alg_name``) and checks
+    them as we do.
 
     Raises:
         HostError: EasyEdit is missing.
@@ -25,7 +26,9 @@ def host_hyperparams() -> type[RLSEditHyperParams]:
         __doc__ = RLSEditHyperParams.__doc__
 
         def __post_init__(self) -> None:
-            if isinstance(self.device, float) and self.device.is_integer():  # EasyEdit reads device: "0" as 0.0
+            if (
+                isinstance(self.device, float) and self.device.is_integer()
+            ):  # EasyEdit reads device: "0" as 0.0
                 self.device = int(self.device)
             super().__post_init__()
 

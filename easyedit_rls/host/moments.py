@@ -18,10 +18,11 @@ def write_moments(
     dataset: str | None = None,
     show_progress: bool | None = None,
 ) -> list[Path]:
-    """Write the moments of all edited layers where EasyEdit's ``layer_stats`` looks before it downloads a data set.
+    """Write the moments of all edited layers where EasyEdit's ``layer_stats`` looks before it downloads a
+    data set.
 
-    MEMIT, AlphaEdit and the others then start without Wikipedia, as long as their settings say the same `mom2_dataset`,
-    `mom2_n_samples`, `mom2_dtype` and `stats_dir`, and name layers among these.
+    MEMIT, AlphaEdit and the others then start without Wikipedia, as long as their settings say the same
+    `mom2_dataset`, `mom2_n_samples`, `mom2_dtype` and `stats_dir`, and name layers among these.
 
     Args:
         model: the unedited model.
@@ -38,7 +39,10 @@ def write_moments(
     """
     name = hparams.mom2_dataset if dataset is None else dataset
     if "/" in name or name.endswith(".txt"):
-        raise AnchorError(f"EasyEdit makes '{name}' part of a path. Give the short name that the other settings use, e.g. wikipedia.")
+        raise AnchorError(
+            f"EasyEdit makes '{name}' part of a path. "
+            "Give the short name that the other settings use, e.g. wikipedia."
+        )
     found = moments(model, tok, hparams, show_progress=show_progress)
     named = RLSEditHyperParams.from_dict({**hparams.to_dict(), "mom2_dataset": name})
     places = easyedit_files(model, find_layout(model, hparams), named)

@@ -13,26 +13,34 @@ ALG_NAME = "RLSEdit"
 
 
 def register() -> type[RLSEditHyperParams]:
-    """Make RLSEdit known to EasyEdit: to every editor, as a method that edits in batches, and in the ``easyeditor`` namespace.
+    """Make RLSEdit known to EasyEdit: to every editor, as a method that edits in batches, and in the
+    ``easyeditor`` namespace.
 
-    May be called again and again. Importing EasyEdit for the first time seeds the global random generators, as it always does.
+    May be called again and again. Importing EasyEdit for the first time seeds the global random generators,
+    as it always does.
 
     Returns:
         ``easyeditor.RLSEditHyperParams``, a subclass of EasyEdit's ``HyperParams``.
 
     Raises:
-        HostError: EasyEdit is missing, or one of the names belongs to something else. Nothing is changed then.
+        HostError: EasyEdit is missing, or one of the names belongs to something else. Nothing is changed
+            then.
     """
     package = easyeditor()
     algorithms, batch_editor = _tables()
     if is_registered():
         hyperparams: type[RLSEditHyperParams] = package.RLSEditHyperParams
         return hyperparams
-    taken = [f"easyeditor.{name}" for name in ("RLSEditHyperParams", "apply_rls_to_model") if hasattr(package, name)]
+    taken = [
+        f"easyeditor.{name}"
+        for name in ("RLSEditHyperParams", "apply_rls_to_model")
+        if hasattr(package, name)
+    ]
     taken += [f"ALG_DICT['{ALG_NAME}']"] if ALG_NAME in algorithms else []
     if taken:
         raise HostError(
-            f"{', '.join(taken)} of {package.__name__} at {_place(package)} is taken by something else. Remove that, or use it."
+            f"{', '.join(taken)} of {package.__name__} at {_place(package)} is taken by something else. "
+            "Remove that, or use it."
         )
 
     hyperparams = host_hyperparams()
@@ -54,7 +62,9 @@ def unregister() -> None:
         return
     algorithms, batch_editor = _tables()
     del algorithms[ALG_NAME], package.RLSEditHyperParams, package.apply_rls_to_model
-    if isinstance(batch_editor.is_batchable_method, _Batchable):  # else somebody wrapped it again; ours then asks the table in vain
+    if isinstance(
+        batch_editor.is_batchable_method, _Batchable
+    ):  # else somebody wrapped it again; ours then asks the table in vain
         batch_editor.is_batchable_method = staticmethod(batch_editor.is_batchable_method.original)
 
 

@@ -1,7 +1,8 @@
 """Runs EasyEdit's own scripts with RLSEdit among the methods they know.
 
-The scripts choose the class of settings from ``--editing_method``, each by a chain of comparisons or a table of its own, and refuse
-other names. The script's file is run as it is on disk, but for one more branch that is added to its syntax tree in memory.
+The scripts choose the class of settings from ``--editing_method``, each by a chain of comparisons or a table
+of its own, and refuse other names. The script's file is run as it is on disk, but for one more branch that is
+added to its syntax tree in memory.
 """
 
 import argparse
@@ -23,7 +24,8 @@ _RESULT_FOLDERS = {"--metrics_save_dir", "--output_dir", "--results_dir"}
 
 
 def run_script(script: str | Path, arguments: Sequence[str]) -> None:
-    """Run one script of an EasyEdit checkout as ``python SCRIPT ARGUMENTS`` would, with RLSEdit registered and selectable.
+    """Run one script of an EasyEdit checkout as ``python SCRIPT ARGUMENTS`` would, with RLSEdit registered
+    and selectable.
 
     The folder that results go to is made if it is missing (some scripts only find out at the end that it is).
 
@@ -63,8 +65,8 @@ def compile_with_rlsedit(path: Path, arguments: Sequence[str] = ()) -> tuple[Cod
     tree = ast.fix_missing_locations(branches.visit(tree))
     if not branches.n_selections:
         raise HostError(
-            f"{path} offers no choice of methods by their settings' class that {ALG_NAME} could join. Choose another script, or call "
-            "easyedit_rls.register() in it and set the hparams yourself."
+            f"{path} offers no choice of methods by their settings' class that {ALG_NAME} could join. "
+            "Choose another script, or call easyedit_rls.register() in it and set the hparams yourself."
         )
     return compile(tree, str(path), "exec", dont_inherit=True), _result_folder(tree, arguments)
 
@@ -89,7 +91,9 @@ class _Branches(ast.NodeTransformer):
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
         """``{'X': XHyperParams, …}`` gets an entry; a table of functions by method name gets MEMIT's."""
         self.generic_visit(node)
-        table = {key.value: value for key, value in zip(node.keys, node.values) if isinstance(key, ast.Constant)}
+        table = {
+            key.value: value for key, value in zip(node.keys, node.values) if isinstance(key, ast.Constant)
+        }
         if any(_is_settings_class(value) for value in table.values()):
             self.n_selections += 1
             node.keys.append(ast.Constant(ALG_NAME))
@@ -102,7 +106,9 @@ class _Branches(ast.NodeTransformer):
     def visit_List(self, node: ast.List) -> ast.AST:
         """``['ROME', 'MEMIT']``, in a test or as argparse's choices, gets RLSEdit."""
         self.generic_visit(node)
-        texts = {item.value for item in node.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)}
+        texts = {
+            item.value for item in node.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)
+        }
         if texts & _PEERS and len(texts) == len(node.elts):
             node.elts.append(ast.Constant(ALG_NAME))
         return node
@@ -113,7 +119,11 @@ def _chosen_class(node: ast.If) -> tuple[ast.expr, ast.expr] | None:
     test, body = node.test, node.body[0]
     if isinstance(test, ast.BoolOp):
         test = test.values[0]
-    if not (isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) and isinstance(test.comparators[0], ast.Constant)):
+    if not (
+        isinstance(test, ast.Compare)
+        and isinstance(test.ops[0], ast.Eq)
+        and isinstance(test.comparators[0], ast.Constant)
+    ):
         return None
     method = test.left
     name = method.attr if isinstance(method, ast.Attribute) else getattr(method, "id", "")
@@ -128,13 +138,19 @@ def _is_settings_class(node: ast.AST) -> bool:
 
 def _result_folder(tree: ast.AST, arguments: Sequence[str]) -> str | None:
     """The value of the script's option that names the folder for results: as given, or by default."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)]
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)
+    ]
     for call in calls:
         option = call.args[0].value  # type: ignore[attr-defined]
         if option in _RESULT_FOLDERS:
             parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             defaults = [
-                keyword.value.value for keyword in call.keywords if keyword.arg == "default" and isinstance(keyword.value, ast.Constant)
+                keyword.value.value
+                for keyword in call.keywords
+                if keyword.arg == "default" and isinstance(keyword.value, ast.Constant)
             ]
             parser.add_argument(option, dest="folder", default=next(iter(defaults), None))
             folder: str | None = parser.parse_known_args(list(arguments))[0].folder
@@ -152,5 +168,7 @@ def _find_script(script: Path) -> Path:
     package = easyeditor()
     inside = Path(str(package.__file__)).parents[1] / script
     if not inside.is_file():
-        raise HostError(f"No script {script.absolute()}, nor {inside}. Give its path from here or from EasyEdit's folder.")
+        raise HostError(
+            f"No script {script.absolute()}, nor {inside}. Give its path from here or from EasyEdit's folder."
+        )
     return inside

@@ -1,7 +1,8 @@
 """The state of each model, kept on the model itself.
 
-EasyEdit's apply functions get nothing but the model, so the state has to be found from there. It lives in an attribute of the
-model object: two models never share anything, a deep copy of a model gets a deep copy of its state, and both end together.
+EasyEdit's apply functions get nothing but the model, so the state has to be found from there. It lives in an
+attribute of the model object: two models never share anything, a deep copy of a model gets a deep copy of its
+state, and both end together.
 """
 
 import copy
@@ -33,20 +34,29 @@ class _Kept:
 
 @contextmanager
 def forgotten(model: PreTrainedModel, hparams: RLSEditHyperParams) -> Iterator[None]:
-    """Forget all edits of this model, so that its weights as they are now count as unedited; but only if the block succeeds."""
+    """Forget all edits of this model, so that its weights as they are now count as unedited; but only if the
+    block succeeds.
+    """
     kept: dict[str, _Kept] = model.__dict__.get(_ATTRIBUTE, {})
     ledgers = {old.state.ledger: old.state.now.place for old in kept.values() if old.state.ledger is not None}
-    ours = next((ledger for ledger in ledgers if hparams.state_dir is not None and ledger.is_at(hparams.state_dir)), None)
+    ours = next(
+        (ledger for ledger in ledgers if hparams.state_dir is not None and ledger.is_at(hparams.state_dir)),
+        None,
+    )
     try:
         model.__dict__[_ATTRIBUTE] = {}
         if hparams.state_dir is not None:
             ledger = Ledger(Path(hparams.state_dir)) if ours is None else ours
             place = ledger.place() if ours is None else ledgers[ours]
-            _keep(model, hparams, EditorState(ledger, place))  # knows no edits, so the first batch begins a new journal
+            _keep(
+                model, hparams, EditorState(ledger, place)
+            )  # knows no edits, so the first batch begins a new journal
         yield
     except BaseException:
         new: dict[str, _Kept] = model.__dict__.get(_ATTRIBUTE, {})
-        if not any(one.state.has_changed for one in new.values()):  # else the edit is done, and what failed came after it
+        if not any(
+            one.state.has_changed for one in new.values()
+        ):  # else the edit is done, and what failed came after it
             for one in new.values():
                 if one.state.ledger not in (None, ours):
                     one.state.ledger.close()
@@ -74,7 +84,8 @@ def state_of(model: PreTrainedModel, hparams: RLSEditHyperParams) -> EditorState
         LayoutError: the settings name a module that the model lacks.
 
     Warns:
-        RLSEditWarning: the model holds edits that were made under another objective, which the new state knows nothing of.
+        RLSEditWarning: the model holds edits that were made under another objective, which the new state
+            knows nothing of.
     """
     find_layout(model, hparams)  # settings that don't fit the model leave nothing behind
     kept: dict[str, _Kept] = model.__dict__.setdefault(_ATTRIBUTE, {})
@@ -92,7 +103,9 @@ def state_of(model: PreTrainedModel, hparams: RLSEditHyperParams) -> EditorState
 
 @contextmanager
 def resumed(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorState) -> Iterator[None]:
-    """If the block fails, weights that it brought back from a ledger are taken out again, and the ledger is let go."""
+    """If the block fails, weights that it brought back from a ledger are taken out again, and the ledger is
+    let go.
+    """
     if hparams.state_dir is None or state.ledger is not None:
         yield
         return
@@ -130,8 +143,11 @@ def _is_empty(model: PreTrainedModel, kept: _Kept) -> bool:
 
 def _other_objective(other: _Kept, hparams: RLSEditHyperParams) -> str:
     before, now = other.hparams.objective(), hparams.objective()
-    changes = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name])
+    changes = ", ".join(
+        f"{name} {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]
+    )
     return (
-        f"The model holds {other.state.n_edits} edits made under other settings ({changes}); later batches will not protect them. "
+        f"The model holds {other.state.n_edits} edits made under other settings ({changes}); "
+        "later batches will not protect them. "
         "Use the same settings throughout a stream, or pass reset_cache=True to start anew."
     )

@@ -1,4 +1,6 @@
-"""One change of the solutions on its way: what is taken out, what comes in, and where float32 can't follow."""
+"""One change of the solutions on its way: what is taken out, what comes in,
+and where float32 can't follow.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -56,9 +58,12 @@ class Change:
         """
         self.removed = tuple(removed)
         for layer, solution in self.solutions.items():
-            if solution.can_drift and (solution.drift() > DRIFT_TOLERANCE or solution.weight_error() > WEIGHT_TOLERANCE):
+            if solution.can_drift and (
+                solution.drift() > DRIFT_TOLERANCE or solution.weight_error() > WEIGHT_TOLERANCE
+            ):
                 logger.warning(
-                    "Layer %d has drifted (covariance %.1e, weight %.1e): it is summed anew in float64, and stays in it",
+                    "Layer %d has drifted (covariance %.1e, weight %.1e): "
+                    "it is summed anew in float64, and stays in it",
                     layer,
                     solution.drift(),
                     solution.weight_error(),
@@ -74,7 +79,8 @@ class Change:
                 self._rebuild(layer)
 
     def bring_in(self, layer: int, K: Tensor, V: Tensor, importance: Tensor) -> None:
-        """Edit facts into one layer: keys (u, d_k), target outputs (u, d_v), importances (u,), or all with a row dimension more.
+        """Edit facts into one layer: keys (u, d_k), target outputs (u, d_v), importances (u,), or all with a
+        row dimension more.
 
         Raises:
             NumericalError: the update can't be made, in float64 either.
@@ -100,7 +106,9 @@ class Change:
 
     def _rebuild(self, layer: int) -> None:
         start = self.start
-        self.solutions[layer] = rebuilt(start.beginnings[layer], start.solutions[layer], start.history, layer, self.removed)
+        self.solutions[layer] = rebuilt(
+            start.beginnings[layer], start.solutions[layer], start.history, layer, self.removed
+        )
         self.rebuilt.append(layer)
 
 
@@ -112,7 +120,10 @@ def adopted(moment: Moment, weights: Mapping[int, Tensor]) -> Change:
     """
     for layer, W in weights.items():
         if not bool(torch.isfinite(W).all()):
-            raise NumericalError(f"The weight of layer {layer} holds NaN or infinite entries. Put a sound one there, then adopt it.")
+            raise NumericalError(
+                f"The weight of layer {layer} holds NaN or infinite entries. "
+                "Put a sound one there, then adopt it."
+            )
     change = Change(moment, "adopt", data={f"W.{layer}": W for layer, W in weights.items()})
     change.solutions = {layer: solution.adopt(weights[layer]) for layer, solution in moment.solutions.items()}
     return change

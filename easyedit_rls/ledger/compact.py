@@ -1,4 +1,6 @@
-"""A ledger without what no longer counts: edits that were taken back, roll-backs, old checkpoints, old journals."""
+"""A ledger without what no longer counts: edits that were taken back, roll-backs, old checkpoints, old
+journals.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +15,8 @@ _AT_ONCE = 1 << 26  # bytes that are written in one go
 
 
 def compact(ledger: Ledger, journal: Journal, moment: Moment) -> Moment:
-    """Write the journal anew, then remove the older ones. The state stays bit for bit the same: it is checkpointed.
+    """Write the journal anew, then remove the older ones. The state stays bit for bit the same: it is
+    checkpointed.
 
     The last change stays as it is, so that it can be rolled back.
 
@@ -28,7 +31,10 @@ def compact(ledger: Ledger, journal: Journal, moment: Moment) -> Moment:
     Raises:
         LedgerError: the disk is full, read only or failing; the old journals are then still there.
     """
-    files = {MANIFEST: journal.read(MANIFEST), **prior_files({layer: read_prior(journal, layer) for layer in moment.solutions})}
+    files = {
+        MANIFEST: journal.read(MANIFEST),
+        **prior_files({layer: read_prior(journal, layer) for layer in moment.solutions}),
+    }
     kept = list(_standing(moment))
     known = {entry.weights for entry, _ in kept}
     dropped = [entry.weights for entry in moment.history.entries if entry.weights not in known]
@@ -44,8 +50,10 @@ def compact(ledger: Ledger, journal: Journal, moment: Moment) -> Moment:
 
 
 def _standing(moment: Moment) -> Iterator[tuple[Entry, list[int] | None]]:
-    """The entries with the edits that stand, and their rows in the tensors; the last change whole. Adopted weights depend on all that came
-    before: then nothing goes."""
+    """The entries with the edits that stand, and their rows in the tensors; the last change whole. Adopted
+    weights depend on all that came
+    before: then nothing goes.
+    """
     history = moment.history if moment.before is None else moment.before.history
     rebuilt: set[int] = set()  # layers that are in float64 from the next entry on
     for entry in history.entries:
@@ -56,7 +64,10 @@ def _standing(moment: Moment) -> Iterator[tuple[Entry, list[int] | None]]:
             yield entry, None
         elif kept or fades:
             edits = tuple(replace(edit, row=row) for row, edit in enumerate(kept))
-            yield replace(entry, edits=edits, removed=(), rebuilt=tuple(sorted(rebuilt))), [edit.row for edit in kept]
+            yield (
+                replace(entry, edits=edits, removed=(), rebuilt=tuple(sorted(rebuilt))),
+                [edit.row for edit in kept],
+            )
             rebuilt = set()
     if moment.before is not None:
         last = moment.history.entries[-1]
@@ -68,7 +79,11 @@ def _parts(kept: Sequence[tuple[Entry, list[int] | None]], moment: Moment) -> It
     events: list[Event] = []
     for entry, rows in kept:
         data = entry.data()
-        events.append(entry_event(entry, data if rows is None else {name: tensor[rows] for name, tensor in data.items()}))
+        events.append(
+            entry_event(
+                entry, data if rows is None else {name: tensor[rows] for name, tensor in data.items()}
+            )
+        )
         if sum(len(event.data or b"") for event in events) > _AT_ONCE:
             yield events
             events = []

@@ -42,7 +42,9 @@ def write_weights(model: PreTrainedModel, manifest: Manifest, moment: Moment) ->
         try:
             module = model.get_submodule(parameter.rpartition(".")[0])
         except AttributeError as exc:
-            raise StateMismatchError(f"The model has no weight {parameter}. Give the model that the ledger was made with.") from exc
+            raise StateMismatchError(
+                f"The model has no weight {parameter}. Give the model that the ledger was made with."
+            ) from exc
         edited[int(number)] = EditedWeight(module, parameter.rpartition(".")[0])
     here = {
         "architecture": (manifest.architecture, type(model).__name__),
@@ -53,13 +55,18 @@ def write_weights(model: PreTrainedModel, manifest: Manifest, moment: Moment) ->
             fingerprint(model, leave_out={weight.parameter_name for weight in edited.values()}),
         ),
     }
-    differences = [f"{name}: the ledger has {ours!r}, the model {theirs!r}" for name, (ours, theirs) in here.items() if ours != theirs]
+    differences = [
+        f"{name}: the ledger has {ours!r}, the model {theirs!r}"
+        for name, (ours, theirs) in here.items()
+        if ours != theirs
+    ]
     if not any(text.startswith("widths") for text in differences):
         changed = [layer for layer, weight in edited.items() if not weight.holds(moment.unedited[layer])]
         differences += [f"weights of layers {changed} are not the unedited ones"] if changed else []
     if differences:
         raise StateMismatchError(
-            f"This is not the unedited model that the ledger was made with ({manifest.model}): {'; '.join(differences)}. Give that one."
+            f"This is not the unedited model that the ledger was made with ({manifest.model}): "
+            f"{'; '.join(differences)}. Give that one."
         )
     for layer, weight in edited.items():
         weight.write(moment.weight(layer))
@@ -79,7 +86,8 @@ def write_adapter(folder: Path, manifest: Manifest, moment: Moment, rank: int | 
         rank: of the adapter; None takes the smallest that leaves out no more than 1e-3 of the edit's norm.
 
     Raises:
-        LedgerError: PEFT is missing, or without a rank given the adapter would be larger than the weights themselves.
+        LedgerError: PEFT is missing, or without a rank given the adapter would be larger than the weights
+            themselves.
     """
     try:
         from peft import LoraConfig
@@ -92,18 +100,24 @@ def write_adapter(folder: Path, manifest: Manifest, moment: Moment, rank: int | 
         d_k, d_v = next(iter(deltas.values())).shape
         if rank * (d_k + d_v) >= d_k * d_v:
             raise LedgerError(
-                f"The edit has rank {rank} in weights of {d_k} x {d_v}: an adapter would be larger than the weights. "
+                f"The edit has rank {rank} in weights of {d_k} x {d_v}: "
+                "an adapter would be larger than the weights. "
                 "Save the model (`easyedit-rls state replay`), or pass --rank and accept the error it prints."
             )
     tensors: dict[str, Tensor] = {}
     errors = {}
     for layer, (U, S, Vh) in parts.items():
         root = S[:rank].sqrt()
-        A, B = (U[:, :rank] * root).T.float().contiguous(), (root[:, None] * Vh[:rank]).T.float().contiguous()  # ΔWᵀ = B A
+        A, B = (
+            (U[:, :rank] * root).T.float().contiguous(),
+            (root[:, None] * Vh[:rank]).T.float().contiguous(),
+        )  # ΔWᵀ = B A
         name = f"base_model.model.{manifest.parameters[str(layer)].rpartition('.')[0]}"
         tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
         size = float(deltas[layer].norm())
-        errors[layer] = float((deltas[layer] - (B.double() @ A.double()).T).norm()) / size if size > 0 else 0.0
+        errors[layer] = (
+            float((deltas[layer] - (B.double() @ A.double()).T).norm()) / size if size > 0 else 0.0
+        )
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -116,7 +130,9 @@ def write_adapter(folder: Path, manifest: Manifest, moment: Moment, rank: int | 
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    return AdapterReport(rank, errors, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    return AdapterReport(
+        rank, errors, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    )
 
 
 def _needed(S: Tensor) -> int:

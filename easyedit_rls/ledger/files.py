@@ -1,7 +1,8 @@
 """The ledger's files: known by their names, sizes and SHA-256, tensors as safetensors.
 
-A ledger may come from anybody. So a name in it is taken for a file only if it has one of the forms below, which lead nowhere else;
-links are never followed; and nothing is read that is no regular file of the size that was stated.
+A ledger may come from anybody. So a name in it is taken for a file only if it has one of the forms below,
+which lead nowhere else; links are never followed; and nothing is read that is no regular file of the size
+that was stated.
 """
 
 import hashlib
@@ -48,22 +49,28 @@ def journal_number(name: str) -> int | None:
 def is_file_name(name: object) -> bool:
     """Whether a file in a journal may be called that.
 
-    >>> is_file_name("prior-layer-3.safetensors"), is_file_name("/etc/passwd"), is_file_name("entry-000001.safetensors\\n")
+    >>> is_file_name("prior-layer-3.safetensors"), is_file_name("/etc/passwd"), \
+        is_file_name("entry-000001.safetensors\\n")
     (True, False, False)
     """
     return isinstance(name, str) and _FILE.fullmatch(name) is not None
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A handle of a regular file, never of what a link leads to. What isn't there is made if the flags say so.
+    """A handle of a regular file, never of what a link leads to. What isn't there is made if the flags say
+    so.
 
     Raises:
         LedgerError: it is a link, a folder, a pipe or a device.
         OSError: it is missing or can't be opened.
     """
     if path.is_symlink():
-        raise LedgerError(f"{path} is a link. The files of a ledger must be its own: put the file itself there.")
-    handle = os.open(path, flags | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0), 0o644)
+        raise LedgerError(
+            f"{path} is a link. The files of a ledger must be its own: put the file itself there."
+        )
+    handle = os.open(
+        path, flags | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0), 0o644
+    )
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise LedgerError(f"{path} is no regular file. {CURE}")
@@ -87,8 +94,8 @@ def read_small(path: Path) -> bytes:
 def read_part(path: Path, offset: int, stamp: Stamp, *, holds_tensors: bool = True) -> bytes:
     """A part of a file that is what its stamp says.
 
-    Whoever made the ledger made the stamp too. So it takes no memory before the checksum is right, and no time before the header of
-    the tensors is.
+    Whoever made the ledger made the stamp too. So it takes no memory before the checksum is right, and no
+    time before the header of the tensors is.
 
     Raises:
         LedgerError: it is missing, unreadable, not a regular file, or damaged; names the file.
@@ -96,7 +103,9 @@ def read_part(path: Path, offset: int, stamp: Stamp, *, holds_tensors: bool = Tr
     with _reading(path) as handle:
         n_bytes = os.fstat(handle.fileno()).st_size
         if n_bytes < offset + stamp.n_bytes:
-            raise LedgerError(f"{path} is damaged: it has {n_bytes} bytes instead of {offset + stamp.n_bytes}. {CURE}")
+            raise LedgerError(
+                f"{path} is damaged: it has {n_bytes} bytes instead of {offset + stamp.n_bytes}. {CURE}"
+            )
         if not _is_plausible(handle, offset, stamp.n_bytes) if holds_tensors else stamp.n_bytes > MOST_TEXT:
             raise LedgerError(f"{path} is damaged: it does not hold what it should. {CURE}")
         handle.seek(offset)
@@ -112,7 +121,9 @@ def read_part(path: Path, offset: int, stamp: Stamp, *, holds_tensors: bool = Tr
 
 
 def _is_plausible(handle: IO[bytes], offset: int, n_bytes: int) -> bool:
-    """Whether a safetensors file of that size begins there: the size of its header, then the header with the extent of each tensor."""
+    """Whether a safetensors file of that size begins there: the size of its header, then the header with the
+    extent of each tensor.
+    """
     handle.seek(offset)
     n_header = int.from_bytes(handle.read(8), "little")
     if not 2 <= n_header <= min(n_bytes - 8, MOST_TEXT):
@@ -168,19 +179,34 @@ def parsed(path: Path, read: Callable[[], T]) -> T:
         raise LedgerError(f"{path} can't be followed: {exc}") from exc
     except RLSEditError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError, RuntimeError) as exc:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        OverflowError,
+        RuntimeError,
+    ) as exc:
         what = f"{type(exc).__name__}: {' '.join(str(exc).split())[:80]}"
-        raise LedgerError(f"{path} is damaged, or holds what does not belong together ({what}). {CURE}") from exc
+        raise LedgerError(
+            f"{path} is damaged, or holds what does not belong together ({what}). {CURE}"
+        ) from exc
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Tensors as the bytes of a safetensors file."""
-    content: bytes = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    content: bytes = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata)
+    )
     return content
 
 
 def unpack(path: Path, content: bytes, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Tensors of a safetensors file, in memory of their own (aligned as torch aligns, so that products come out bit for bit)."""
+    """Tensors of a safetensors file, in memory of their own (aligned as torch aligns, so that products come
+    out bit for bit).
+    """
     try:
         return {name: tensor.to(device, copy=True) for name, tensor in load(content).items()}
     except (SafetensorError, ValueError, KeyError) as exc:
@@ -189,4 +215,6 @@ def unpack(path: Path, content: bytes, device: torch.device | str = "cpu") -> di
 
 def canonical(values: Mapping[str, Any]) -> bytes:
     """A mapping as one line of JSON, always the same bytes."""
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+    return (
+        json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+    )

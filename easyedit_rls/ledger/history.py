@@ -38,17 +38,18 @@ class Entry:
     """One change of a state. It never changes, so copies of a state share it.
 
     Attributes:
-        kind: 'edit', 'retract' (edits taken out), 'adopt' (weights that somebody else wrote), or in ledgers of earlier versions 'rebuild'
-            (all layers summed anew).
+        kind: 'edit', 'retract' (edits taken out), 'adopt' (weights that somebody else wrote), or in ledgers
+            of earlier versions 'rebuild' (all layers summed anew).
         edits: facts edited in.
         removed: numbers of edits taken out by it, before any of its own came in.
-        rebuilt: layers whose solution was summed anew from the edits that stand, in float64, before its own edits came in.
+        rebuilt: layers whose solution was summed anew from the edits that stand, in float64, before its own
+            edits came in.
         factors: layer -> forgetting factor γ of this batch.
         weights: `weights_fingerprint` of the edited weights after it.
         time: when, ISO 8601, UTC.
         version: of this package.
-        data: loads the tensors: ``K.<layer>`` (u, d_k), ``V.<layer>`` (u, d_v), ``importance`` (u,), or with a dimension more, (u, r, …),
-            where an edit has r rows (setting `keys`); for 'adopt' ``W.<layer>``.
+        data: loads the tensors: ``K.<layer>`` (u, d_k), ``V.<layer>`` (u, d_v), ``importance`` (u,), or with
+            a dimension more, (u, r, …), where an edit has r rows (setting `keys`); for 'adopt' ``W.<layer>``.
     """
 
     kind: str
@@ -93,17 +94,30 @@ class Entry:
         """The entry that `to_dict` was called on, with its tensors behind `data`."""
         edits = []
         for edit in values["edits"]:
-            request = EditRequest.from_dict({key: value for key, value in edit.items() if key not in ("id", "row")})
+            request = EditRequest.from_dict(
+                {key: value for key, value in edit.items() if key not in ("id", "row")}
+            )
             edits.append(Edit(edit["id"], request, edit["row"]))
         factors = {int(layer): factor for layer, factor in values["factors"].items()}
         rebuilt = tuple(values.get("rebuilt", ()))  # since format 2
         removed, weights = tuple(values["removed"]), values["weights"]
-        return cls(values["kind"], tuple(edits), removed, rebuilt, factors, weights, values["time"], values["version"], data)
+        return cls(
+            values["kind"],
+            tuple(edits),
+            removed,
+            rebuilt,
+            factors,
+            weights,
+            values["time"],
+            values["version"],
+            data,
+        )
 
 
 @dataclass(frozen=True)
 class History:
-    """The entries of one stream in order, without those that were rolled back. A value: a change makes a new one.
+    """The entries of one stream in order, without those that were rolled back. A value: a change makes a new
+    one.
 
     Attributes:
         entries: the changes that stand.
@@ -130,7 +144,12 @@ class History:
         Raises:
             RequestError: one takes out an edit that does not stand, or brings in a number that was used.
         """
-        live, made_by, questions, next_id = dict(self.live), dict(self._made_by), dict(self._questions), self.next_id
+        live, made_by, questions, next_id = (
+            dict(self.live),
+            dict(self._made_by),
+            dict(self._questions),
+            self.next_id,
+        )
         for index, entry in enumerate(entries, len(self.entries)):
             for edit_id in _standing(entry.removed, live) if entry.removed else ():
                 question = live.pop(edit_id).request.question
@@ -140,11 +159,15 @@ class History:
                     del questions[question]
             for edit in entry.edits:
                 if edit.edit_id < next_id:
-                    raise RequestError(f"number {edit.edit_id} was used before; the next is {next_id}.", field="edit_ids")
+                    raise RequestError(
+                        f"number {edit.edit_id} was used before; the next is {next_id}.", field="edit_ids"
+                    )
                 live[edit.edit_id], made_by[edit.edit_id], next_id = edit, index, edit.edit_id + 1
                 questions[edit.request.question] = (*questions.get(edit.request.question, ()), edit.edit_id)
         n_batches = self.n_batches + sum(entry.kind == "edit" for entry in entries)
-        return History((*self.entries, *entries), live, next_id, n_batches, self.fingerprints, made_by, questions)
+        return History(
+            (*self.entries, *entries), live, next_id, n_batches, self.fingerprints, made_by, questions
+        )
 
     def with_entries(self, others: Mapping[int, Entry]) -> "History":
         """The same with other entries in the places of some, by their `id`."""
@@ -161,7 +184,9 @@ class History:
 
     def conflicts(self, requests: Sequence[EditRequest]) -> list[int]:
         """Numbers of the edits that answer the same prompt as one of the requests, in order."""
-        return sorted({edit_id for request in requests for edit_id in self._questions.get(request.question, ())})
+        return sorted(
+            {edit_id for request in requests for edit_id in self._questions.get(request.question, ())}
+        )
 
     def is_newest(self, edit: Edit) -> bool:
         """Whether no later edit answers the same prompt (on_conflict: keep lets several stand)."""
@@ -178,7 +203,8 @@ class History:
     def standing(
         self, layers: Sequence[int], edit_ids: Iterable[int] | None = None, device: torch.device | None = None
     ) -> Iterator[dict[int, list[Tensor]]]:
-        """Keys, targets and what is left of the importances of edits that stand, entry after entry, each read once.
+        """Keys, targets and what is left of the importances of edits that stand, entry after entry, each read
+        once.
 
         Args:
             layers: which layers' tensors.
@@ -186,7 +212,8 @@ class History:
             device: where the tensors go.
 
         Yields:
-            layer -> [K (u, d_k), V (u, d_v), D (u,)], or with a dimension more (see `Entry.data`), in order of the numbers.
+            layer -> [K (u, d_k), V (u, d_v), D (u,)], or with a dimension more (see `Entry.data`), in order
+            of the numbers.
         """
         rows: dict[int, list[int]] = {}
         for edit_id in self.live if edit_ids is None else sorted(edit_ids):
@@ -199,10 +226,14 @@ class History:
             faded = {layer: _faded(D, left[layer][index], device) for layer, (_, _, D) in found.items()}
             yield {layer: [K.to(device), V.to(device), faded[layer]] for layer, (K, V, _) in found.items()}
 
-    def tensors(self, edit_ids: Iterable[int], layers: Sequence[int], device: torch.device | None = None) -> dict[int, list[Tensor]]:
+    def tensors(
+        self, edit_ids: Iterable[int], layers: Sequence[int], device: torch.device | None = None
+    ) -> dict[int, list[Tensor]]:
         """The same in one piece: layer -> [K, V, D]."""
         parts = list(self.standing(layers, edit_ids, device))
-        return {layer: [torch.cat(column) for column in zip(*(part[layer] for part in parts))] for layer in layers}
+        return {
+            layer: [torch.cat(column) for column in zip(*(part[layer] for part in parts))] for layer in layers
+        }
 
     def _left(self, layers: Sequence[int]) -> dict[int, list[float]]:
         """layer -> what later batches have left of the importances of each entry."""
@@ -214,7 +245,9 @@ class History:
 
 
 def _faded(importance: Tensor, left: float, device: torch.device | None) -> Tensor:
-    """What is left of importances; in the widest dtype, since what fades in float64 has to be taken out to the last digit."""
+    """What is left of importances; in the widest dtype, since what fades in float64 has to be taken out to
+    the last digit.
+    """
     if left == 1.0:
         return importance.to(device)
     return (importance.double() * left).to(device, widest_dtype(device or importance.device))
@@ -225,11 +258,15 @@ def _standing(edit_ids: Iterable[int], live: Mapping[int, Edit]) -> list[int]:
     given = listed(edit_ids, "edit_ids", "numbers")
     for edit_id in given:
         if isinstance(edit_id, bool) or not isinstance(edit_id, Integral):
-            raise ArgumentError(f"edit_ids holds {edit_id!r}, a {type(edit_id).__name__}, not the number of an edit.")
+            raise ArgumentError(
+                f"edit_ids holds {edit_id!r}, a {type(edit_id).__name__}, not the number of an edit."
+            )
     wanted = sorted(set(map(int, given)))
     unknown = [edit_id for edit_id in wanted if edit_id not in live]
     if unknown or not wanted:
         numbers = ", ".join(map(str, unknown)) or "none given"
         has = f"{len(live)} edits stand" + (f", numbers {min(live)} to {max(live)}" if live else "")
-        raise RequestError(f"no such edit: {numbers}; {has}. `easyedit-rls state log` lists them.", field="edit_ids")
+        raise RequestError(
+            f"no such edit: {numbers}; {has}. `easyedit-rls state log` lists them.", field="edit_ids"
+        )
     return wanted

@@ -34,7 +34,8 @@ class LayerFigures:
         d_k: width of the keys.
         d_v: width of the outputs.
         deviation: ‖W − W_0‖/‖W_0‖.
-        edits_term: Σ d_i ‖k_i W − v_i‖², what the edits still miss (older ones as far as they have not faded).
+        edits_term: Σ d_i ‖k_i W − v_i‖², what the edits still miss (older ones as far as they have not
+            faded).
         deviation_term: λ² ‖W − W_0‖².
         anchor_term: μ² ‖K_0 W − V_0‖².
         drift: relative error of the covariance, seen through probes.
@@ -63,8 +64,8 @@ class RebuildFigures:
         is_symmetric: whether C is, exactly.
         is_positive_definite: whether C is.
         drift: relative error of the covariance, seen through probes.
-        weight_error: ‖W − W_batch‖/‖W_batch − W_0‖, the edits that stand counted as far as they have not faded; None where other people's
-            weights were adopted.
+        weight_error: ‖W − W_batch‖/‖W_batch − W_0‖, the edits that stand counted as far as they have not
+            faded; None where other people's weights were adopted.
     """
 
     layer: int
@@ -100,13 +101,17 @@ def check_files(folder: Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def unexpected(folder: Path) -> list[str]:
-    """What has no place in a ledger, or lies behind the last event that counts; the next editor sets it aside."""
+    """What has no place in a ledger, or lies behind the last event that counts; the next editor sets it
+    aside.
+    """
     in_use = newest(folder)
     behind = [] if in_use is None else [f"{path} from byte {n_bytes} on" for path, n_bytes in tails(in_use)]
     return [*map(str, leftovers(folder, in_use)), *behind]
 
 
-def layer_figures(prior: Prior, solution: LayerSolver, history: History, layer: int, manifest: Manifest) -> LayerFigures:
+def layer_figures(
+    prior: Prior, solution: LayerSolver, history: History, layer: int, manifest: Manifest
+) -> LayerFigures:
     """Deviation and the three terms of the paper's objective at the weight as it is."""
     lambda_reg, mu_reg = float(manifest.objective["lambda_reg"]), float(manifest.objective["mu_reg"])
     W, W_0, W_p = (tensor.double() for tensor in (solution.weight, prior.unedited, prior.solution.weight))
@@ -124,7 +129,9 @@ def layer_figures(prior: Prior, solution: LayerSolver, history: History, layer: 
         anchor = float((W * (gram @ W)).sum() - 2 * (W * cross).sum()) + mu_reg**2 * prior.anchor_energy
     relative = deviation**0.5 / float(W_0.norm())
     d_k, d_v = W.shape
-    return LayerFigures(layer, d_k, d_v, relative, missed, lambda_reg**2 * deviation, max(anchor, 0.0), solution.drift())
+    return LayerFigures(
+        layer, d_k, d_v, relative, missed, lambda_reg**2 * deviation, max(anchor, 0.0), solution.drift()
+    )
 
 
 def rebuild_figures(journal: Journal, moment: Moment, layer: int) -> RebuildFigures:
@@ -152,10 +159,15 @@ def log_rows(journal: Journal) -> list[dict[str, Any]]:
     n_batches, last = int(journal.lines[0].entry.get("n_batches", 0)), None
     for line in journal.lines:
         if line.kind == "rollback" and last is not None:
-            for edit_id, status in [*((e.edit_id, "rolled back") for e in last.edits), *((i, "stands") for i in last.removed)]:
+            for edit_id, status in [
+                *((e.edit_id, "rolled back") for e in last.edits),
+                *((i, "stands") for i in last.removed),
+            ]:
                 of_edit[edit_id]["status"] = status
             n_batches -= last.kind == "edit"
-            rows.append({"time": line.time, "kind": "rollback", "edits": [edit.edit_id for edit in last.edits]})
+            rows.append(
+                {"time": line.time, "kind": "rollback", "edits": [edit.edit_id for edit in last.edits]}
+            )
         elif line.kind == "entry":
             entry = last = journal.entry(line)
             n_batches += entry.kind == "edit"
@@ -163,7 +175,13 @@ def log_rows(journal: Journal) -> list[dict[str, Any]]:
             for edit_id in entry.removed:
                 of_edit[edit_id]["status"] = "retracted" if entry.kind == "retract" else "superseded"
             if entry.kind != "edit" or entry.removed:
-                rows.append({**common, "kind": "supersede" if entry.kind == "edit" else entry.kind, "edits": list(entry.removed)})
+                rows.append(
+                    {
+                        **common,
+                        "kind": "supersede" if entry.kind == "edit" else entry.kind,
+                        "edits": list(entry.removed),
+                    }
+                )
             for edit in entry.edits:
                 of_edit[edit.edit_id] = {
                     **common,

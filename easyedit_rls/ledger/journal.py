@@ -1,15 +1,20 @@
-"""One journal: an append-only index, the tensors of all changes, checkpoints, and the head that says how far all that counts.
+"""One journal: an append-only index, the tensors of all changes, checkpoints, and the head that says how far
+all that counts.
 
     index.jsonl                          a line each event, with the SHA-256 and size of what it brought
-    entries.bin                          keys, targets, importances of all changes, a safetensors record each, one behind the other
-    head.json                            format, how many lines count, their length and SHA-256: the commit point
+    entries.bin                          keys, targets, importances of all changes, a safetensors record each,
+                                         one behind the other
+    head.json                            format, how many lines count, their length and SHA-256:
+                                         the commit point
     manifest.json                        whose state it is (see `manifest`)
     unedited-layer-3.safetensors         the weight before the first edit
     prior-layer-3.safetensors            the state before the first edit, and what a rebuild begins with
-    checkpoint-000040-layer-3.safetensors  the state after 40 lines of the index; the last two checkpoints are kept
+    checkpoint-000040-layer-3.safetensors  the state after 40 lines of the index;
+                                         the last two checkpoints are kept
 
-An event counts from the moment the new head is renamed into place. Whatever lies behind it on disk, whole or torn, was never reported
-as done: it is ignored, and set aside by the next writer. In format 1 each change had a file of its own, ``entry-000001.safetensors``.
+An event counts from the moment the new head is renamed into place. Whatever lies behind it on disk, whole or
+torn, was never reported as done: it is ignored, and set aside by the next writer. In format 1 each change had
+a file of its own, ``entry-000001.safetensors``.
 """
 
 import hashlib
@@ -26,7 +31,17 @@ from torch import Tensor
 
 from easyedit_rls._base.files import Stamp, sync_folder, write_all, write_file
 from easyedit_rls.errors import LedgerError
-from easyedit_rls.ledger.files import canonical, is_file_name, open_regular, pack, parsed, read_file, read_part, read_small, unpack
+from easyedit_rls.ledger.files import (
+    canonical,
+    is_file_name,
+    open_regular,
+    pack,
+    parsed,
+    read_file,
+    read_part,
+    read_small,
+    unpack,
+)
 from easyedit_rls.ledger.history import Entry
 
 FORMAT = 2
@@ -49,7 +64,8 @@ class Line:
     Attributes:
         kind: 'begin', 'entry', 'rollback', 'checkpoint' or 'reset'.
         files: name -> stamp of the files it brought.
-        record: where its tensors are in `ENTRIES`: offset and stamp; None if there are none, or they are in a file.
+        record: where its tensors are in `ENTRIES`: offset and stamp; None if there are none, or they are in a
+            file.
         entry: for 'entry', what `Entry.to_dict` gave; for 'begin', what the history begins with; else empty.
         time: ISO 8601, UTC.
     """
@@ -118,7 +134,9 @@ class Position:
         n_lines, n_index = self.n_lines + 1, self.n_index + len(encoded)
         n_data = self.n_data if line.record is None else line.record[0] + line.record[1].n_bytes
         since = 0 if line.kind in ("begin", "checkpoint") else self.since_checkpoint + 1
-        checkpoints = (*self.checkpoints, tuple(line.files)) if line.kind == "checkpoint" else self.checkpoints
+        checkpoints = (
+            (*self.checkpoints, tuple(line.files)) if line.kind == "checkpoint" else self.checkpoints
+        )
         head = _head_of(n_lines, n_index, digest.hexdigest())
         return Position(head, digest, n_lines, n_index, n_data, since, checkpoints[-3:], line.kind == "reset")
 
@@ -141,7 +159,9 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if folder.is_symlink():
-            raise LedgerError(f"{folder} is a link. The journals of a ledger must be its own: put the folder itself there.")
+            raise LedgerError(
+                f"{folder} is a link. The journals of a ledger must be its own: put the folder itself there."
+            )
         raw, head = read_head(folder)
         self.lines: list[Line] = []
         self.position = Position()
@@ -158,11 +178,15 @@ class Journal:
         except LedgerError:
             raise
         except OSError as exc:
-            raise LedgerError(f"{path} can't be read: {exc.strerror}. Put it back from a backup, or mend the permissions.") from exc
+            raise LedgerError(
+                f"{path} can't be read: {exc.strerror}. Put it back from a backup, or mend the permissions."
+            ) from exc
         if self.position.n_index != n_bytes or self.position.digest.hexdigest() != head["index_sha256"]:
             raise LedgerError(f"{path} is damaged: it is not what {HEAD} says. Put both back from a backup.")
         if len(self.lines) != head["lines"]:
-            raise LedgerError(f"{folder / HEAD} is damaged: it counts {head['lines']} lines of {len(self.lines)}. {_BACKUP}")
+            raise LedgerError(
+                f"{folder / HEAD} is damaged: it counts {head['lines']} lines of {len(self.lines)}. {_BACKUP}"
+            )
         if [line.kind for line in self.lines].count("begin") != 1 or self.lines[0].kind != "begin":
             raise LedgerError(f"{path} is damaged: it does not begin as a journal does. {_BACKUP}")
         self.position = replace(self.position, head=raw)
@@ -216,12 +240,21 @@ def _load(folder: Path, line: Line) -> dict[str, Tensor]:
     for name, stamp in line.files.items():  # format 1
         found |= unpack(folder / name, read_file(folder / name, stamp))
     rows = [edit["row"] for edit in line.entry["edits"]]
-    if any(not 0 <= row < len(tensor) for row in rows for name, tensor in found.items() if not name.startswith("W.")):
-        raise LedgerError(f"{folder / INDEX} is damaged: it tells of more edits than {folder / ENTRIES} holds. {_BACKUP}")
+    if any(
+        not 0 <= row < len(tensor)
+        for row in rows
+        for name, tensor in found.items()
+        if not name.startswith("W.")
+    ):
+        raise LedgerError(
+            f"{folder / INDEX} is damaged: it tells of more edits than {folder / ENTRIES} holds. {_BACKUP}"
+        )
     return found
 
 
-def create(folder: Path, files: Mapping[str, bytes], beginning: Mapping[str, Any]) -> tuple[Position, list[Line]]:
+def create(
+    folder: Path, files: Mapping[str, bytes], beginning: Mapping[str, Any]
+) -> tuple[Position, list[Line]]:
     """Write a new journal into a folder that nobody knows of yet; its head is the caller's affair.
 
     Args:
@@ -265,7 +298,8 @@ def prepare(folder: Path, at: Position, events: Sequence[Event]) -> tuple[Positi
         encoded.append(line.encode())
         if len(encoded[-1]) > _MOST_TEXT and line.kind == "entry":
             raise LedgerError(
-                f"The texts of the batch take {len(encoded[-1]) / 1e6:.0f} MB, and a ledger takes {_MOST_TEXT / 1e6:.0f} MB at once. "
+                f"The texts of the batch take {len(encoded[-1]) / 1e6:.0f} MB, "
+                f"and a ledger takes {_MOST_TEXT / 1e6:.0f} MB at once. "
                 "Edit fewer facts a batch, or leave out what is for evaluation alone."
             )
         lines.append(line)
@@ -291,7 +325,9 @@ def tail_of(path: Path, n_bytes: int) -> int:
 
 
 def commit_file(path: Path, spare: Path, content: bytes, before: bytes | None) -> None:
-    """Replace a small file in one moment, its content before kept under a second name: to go back takes no room on a full disk."""
+    """Replace a small file in one moment, its content before kept under a second name: to go back takes no
+    room on a full disk.
+    """
     spare.unlink(missing_ok=True)
     if before is not None:
         try:
@@ -313,7 +349,10 @@ def restore(path: Path, spare: Path, content: bytes) -> None:
 def entry_event(entry: Entry, data: Mapping[str, Tensor]) -> Event:
     """A change, to be written down with its tensors if it has any."""
     text = entry.to_dict()
-    return Event(Line("entry", entry=text, time=entry.time), data=pack(data, {"entry": json.dumps(text)}) if data else None)
+    return Event(
+        Line("entry", entry=text, time=entry.time),
+        data=pack(data, {"entry": json.dumps(text)}) if data else None,
+    )
 
 
 def read_head(folder: Path) -> tuple[bytes, dict[str, Any]]:
@@ -326,7 +365,10 @@ def read_head(folder: Path) -> tuple[bytes, dict[str, Any]]:
     raw = read_small(path)
     head = parsed(path, lambda: json.loads(raw))
     if isinstance(head, dict) and isinstance(head.get("format", 1), int) and head.get("format", 1) > FORMAT:
-        raise LedgerError(f"{path} has format {head['format']}; this version reads up to {FORMAT}. Use the package that wrote it.")
+        raise LedgerError(
+            f"{path} has format {head['format']}; this version reads up to {FORMAT}. "
+            "Use the package that wrote it."
+        )
     if not isinstance(head, dict) or raw not in _heads_like(head):
         raise LedgerError(f"{path} is damaged. Put it back from a backup.")
     return raw, head
@@ -348,7 +390,9 @@ def _head_of(n_lines: int, n_bytes: int, sha256: str) -> bytes:
 
 def _write_behind(path: Path, offset: int, content: bytes) -> None:
     handle = open_regular(path, os.O_RDWR | os.O_CREAT)
-    if os.fstat(handle).st_nlink > 1:  # a file under a second name is somebody else's too: this one gets a copy of its own
+    if (
+        os.fstat(handle).st_nlink > 1
+    ):  # a file under a second name is somebody else's too: this one gets a copy of its own
         os.close(handle)
         with open(path, "rb") as whole:
             write_file(path, whole.read(offset))

@@ -1,4 +1,5 @@
-"""The ledger: a folder with the journals of one model, one of them in use, and the lock that keeps writers apart.
+"""The ledger: a folder with the journals of one model, one of them in use, and the lock that keeps writers
+apart.
 
 ledger.lock       held by the one editor that writes
 ledger.json       format, and which journal is in use
@@ -6,9 +7,10 @@ journal-0001/     all that was edited, from the first batch on (see `journal`)
 journal-0002/     after edits were forgotten (`reset`) or compacted
 set-aside/        what was found here and has no place in a ledger, or lay behind the last event that counts
 
-An event is done when one file has been renamed into place: the head of the journal, or for a new journal `ledger.json`. Every step before
-that leaves the ledger as it was; every step after it can be missed. What a writer takes for done is a `Place`; where the disk and its
-own last attempt say something else, the disk is put back first, and where somebody else wrote, nothing is touched.
+An event is done when one file has been renamed into place: the head of the journal, or for a new journal
+`ledger.json`. Every step before that leaves the ledger as it was; every step after it can be missed. What a
+writer takes for done is a `Place`; where the disk and its own last attempt say something else, the disk is
+put back first, and where somebody else wrote, nothing is touched.
 """
 
 import logging
@@ -107,7 +109,9 @@ class Ledger:
         except (OSError, ValueError, InputError) as exc:
             if isinstance(exc, LedgerError):
                 raise
-            raise LedgerError(f"{str(folder)!r} can't be a ledger's folder: {str(exc).rstrip('.')}. Give another state_dir.") from exc
+            raise LedgerError(
+                f"{str(folder)!r} can't be a ledger's folder: {str(exc).rstrip('.')}. Give another state_dir."
+            ) from exc
         self._lock = FileLock(self.folder / LOCK, thread_local=False)  # any thread may write, in its turn
         self._pid, self._is_tidy = os.getpid(), False
         self._attempt: _Attempt | None = None
@@ -118,8 +122,8 @@ class Ledger:
             self._identity = _identity(self.folder / LOCK)
         except Timeout as exc:
             raise LedgerError(
-                f"The ledger in {self.folder} is held by another editor, in this process or another. Close that one (close(), or let the "
-                "process end), or give this one a folder of its own."
+                f"The ledger in {self.folder} is held by another editor, in this process or another. "
+                "Close that one (close(), or let the process end), or give this one a folder of its own."
             ) from exc
         except LedgerError:
             raise
@@ -169,7 +173,11 @@ class Ledger:
             return Place(place.folder, position), lines[-1]
 
     def begin(
-        self, place: Place, files: Mapping[str, bytes], beginning: Mapping[str, Any], parts: Iterable[Sequence[Event]]
+        self,
+        place: Place,
+        files: Mapping[str, bytes],
+        beginning: Mapping[str, Any],
+        parts: Iterable[Sequence[Event]],
     ) -> tuple[Place, Line]:
         """Begin a new journal; it counts with all events that it begins with, or not at all.
 
@@ -198,11 +206,18 @@ class Ledger:
             os.rename(aside, final)
             sync_folder(self.folder)
             pointer = self.folder / POINTER
-            commit_file(pointer, self.folder / _SPARE, pointer_of(final.name), read_small(pointer) if pointer.exists() else None)
+            commit_file(
+                pointer,
+                self.folder / _SPARE,
+                pointer_of(final.name),
+                read_small(pointer) if pointer.exists() else None,
+            )
             return Place(final, position), lines[-1]
 
     def put_back(self, place: Place) -> None:
-        """Make the disk say what the writer takes for done. Where it doesn't allow even that, it is tried again before the next event."""
+        """Make the disk say what the writer takes for done. Where it doesn't allow even that, it is tried
+        again before the next event.
+        """
         if self._attempt is None or self._attempt.mark == place.mark:
             return
         try:
@@ -215,7 +230,8 @@ class Ledger:
             logger.warning("The ledger in %s could not be put back: %s", self.folder, exc)
 
     def settle(self, place: Place) -> None:
-        """The last chance to put back what could not be: an event that was told of as failed must not be found by the next editor.
+        """The last chance to put back what could not be: an event that was told of as failed must not be
+        found by the next editor.
 
         Raises:
             LedgerError: it still can't be.
@@ -231,7 +247,11 @@ class Ledger:
             LedgerError: the disk doesn't allow it. They don't count any more.
         """
         self._check_writer()
-        older = [path for path in journals(self.folder) if (journal_number(path.name) or 0) < (journal_number(keep.name) or 0)]
+        older = [
+            path
+            for path in journals(self.folder)
+            if (journal_number(path.name) or 0) < (journal_number(keep.name) or 0)
+        ]
         try:
             for path in older:
                 if path.is_dir() and not path.is_symlink():
@@ -239,7 +259,10 @@ class Ledger:
                     path.rename(gone)
                     shutil.rmtree(gone)
         except OSError as exc:
-            raise LedgerError(f"Journals before {keep} can't be removed: {exc.strerror or exc}. They count no more: remove them.") from exc
+            raise LedgerError(
+                f"Journals before {keep} can't be removed: {exc.strerror or exc}. "
+                "They count no more: remove them."
+            ) from exc
 
     def close(self) -> None:
         """Let other editors have it. In a forked process nothing happens: the lock is the parent's."""
@@ -286,19 +309,23 @@ class Ledger:
         """
         if os.getpid() != self._pid:
             raise LedgerError(
-                f"The ledger in {self.folder} belongs to process {self._pid}, from which this one was forked. Make a new editor here, with "
-                "a state_dir of its own."
+                f"The ledger in {self.folder} belongs to process {self._pid}, "
+                "from which this one was forked. Make a new editor here, with a state_dir of its own."
             )
         if not self._lock.is_locked:
-            raise LedgerError(f"The ledger in {self.folder} was closed. Make a new editor with the same state_dir.")
+            raise LedgerError(
+                f"The ledger in {self.folder} was closed. Make a new editor with the same state_dir."
+            )
         if _identity(self.folder / LOCK) != self._identity:
             raise LedgerError(
-                f"The lock of the ledger in {self.folder} was taken away ({LOCK} was removed or replaced): another editor may write there. "
+                f"The lock of the ledger in {self.folder} was taken away ({LOCK} was removed or replaced): "
+                "another editor may write there. "
                 "Close this editor and make a new one with the same state_dir."
             )
 
     def _check_disk(self, place: Place) -> None:
-        """See that the disk is where the writer takes it to be; before the first event, set aside what has no place here.
+        """See that the disk is where the writer takes it to be; before the first event, set aside what has no
+        place here.
 
         Raises:
             LedgerError: somebody else wrote.
@@ -328,7 +355,8 @@ class Ledger:
 
     def _foreign(self) -> LedgerError:
         return LedgerError(
-            f"The ledger in {self.folder} was written by somebody else since this editor did. Nothing was changed; close this editor, and "
+            f"The ledger in {self.folder} was written by somebody else since this editor did. "
+            "Nothing was changed; close this editor, and "
             "make a new one of the unedited model with the same state_dir."
         )
 
@@ -336,7 +364,10 @@ class Ledger:
         if self._attempt is None:
             done = "Nothing was changed; make room or mend the permissions, then try again."
         else:
-            done = "What was begun can't be taken back either; that is tried again before the next change, and by close(). Mend the disk."
+            done = (
+                "What was begun can't be taken back either; that is tried again before the next change, "
+                "and by close(). Mend the disk."
+            )
         return LedgerError(f"The ledger in {self.folder} can't be written: {exc.strerror or exc}. {done}")
 
 
@@ -345,7 +376,9 @@ def _whole(folder: Path) -> Path:
 
 
 def _refuse_unless_own(path: Path) -> None:
-    """Refuse a lock file that is a link or no file: the lock would be taken, and the file cut, somewhere else."""
+    """Refuse a lock file that is a link or no file: the lock would be taken, and the file cut, somewhere
+    else.
+    """
     if path.exists() or path.is_symlink():
         os.close(open_regular(path))
 

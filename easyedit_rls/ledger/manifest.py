@@ -16,8 +16,15 @@ from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import fingerprint
 
 _INFORMATION = ("format", "created", "version", "model", "templates", "settings")  # not compared
-_ADDED_LATER = ("nullspace_weight", "nullspace_threshold", "keys")  # settings whose defaults are what there was before them
-_USED_ONCE = ("n_templates", "mom2_tolerance")  # only before the first edit: no matter to a ledger that does not know them
+_ADDED_LATER = (
+    "nullspace_weight",
+    "nullspace_threshold",
+    "keys",
+)  # settings whose defaults are what there was before them
+_USED_ONCE = (
+    "n_templates",
+    "mom2_tolerance",
+)  # only before the first edit: no matter to a ledger that does not know them
 
 
 @dataclass(frozen=True)
@@ -69,16 +76,22 @@ class Manifest:
         """
         values = json.loads(content)
         if not 1 <= int(values["format"]) <= FORMAT:
-            raise LedgerError(f"{where} has format {values['format']}; this version reads up to {FORMAT}. Use the package that wrote it.")
+            raise LedgerError(
+                f"{where} has format {values['format']}; this version reads up to {FORMAT}. "
+                "Use the package that wrote it."
+            )
         missing = sorted({f.name for f in fields(cls)} - values.keys())
         if missing:
             day = str(values.get("created"))[:10]
             raise LedgerError(
-                f"{where} was written by version {values.get('version')} of the package on {day}, before it was settled "
+                f"{where} was written by version {values.get('version')} of the package on {day}, "
+                "before it was settled "
                 f"what a manifest says (it lacks {', '.join(missing)}). Use the package that wrote it."
             )
         before = {f.name: f.default for f in fields(RLSEditHyperParams) if f.name in _ADDED_LATER}
-        return cls(**{f.name: values[f.name] for f in fields(cls)} | {"objective": {**before, **values["objective"]}})
+        return cls(
+            **{f.name: values[f.name] for f in fields(cls)} | {"objective": {**before, **values["objective"]}}
+        )
 
     def differences(self, other: "Manifest") -> list[str]:
         """Everything in which another model or other settings differ, one text each."""
@@ -91,7 +104,13 @@ class Manifest:
 
 
 def describe(
-    model: PreTrainedModel, layout: Layout, hparams: RLSEditHyperParams, anchors: str, templates: Sequence[str], time: str, version: str
+    model: PreTrainedModel,
+    layout: Layout,
+    hparams: RLSEditHyperParams,
+    anchors: str,
+    templates: Sequence[str],
+    time: str,
+    version: str,
 ) -> Manifest:
     """The manifest of a model under these settings."""
     edited = layout.edited
@@ -106,7 +125,9 @@ def describe(
         modules={str(layer): type(weight.module).__name__ for layer, weight in edited.items()},
         parameters={str(layer): weight.parameter_name for layer, weight in edited.items()},
         widths={str(layer): list(weight.shape) for layer, weight in edited.items()},
-        objective=json.loads(json.dumps({key: value for key, value in hparams.objective().items() if key != "stats_dir"})),
+        objective=json.loads(
+            json.dumps({key: value for key, value in hparams.objective().items() if key != "stats_dir"})
+        ),
         anchors=anchors,
         templates=list(templates),
         settings=json.loads(json.dumps(hparams.to_dict(), default=str)),

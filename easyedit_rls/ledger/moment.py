@@ -1,4 +1,6 @@
-"""All that is remembered of one model's edits, at one moment. It is a value: a change makes a new moment, the old one stays."""
+"""All that is remembered of one model's edits, at one moment. It is a value: a change makes a new moment, the
+old one stays.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -24,9 +26,11 @@ class Moment:
         beginnings: layer -> what a rebuild begins with.
         templates: context templates of the keys and values.
         history: what was edited.
-        before: the moment before the last change, which a roll-back goes to; None where that change can't be taken back.
+        before: the moment before the last change, which a roll-back goes to; None where that change can't be
+            taken back.
         place: in the ledger, if there is one.
-        unbegun: files of a journal that is to begin with the first change; None where it has begun, or there is no ledger.
+        unbegun: files of a journal that is to begin with the first change; None where it has begun, or there
+            is no ledger.
     """
 
     solutions: Mapping[int, LayerSolver] = field(default_factory=dict)
@@ -47,7 +51,15 @@ class Moment:
             history = history.with_entries(loaded)
             before = None if before is None else replace(before, history=before.history.with_entries(loaded))
         own, beginnings = copy.deepcopy(dict(self.solutions), memo), dict(self.beginnings)
-        return replace(self, solutions=own, history=history, before=before, beginnings=beginnings, place=Place(), unbegun=None)
+        return replace(
+            self,
+            solutions=own,
+            history=history,
+            before=before,
+            beginnings=beginnings,
+            place=Place(),
+            unbegun=None,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -55,10 +67,18 @@ class Moment:
         return next(iter(self.solutions.values())).weight.device
 
     def weight(self, layer: int) -> Tensor:
-        """What the model's weight is at this moment, (d_k, d_v). Anchors with values of their own count from the first edit on."""
-        return self.solutions[layer].weight if self.history.entries or self.history.n_batches else self.unedited[layer]
+        """What the model's weight is at this moment, (d_k, d_v). Anchors with values of their own count from
+        the first edit on.
+        """
+        return (
+            self.solutions[layer].weight
+            if self.history.entries or self.history.n_batches
+            else self.unedited[layer]
+        )
 
-    def changed(self, solutions: Mapping[int, LayerSolver], history: History, place: Place, *, is_final: bool = False) -> "Moment":
+    def changed(
+        self, solutions: Mapping[int, LayerSolver], history: History, place: Place, *, is_final: bool = False
+    ) -> "Moment":
         """The moment after a change; one that is final can't be rolled back."""
         before = None if is_final else replace(self, before=None)
         return replace(self, solutions=solutions, history=history, place=place, before=before)

@@ -1,4 +1,6 @@
-"""Which journal of a ledger is in use, and how it is read while an editor writes: all of one moment, or once more."""
+"""Which journal of a ledger is in use, and how it is read while an editor writes: all of one moment, or once
+more.
+"""
 
 import contextlib
 import json
@@ -21,7 +23,11 @@ _PAUSE_S = 0.02
 
 def journals(folder: Path) -> list[Path]:
     """Folders of all journals, oldest first."""
-    numbered = [(number, path) for path in folder.glob("journal-*") if (number := journal_number(path.name)) is not None]
+    numbered = [
+        (number, path)
+        for path in folder.glob("journal-*")
+        if (number := journal_number(path.name)) is not None
+    ]
     return [path for _, path in sorted(numbered)]
 
 
@@ -35,7 +41,10 @@ def newest(folder: Path) -> Path | None:
     if name is None:
         return next(reversed(journals(folder)), None)
     if not (folder / name).is_dir():
-        raise LedgerError(f"{folder / name} is missing, although {POINTER} says that it is in use. Put it back from a backup.")
+        raise LedgerError(
+            f"{folder / name} is missing, although {POINTER} says that it is in use. "
+            "Put it back from a backup."
+        )
     return folder / name
 
 
@@ -61,7 +70,10 @@ def read_pointer(folder: Path) -> str | None:
     raw = read_small(path)
     values = parsed(path, lambda: json.loads(raw))
     if isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] > FORMAT:
-        raise LedgerError(f"{path} has format {values['format']}; this version reads up to {FORMAT}. Use the package that wrote it.")
+        raise LedgerError(
+            f"{path} has format {values['format']}; this version reads up to {FORMAT}. "
+            "Use the package that wrote it."
+        )
     name = values.get("journal") if isinstance(values, dict) else None
     if not isinstance(name, str) or journal_number(name) is None or raw != pointer_of(name):
         raise LedgerError(f"{path} is damaged. Put it back from a backup.")
@@ -69,7 +81,8 @@ def read_pointer(folder: Path) -> str | None:
 
 
 def at_one_moment(folder: Path, read: Callable[[Journal], T]) -> T:
-    """What a function reads of the journal in use. Where a writer changed the ledger meanwhile, it is read again.
+    """What a function reads of the journal in use. Where a writer changed the ledger meanwhile, it is read
+    again.
 
     Raises:
         LedgerError: there is no ledger, or it is damaged.
@@ -85,11 +98,15 @@ def at_one_moment(folder: Path, read: Callable[[Journal], T]) -> T:
             if _moment(folder) == before:
                 raise
             time.sleep(_PAUSE_S)
-    raise LedgerError(f"The ledger in {folder} changes faster than it can be read. Try again when its editor rests.")
+    raise LedgerError(
+        f"The ledger in {folder} changes faster than it can be read. Try again when its editor rests."
+    )
 
 
 def settled(folder: Path, look: Callable[[], T], is_fine: Callable[[T], bool]) -> T:
-    """What a look at a ledger's files finds. Where it finds something amiss while a writer was at work, it is done again."""
+    """What a look at a ledger's files finds. Where it finds something amiss while a writer was at work, it is
+    done again.
+    """
     for _ in range(_TRIES):
         before, found = _moment(folder), None
         with contextlib.suppress(OSError):  # a file that a writer removed meanwhile

@@ -1,7 +1,8 @@
 """A layer summed anew from its ledger, and a change made again bit for bit.
 
-The recursion never needs it while float32 holds what it must. It does where the covariance or the weight has drifted, or where edits
-are to be taken out that were nearly all the state knew of their keys: no downdate can tell then what would be left.
+The recursion never needs it while float32 holds what it must. It does where the covariance or the weight has
+drifted, or where edits are to be taken out that were nearly all the state knew of their keys: no downdate can
+tell then what would be left.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,16 @@ from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 
-def rebuilt(beginning: Beginning, current: LayerSolver, history: History, layer: int, removed: Sequence[int] = ()) -> LayerSolver:
-    """The solution of one layer summed anew, in float64 where the device has it, from where on it stays in float64.
+def rebuilt(
+    beginning: Beginning, current: LayerSolver, history: History, layer: int, removed: Sequence[int] = ()
+) -> LayerSolver:
+    """The solution of one layer summed anew, in float64 where the device has it, from where on it stays in
+    float64.
 
     Args:
         beginning: of the layer.
-        current: the solution as the recursion has it. Where somebody else's weights were adopted, its weight is what to go on from.
+        current: the solution as the recursion has it. Where somebody else's weights were adopted, its weight
+            is what to go on from.
         history: the edits, `removed` still among them.
         layer: the layer's number.
         removed: edits that are to be taken out.
@@ -31,18 +36,25 @@ def rebuilt(beginning: Beginning, current: LayerSolver, history: History, layer:
         return current.retract(*history.tensors(removed, [layer], device)[layer]) if removed else current
     device = current.weight.device
     rest = history.plus(Entry("retract", removed=tuple(removed))) if removed else history
-    A, C, W = batch_solution(beginning, (part[layer] for part in rest.standing([layer], device=device)), layer, device)
+    A, C, W = batch_solution(
+        beginning, (part[layer] for part in rest.standing([layer], device=device)), layer, device
+    )
     if history.is_adopted:
         W = current.weight.to(A)
         if removed:
-            K, V, D = flat_rows(*(tensor.to(A) for tensor in history.tensors(removed, [layer], device)[layer]))
+            K, V, D = flat_rows(
+                *(tensor.to(A) for tensor in history.tensors(removed, [layer], device)[layer])
+            )
             W = W - C @ (K.T @ (D[:, None] * (V - K @ W)))
     watch = None if beginning.watch is None else beginning.watch.to(device).rebuilt(A, W)
     return RecursiveLeastSquares.assemble(C, W, A, watch, len(rest.live), current.name)
 
 
 def replayed(
-    solutions: Mapping[int, LayerSolver], entry: Entry, history: History, beginnings: "Mapping[int, Beginning]"
+    solutions: Mapping[int, LayerSolver],
+    entry: Entry,
+    history: History,
+    beginnings: "Mapping[int, Beginning]",
 ) -> tuple[dict[int, LayerSolver], History]:
     """The state after one change more, bit for bit as the editor made it.
 
@@ -57,7 +69,9 @@ def replayed(
     again = layers if entry.kind == "rebuild" else entry.rebuilt
     by_step = [layer for layer in layers if layer not in again]
     gone = history.tensors(entry.removed, by_step, device) if entry.removed and by_step else {}
-    has_tensors = entry.edits or entry.kind == "adopt" or any(factor != 1.0 for factor in entry.factors.values())
+    has_tensors = (
+        entry.edits or entry.kind == "adopt" or any(factor != 1.0 for factor in entry.factors.values())
+    )
     data = entry.data() if has_tensors else {}
     after: dict[int, LayerSolver] = {}
     for layer, solution in solutions.items():

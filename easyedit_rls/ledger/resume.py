@@ -31,7 +31,8 @@ def attach(
     hparams: RLSEditHyperParams,
     anchors: AnchorPairs | Sequence[str] | None,
 ) -> None:
-    """Keep a state in a ledger from now on; if there are edits in it already, bring state and model to where they were.
+    """Keep a state in a ledger from now on; if there are edits in it already, bring state and model to where
+    they were.
 
     Args:
         state: a fresh one.
@@ -43,12 +44,13 @@ def attach(
 
     Raises:
         LedgerError: the ledger is held by another editor, damaged, or can't be written.
-        StateMismatchError: it belongs to another model or other settings; lists every difference. Nothing was changed.
+        StateMismatchError: it belongs to another model or other settings; lists every difference. Nothing was
+            changed.
     """
     if state.layers:
         raise StateMismatchError(
-            f"The state holds {state.n_edits} edits that are not in the ledger {folder}; it may be a deep copy's. "
-            "Make a new editor from the unedited model, or do without state_dir."
+            f"The state holds {state.n_edits} edits that are not in the ledger {folder}; "
+            "it may be a deep copy's. Make a new editor from the unedited model, or do without state_dir."
         )
     ledger = Ledger(Path(folder))
     try:
@@ -58,12 +60,16 @@ def attach(
             manifest = read_manifest(journal)
             differences = manifest.differences(identify(model, layout, hparams, anchors, manifest.templates))
             if not any(text.startswith(("widths", "parameters", "layers")) for text in differences):
-                moment = read_moment(journal, {layer: weight.parameter.device for layer, weight in layout.edited.items()})
+                moment = read_moment(
+                    journal, {layer: weight.parameter.device for layer, weight in layout.edited.items()}
+                )
                 differences += foreign_weights(moment, layout.edited)
             if differences:
                 raise StateMismatchError(
-                    f"The ledger in {ledger.folder} is of another model or other settings: {'; '.join(differences)}. Load the model "
-                    f"that it was made with (unedited, or saved by this editor), by version {manifest.version} of the package on "
+                    f"The ledger in {ledger.folder} is of another model or other settings: "
+                    f"{'; '.join(differences)}. Load the model "
+                    "that it was made with (unedited, or saved by this editor), "
+                    f"by version {manifest.version} of the package on "
                     f"{manifest.created[:10]}, and the same settings, or choose another state_dir."
                 )
         with _restored_if_it_fails(layout):
@@ -89,13 +95,17 @@ def identify(
 
 
 def foreign_weights(moment: Moment, edited: Mapping[int, EditedWeight]) -> list[str]:
-    """What is wrong with the model's edited weights, if anything: they may be unedited, current, or those of an earlier batch."""
+    """What is wrong with the model's edited weights, if anything: they may be unedited, current, or those of
+    an earlier batch.
+    """
     current = [layer for layer in moment.solutions if edited[layer].holds(moment.weight(layer))]
     unedited = [layer for layer, W_0 in moment.unedited.items() if edited[layer].holds(W_0)]
     if len(moment.solutions) in (len(current), len(unedited)):
         return []
     found = fingerprint_of(edited)
-    if found in moment.history.fingerprints or any(entry.weights == found for entry in moment.history.entries):
+    if found in moment.history.fingerprints or any(
+        entry.weights == found for entry in moment.history.entries
+    ):
         logger.info("The model was saved at an earlier batch of this ledger; it is brought up to date")
         return []
     foreign = sorted(set(moment.solutions) - set(current) - set(unedited)) or sorted(moment.solutions)

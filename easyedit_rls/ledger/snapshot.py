@@ -64,14 +64,22 @@ def prior_files(priors: Mapping[int, Prior]) -> dict[str, bytes]:
         if prior.beginning.gram is not None:
             tensors["gram"] = prior.beginning.gram.to_vector()
         if prior.beginning.C_0 is None:
-            tensors["regularizers"] = torch.tensor([prior.beginning.lambda_reg, prior.beginning.mu_reg], dtype=torch.float64)
-        files |= {_prior_name(layer): pack(tensors, {}), _unedited_name(layer): pack({"W": prior.unedited}, {})}
+            tensors["regularizers"] = torch.tensor(
+                [prior.beginning.lambda_reg, prior.beginning.mu_reg], dtype=torch.float64
+            )
+        files |= {
+            _prior_name(layer): pack(tensors, {}),
+            _unedited_name(layer): pack({"W": prior.unedited}, {}),
+        }
     return files
 
 
 def read_manifest(journal: Journal) -> Manifest:
     """Whose state the journal holds."""
-    return parsed(journal.folder / MANIFEST, lambda: Manifest.decode(journal.read(MANIFEST), str(journal.folder / MANIFEST)))
+    return parsed(
+        journal.folder / MANIFEST,
+        lambda: Manifest.decode(journal.read(MANIFEST), str(journal.folder / MANIFEST)),
+    )
 
 
 def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu") -> Prior:
@@ -83,7 +91,9 @@ def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu")
     solution, _ = _solutions({"W": unedited.clone(), **tensors}, layer)
     lambda_reg, mu_reg = (0.0, 0.0) if regularizers is None else regularizers.tolist()
     packed = None if gram is None else PackedSymmetric.from_vector(gram, len(unedited))
-    C_0 = PackedSymmetric.from_dense(solution.covariance()) if regularizers is None else None  # a ledger of the first format
+    C_0 = (
+        PackedSymmetric.from_dense(solution.covariance()) if regularizers is None else None
+    )  # a ledger of the first format
     beginning = Beginning(packed, C_0, lambda_reg, mu_reg, solution.weight, solution.watch)
     return Prior(solution, unedited, beginning, None if energy is None else float(energy))
 
@@ -98,7 +108,9 @@ def read_unedited(journal: Journal, layer: int, device: torch.device | str = "cp
 
 
 def write_checkpoint(ledger: Ledger, moment: Moment) -> Moment:
-    """Store the whole state, so that coming back needs no older entry; all but the last two checkpoints go."""
+    """Store the whole state, so that coming back needs no older entry;
+    all but the last two checkpoints go.
+    """
     place, _ = ledger.record(moment.place, checkpoint_event(moment, moment.place.position.n_lines))
     assert place.folder is not None
     for files in place.position.checkpoints[:-2]:
@@ -133,10 +145,15 @@ def parsed_history(journal: Journal, n_lines: int) -> tuple[History, History | N
         if line.kind == "entry":
             entry = journal.entry(line)
             standing.append(entry)
-            can_go_back, next_id = not entry.is_final, max([next_id, *(edit.edit_id + 1 for edit in entry.edits)])
+            can_go_back, next_id = (
+                not entry.is_final,
+                max([next_id, *(edit.edit_id + 1 for edit in entry.edits)]),
+            )
         elif line.kind == "rollback":
             if not can_go_back:
-                raise LedgerError(f"{journal.folder / INDEX} is damaged: it rolls back what can't be. {_BACKUP}")
+                raise LedgerError(
+                    f"{journal.folder / INDEX} is damaged: it rolls back what can't be. {_BACKUP}"
+                )
             standing.pop()
             can_go_back = False
         elif line.kind == "checkpoint":
@@ -147,7 +164,11 @@ def parsed_history(journal: Journal, n_lines: int) -> tuple[History, History | N
 
 
 def read_moment(
-    journal: Journal, devices: Mapping[int, torch.device] | None = None, *, from_start: bool = False, progress: "tqdm[Any] | None" = None
+    journal: Journal,
+    devices: Mapping[int, torch.device] | None = None,
+    *,
+    from_start: bool = False,
+    progress: "tqdm[Any] | None" = None,
 ) -> Moment:
     """The state after the last event, bit for bit: the last checkpoint, then every change after it once more.
 
@@ -163,7 +184,12 @@ def read_moment(
     return parsed(journal.folder, lambda: _read(journal, devices, from_start, progress))
 
 
-def _read(journal: Journal, devices: Mapping[int, torch.device] | None, from_start: bool, progress: "tqdm[Any] | None") -> Moment:
+def _read(
+    journal: Journal,
+    devices: Mapping[int, torch.device] | None,
+    from_start: bool,
+    progress: "tqdm[Any] | None",
+) -> Moment:
     manifest = read_manifest(journal)
     if devices is None:
         devices = {int(layer): torch.device("cpu") for layer in manifest.widths}
@@ -193,7 +219,10 @@ def _read(journal: Journal, devices: Mapping[int, torch.device] | None, from_sta
         if progress is not None:
             progress.update()
     if any(solution.n_edits != len(moment.history.live) for solution in moment.solutions.values()):
-        raise LedgerError(f"{journal.folder} is damaged: its state and its list of edits do not hold the same number of them. {_BACKUP}")
+        raise LedgerError(
+            f"{journal.folder} is damaged: its state and its list of edits do not hold the same number "
+            f"of them. {_BACKUP}"
+        )
     return moment
 
 
@@ -212,16 +241,23 @@ def _replayed(journal: Journal, line: Line, moment: Moment) -> Moment:
 
 def _beginning(journal: Journal) -> History:
     values = journal.lines[0].entry
-    return History(n_batches=int(values.get("n_batches", 0)), fingerprints=tuple(map(str, values.get("fingerprints", ()))))
+    return History(
+        n_batches=int(values.get("n_batches", 0)),
+        fingerprints=tuple(map(str, values.get("fingerprints", ()))),
+    )
 
 
 def _first_id(journal: Journal) -> int:
-    """Number of the first edit that came after the journal was begun; compaction puts edits with lower ones before that."""
+    """Number of the first edit that came after the journal was begun; compaction puts edits with lower ones
+    before that.
+    """
     return int(journal.lines[0].entry.get("next_id", 1))
 
 
 def _is_loose(journal: Journal, line: Line) -> bool:
-    """Whether a checkpoint's last change may be another one than the last entry: so it was after compaction in the first format."""
+    """Whether a checkpoint's last change may be another one than the last entry: so it was after compaction
+    in the first format.
+    """
     first = next(other for other in journal.lines if other.kind == "checkpoint")
     return line is first and _first_id(journal) > 1 and "n_batches" not in journal.lines[0].entry
 
@@ -231,7 +267,9 @@ def _solutions(tensors: Mapping[str, Tensor], layer: int) -> tuple[LayerSolver, 
     try:
         return kind.from_tensors(tensors, f"layer {layer}")
     except KeyError as exc:
-        raise LedgerError(f"The state of layer {layer} lacks {exc}. It was written by another version of the package.") from exc
+        raise LedgerError(
+            f"The state of layer {layer} lacks {exc}. It was written by another version of the package."
+        ) from exc
 
 
 def _prior_name(layer: int) -> str:

@@ -1,8 +1,10 @@
-"""What an editor remembers of one model, how that memory follows the model's weights, and how both get to disk.
+"""What an editor remembers of one model, how that memory follows the model's weights, and how both get to
+disk.
 
-There is one way to make a change, whatever it is. The new moment is made beside the old one; the weights are written; then the event is
-written down on disk, which is one rename; then the new moment takes the old one's place, which is one assignment. What fails before
-that, and be it between the last two, is undone: the disk is put back, and the weights are those of the old moment.
+There is one way to make a change, whatever it is. The new moment is made beside the old one; the weights are
+written; then the event is written down on disk, which is one rename; then the new moment takes the old one's
+place, which is one assignment. What fails before that, and be it between the last two, is undone: the disk is
+put back, and the weights are those of the old moment.
 """
 
 import copy
@@ -34,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 
 class EditorState:
-    """Memory of all edits made to one model under one objective. It refers to no module, so a deep copy stands on its own.
+    """Memory of all edits made to one model under one objective. It refers to no module, so a deep copy
+    stands on its own.
 
     Args:
         ledger: the folder that it is kept in, or None.
@@ -45,7 +48,8 @@ class EditorState:
         ledger: see above. A deep copy has none: it goes its own way.
         history_found: what was edited before this state was made or resumed.
         is_closed: whether the ledger was let go: nothing more can be edited.
-        casts: of the model's parameters in another type, for the values; freed with the state, and by `close`.
+        casts: of the model's parameters in another type, for the values; freed with the state, and by
+            `close`.
         mutex: held by whoever works with the state or the weights; others wait.
     """
 
@@ -101,7 +105,12 @@ class EditorState:
     @property
     def is_recorded(self) -> bool:
         """Whether there is a journal that the next change goes to."""
-        return self.ledger is not None and bool(self.layers) and self.now.unbegun is None and self.now.place.is_recorded
+        return (
+            self.ledger is not None
+            and bool(self.layers)
+            and self.now.unbegun is None
+            and self.now.place.is_recorded
+        )
 
     def begin(self, priors: Mapping[int, Prior], templates: list[str], manifest: Manifest | None) -> None:
         """Take the state before the first edit. Nothing is written before the first batch is.
@@ -127,7 +136,8 @@ class EditorState:
             edited: layer number -> the model's weight.
 
         Raises:
-            StateMismatchError: the weights are neither those that the last change wrote nor those that it found.
+            StateMismatchError: the weights are neither those that the last change wrote nor those that it
+                found.
             LedgerError: the ledger was closed, or the roll-back can't be written down.
         """
         self._check_open()
@@ -135,18 +145,26 @@ class EditorState:
         if not changed:
             return
         before = self.now.before
-        if before is not None and all(edited[layer].holds(before.weight(layer)) for layer in before.solutions):
-            logger.info("The weights are those from before batch %d: it was rolled back, and so is the state", self.n_batches)
+        if before is not None and all(
+            edited[layer].holds(before.weight(layer)) for layer in before.solutions
+        ):
+            logger.info(
+                "The weights are those from before batch %d: it was rolled back, and so is the state",
+                self.n_batches,
+            )
             self.roll_back({})
             return
         raise StateMismatchError(
-            f"The weights of layers {changed} are neither those that the last batch wrote nor those it found. Call reset() to start "
-            "anew from them (in EasyEdit: reset_cache=True), or adopt_weights() to go on from them with the edits' covariance."
+            f"The weights of layers {changed} are neither those "
+            "that the last batch wrote nor those it found. Call reset() to start "
+            "anew from them (in EasyEdit: reset_cache=True), or adopt_weights() "
+            "to go on from them with the edits' covariance."
         )
 
     @contextmanager
     def change(self, edited: Mapping[int, EditedWeight], kind: str = "edit") -> Iterator[Change]:
-        """All or nothing: what happens to the change inside, and to the weights, is written down as one, or is undone if anything fails.
+        """All or nothing: what happens to the change inside, and to the weights, is written down as one, or
+        is undone if anything fails.
 
         Args:
             edited: layer number -> the model's weight; the block writes the change's solutions there.
@@ -156,12 +174,18 @@ class EditorState:
             change = Change(self.now, kind)
             yield change
             weights = fingerprint_of(edited)
-            if weights != _fingerprint(change, {layer: weight.parameter.dtype for layer, weight in edited.items()}):
-                raise NumericalError("The model's weights do not hold what was written. Something computes them anew: remove its hooks.")
+            if weights != _fingerprint(
+                change, {layer: weight.parameter.dtype for layer, weight in edited.items()}
+            ):
+                raise NumericalError(
+                    "The model's weights do not hold what was written. "
+                    "Something computes them anew: remove its hooks."
+                )
             self._take(change, weights)
 
     def retract(self, edit_ids: Sequence[int], dtype: torch.dtype) -> None:
-        """Take edits out of the memory alone; a model in that dtype gets the new weights when it comes back to the ledger.
+        """Take edits out of the memory alone; a model in that dtype gets the new weights when it comes back
+        to the ledger.
 
         Raises:
             RequestError: one of them names no edit that stands.
@@ -210,7 +234,9 @@ class EditorState:
             self.now = now
 
     def checkpoint(self, every: int) -> None:
-        """Store the whole state again if as many events as `every` passed since the last time, or a layer was summed anew."""
+        """Store the whole state again if as many events as `every` passed since the last time, or a layer was
+        summed anew.
+        """
         if self.ledger is None or not self.is_recorded:
             return
         since = self.now.place.position.since_checkpoint
@@ -233,13 +259,17 @@ class EditorState:
                 self.is_closed = True
 
     def _weight_now(self, layer: int, weight: EditedWeight) -> Tensor:
-        """What a weight is, (d_k, d_v): the master where the model holds that one rounded, else what it holds."""
+        """What a weight is, (d_k, d_v): the master where the model holds that one rounded, else what it
+        holds.
+        """
         master = self.now.weight(layer)
         return master if weight.holds(master) else weight.read()
 
     def _check_open(self) -> None:
         if self.is_closed:
-            raise LedgerError("The editor was closed and has let its ledger go. Make a new one with the same state_dir.")
+            raise LedgerError(
+                "The editor was closed and has let its ledger go. Make a new one with the same state_dir."
+            )
 
     @contextmanager
     def _all_or_nothing(self, edited: Mapping[int, EditedWeight]) -> Iterator[None]:
@@ -248,7 +278,9 @@ class EditorState:
         try:
             yield
         except BaseException:
-            if self.now.solutions is start.solutions and self.now.history is start.history:  # a checkpoint changes the place alone
+            if (
+                self.now.solutions is start.solutions and self.now.history is start.history
+            ):  # a checkpoint changes the place alone
                 with deferred_interrupts():
                     if self.ledger is not None:
                         self.ledger.put_back(self.now.place)
@@ -265,7 +297,9 @@ class EditorState:
         self.now = now  # an interrupt that was held back comes before: the change is undone
 
     def _write_down(self, entry: Entry, data: Mapping[str, Tensor]) -> tuple[Moment, Place, Entry]:
-        """Write a change down, on disk if there is a ledger; returns the moment before it, the place after it, and the entry."""
+        """Write a change down, on disk if there is a ledger; returns the moment before it, the place after
+        it, and the entry.
+        """
         now = self.now
         if self.ledger is None:
             kept = {name: tensor.detach().cpu().clone() for name, tensor in data.items()}
@@ -276,7 +310,9 @@ class EditorState:
         else:
             place, line = self.ledger.begin(now.place, now.unbegun, {}, [[event]])
             assert place.folder is not None
-            now = replace(now, unbegun=None, beginnings=StoredBeginnings(Journal(place.folder), now.solutions))
+            now = replace(
+                now, unbegun=None, beginnings=StoredBeginnings(Journal(place.folder), now.solutions)
+            )
         assert place.folder is not None
         return now, place, entry_of(place.folder, line)
 
@@ -294,4 +330,6 @@ def fingerprint_of(edited: Mapping[int, EditedWeight]) -> str:
 
 
 def _fingerprint(change: Change, dtypes: Mapping[int, torch.dtype]) -> str:
-    return weights_fingerprint({layer: change.solutions[layer].weight.to(dtype) for layer, dtype in dtypes.items()})
+    return weights_fingerprint(
+        {layer: change.solutions[layer].weight.to(dtype) for layer, dtype in dtypes.items()}
+    )

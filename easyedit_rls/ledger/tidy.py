@@ -1,7 +1,8 @@
-"""What an interrupted writer, a backup that was put back, or somebody else left in a ledger: found, and set aside before the first event.
+"""What an interrupted writer, a backup that was put back, or somebody else left in a ledger: found, and set
+aside before the first event.
 
-Nothing that this package did not write is ever deleted. What lies behind the last event that counts may be a torn write, but also the newer
-half of a ledger whose index was put back from a backup; so it is kept too.
+Nothing that this package did not write is ever deleted. What lies behind the last event that counts may be a
+torn write, but also the newer half of a ledger whose index was put back from a backup; so it is kept too.
 """
 
 import logging
@@ -21,14 +22,17 @@ SET_ASIDE = "set-aside"
 
 
 def leftovers(folder: Path, in_use: Path | None) -> list[Path]:
-    """What has no place in a ledger: unknown names in the journal in use, and journals that never came into use.
+    """What has no place in a ledger: unknown names in the journal in use, and journals that never came into
+    use.
 
     Args:
         folder: of the ledger.
         in_use: folder of its journal in use.
     """
     newest = -1 if in_use is None else journal_number(in_use.name) or 0
-    found = [path for path in folder.iterdir() if (journal_number(path.name.removesuffix(PARTIAL)) or -1) > newest]
+    found = [
+        path for path in folder.iterdir() if (journal_number(path.name.removesuffix(PARTIAL)) or -1) > newest
+    ]
     found += [path for path in folder.glob(f"journal-*{PARTIAL}") if path not in found]
     if in_use is not None:
         known = Journal(in_use).known_names()
@@ -50,7 +54,9 @@ def tidy(folder: Path, in_use: Path | None) -> None:
         OSError: it can't be moved.
     """
     if (folder / SET_ASIDE).is_symlink():
-        raise LedgerError(f"{folder / SET_ASIDE} is a link. What is set aside must stay in the ledger: put a folder there.")
+        raise LedgerError(
+            f"{folder / SET_ASIDE} is a link. What is set aside must stay in the ledger: put a folder there."
+        )
     aside = folder / SET_ASIDE / datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S-%f")
     moved = []
     for path in leftovers(folder, in_use):
@@ -68,7 +74,11 @@ def tidy(folder: Path, in_use: Path | None) -> None:
         moved.append(path)
     if moved:
         sync_folder(aside)
-        logger.warning("Found in the ledger what has no place there (%s): set aside in %s", ", ".join(map(str, moved)), aside)
+        logger.warning(
+            "Found in the ledger what has no place there (%s): set aside in %s",
+            ", ".join(map(str, moved)),
+            aside,
+        )
 
 
 def _is_torn(path: Path) -> bool:

@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 from easyedit_rls.errors import LayoutError
 
 _PASS = 20  # tokens that a pass costs as much as beside its own: small products run at less than full speed
-_PASS_OF_FAST_PRODUCTS = 250  # in types of two bytes or on a GPU, where multiplying takes less time, and getting ready for it as much
-_LEAST_ROWS = 8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
+# in types of two bytes or on a GPU, where multiplying takes less time, and getting ready for it as much
+_PASS_OF_FAST_PRODUCTS = 250
+_LEAST_ROWS = (
+    8  # a product with one or two rows is slow, and its last bits depend on where the weights lie in memory
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Batch:
 
     Attributes:
         ids: (rows, length), int64.
-        mask: (rows, length), 1 for real tokens; with a cache, (rows, cached + length); or (rows, 1, length, length), what each sees.
+        mask: (rows, length), 1 for real tokens; with a cache, (rows, cached + length); or (rows, 1, length,
+            length), what each sees.
         positions: (rows, length), position of each token in its own row.
     """
 
@@ -44,8 +48,13 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device, after: T
     """
     width = max(len(row) for row in rows)
     before = [width - len(row) if side == "left" else 0 for row in rows]
-    ids = torch.tensor([[0] * n + [*row] + [0] * (width - n - len(row)) for n, row in zip(before, rows)], dtype=torch.long)
-    mask = torch.tensor([[0] * n + [1] * len(row) + [0] * (width - n - len(row)) for n, row in zip(before, rows)], dtype=torch.long)
+    ids = torch.tensor(
+        [[0] * n + [*row] + [0] * (width - n - len(row)) for n, row in zip(before, rows)], dtype=torch.long
+    )
+    mask = torch.tensor(
+        [[0] * n + [1] * len(row) + [0] * (width - n - len(row)) for n, row in zip(before, rows)],
+        dtype=torch.long,
+    )
     mask = mask.to(device)
     whole = mask if after is None else torch.cat([after, mask], dim=1)
     positions = (whole.cumsum(1) - 1).clamp(min=0)[:, -width:]
@@ -62,51 +71,65 @@ def _takes(model: nn.Module, name: str) -> bool:
 
 
 def positions_follow_mask(model: PreTrainedModel) -> bool:
-    """Whether padding between two tokens leaves their distance as it is: told by position_ids, or seen in a pass of three tokens."""
+    """Whether padding between two tokens leaves their distance as it is: told by position_ids, or seen in a
+    pass of three tokens.
+    """
     if takes_positions(model):
         return True
     device = device_of(model)
     with torch.no_grad():
         plain = model(torch.tensor([[1, 2, 3]], device=device)).logits[0, -1]
-        padded = model(torch.tensor([[1, 2, 0, 0, 3]], device=device), attention_mask=torch.tensor([[1, 1, 0, 0, 1]], device=device)).logits
-    return torch.allclose(plain.float(), padded[0, -1].float(), rtol=0.0, atol=0.02 * float(plain.float().abs().max()))
+        padded = model(
+            torch.tensor([[1, 2, 0, 0, 3]], device=device),
+            attention_mask=torch.tensor([[1, 1, 0, 0, 1]], device=device),
+        ).logits
+    return torch.allclose(
+        plain.float(), padded[0, -1].float(), rtol=0.0, atol=0.02 * float(plain.float().abs().max())
+    )
 
 
 def run(model: PreTrainedModel, batch: Batch, cache: Any = None, use_cache: bool = False) -> Any:
     """Run a batch; positions are passed on where the model takes them (others derive them from the mask).
 
     Raises:
-        LayoutError: with a cache, rows as long as the model's sliding window, which would count their padding.
+        LayoutError: with a cache, rows as long as the model's sliding window, which would count their
+            padding.
     """
     window = window_of(model)
     if cache is not None and window is not None and batch.mask.shape[1] > window:
         raise LayoutError(
-            f"A text takes {batch.mask.shape[1]} tokens with its padding; the model's sliding window is {window}. "
-            "Shorten the prompts or templates."
+            f"A text takes {batch.mask.shape[1]} tokens with its padding; "
+            f"the model's sliding window is {window}. Shorten the prompts or templates."
         )
     kwargs: dict[str, Any] = {"attention_mask": batch.mask, "use_cache": use_cache}
     if takes_positions(model):
         kwargs["position_ids"] = batch.positions
     if cache is not None:
-        kwargs["cache" if _takes(model, "cache") else "past_key_values"] = cache  # transformers 5.24 renamed it
+        kwargs["cache" if _takes(model, "cache") else "past_key_values"] = (
+            cache  # transformers 5.24 renamed it
+        )
     return model(input_ids=batch.ids, **kwargs)
 
 
 def window_of(model: PreTrainedModel) -> int | None:
-    """How many tokens back a token sees at least, in the layer where that is the fewest; None where it sees all."""
+    """How many tokens back a token sees at least, in the layer where that is the fewest; None where it sees
+    all.
+    """
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((window for window in windows if window), default=None)
 
 
 def pass_overhead(device: torch.device, dtype: torch.dtype = torch.float32) -> int:
-    """Tokens that a pass costs as much as beside its own. Measured on the CPU; a GPU's is the one of two-byte types, unmeasured."""
+    """Tokens that a pass costs as much as beside its own. Measured on the CPU; a GPU's is the one of two-byte
+    types, unmeasured.
+    """
     return _PASS if device.type == "cpu" and dtype.itemsize > 2 else _PASS_OF_FAST_PRODUCTS
 
 
 def pack_batches(lengths: Sequence[int], max_tokens: int, price: int = _PASS) -> Iterator[list[int]]:
-    """Cut indices into groups of similar length, so that passes and padding together cost the least, and no padded group holds more than
-    `max_tokens`.
+    """Cut indices into groups of similar length, so that passes and padding together cost the least, and no
+    padded group holds more than `max_tokens`.
 
     A row longer than `max_tokens` makes a group of its own.
 
@@ -127,7 +150,8 @@ def pack_batches(lengths: Sequence[int], max_tokens: int, price: int = _PASS) ->
 
 
 def _cuts(widths: Sequence[int], ends: Sequence[int], max_tokens: int, price: int) -> list[int]:
-    """Where to cut sorted rows, by dynamic programming: of all cuts between rows unlike in length, those of the least cost.
+    """Where to cut sorted rows, by dynamic programming: of all cuts between rows unlike in length, those of
+    the least cost.
 
     Args:
         widths: the lengths that occur, rising.

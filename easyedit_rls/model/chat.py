@@ -19,10 +19,12 @@ class Prompt:
 
     Attributes:
         head: what the template puts before the user's text; nothing before plain text.
-        user: the user's text as the template writes it (some take white space off its ends), or the plain text.
+        user: the user's text as the template writes it (some take white space off its ends), or the plain
+            text.
         tail: what the template puts behind it, up to where the answer begins.
         is_chat: whether a template wrote it; then it has its start token already, or none.
-        joint: what stands before the answer, given by the request; None: what the template puts there, or as the text tells.
+        joint: what stands before the answer, given by the request; None: what the template puts there, or as
+            the text tells.
         gap: what the template puts between all this and an answer, white space or nothing.
     """
 
@@ -47,7 +49,9 @@ class Prompt:
         return joint_of(self.text, answer) + answer
 
 
-def prepare(tok: PreTrainedTokenizerBase, texts: Iterable[tuple[str, str | None, Chat | None]]) -> list[Prompt]:
+def prepare(
+    tok: PreTrainedTokenizerBase, texts: Iterable[tuple[str, str | None, Chat | None]]
+) -> list[Prompt]:
     """Prompts of (text, joint, chat), each as `EditRequest` and `Probe` have them.
 
     Raises:
@@ -75,7 +79,10 @@ def _place(tok: PreTrainedTokenizerBase, chat: Chat, text: str, head: str, tail:
             return head, user, tail
     start = whole.rfind(text.strip())
     if start < 0:
-        raise RequestError(f"The chat template changes the user's turn {text!r}. Give the prompt as plain text, or another wording.")
+        raise RequestError(
+            f"The chat template changes the user's turn {text!r}. "
+            "Give the prompt as plain text, or another wording."
+        )
     end = start + len(text.strip())
     return whole[:start], whole[start:end], whole[end:]
 
@@ -85,7 +92,9 @@ def _frame(tok: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, str, str]:
     whole = _render(tok, [*chat, ("user", _MARK)])
     head, mark, tail = whole.rpartition(_MARK)
     if not mark:
-        raise RequestError("The chat template leaves the user's turn out. Change messages, or the tokenizer's chat_template.")
+        raise RequestError(
+            "The chat template leaves the user's turn out. Change messages, or the tokenizer's chat_template."
+        )
     try:
         answered = _render(tok, [*chat, ("user", _MARK), ("assistant", _MARK)], is_open=False)
     except RequestError:  # a template that only takes what is to be answered says nothing of answers
@@ -98,12 +107,15 @@ def _render(tok: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], is_o
     """A chat as text, up to where the answer begins if it is open."""
     if not tok.chat_template:
         raise LayoutError(
-            f"{type(tok).__name__} has no chat template. Load the tokenizer of a chat model, set tok.chat_template, or use plain prompts."
+            f"{type(tok).__name__} has no chat template. "
+            "Load the tokenizer of a chat model, set tok.chat_template, or use plain prompts."
         )
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         rendered: str = tok.apply_chat_template(messages, add_generation_prompt=is_open, tokenize=False)
     except TemplateError as exc:
         roles = ", ".join(role for role, _ in turns)
-        raise RequestError(f"The chat template refuses turns of {roles}: {exc}. Change messages.", field="messages") from exc
+        raise RequestError(
+            f"The chat template refuses turns of {roles}: {exc}. Change messages.", field="messages"
+        ) from exc
     return rendered

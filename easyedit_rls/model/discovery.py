@@ -1,8 +1,9 @@
 """What a decoder is made of, read off its modules: no family's names are known here.
 
-A decoder layer is a member of a module list whose members all hold an attention. Its MLP's output projection is the last linear
-module outside of attention that gives hidden states; gated, fused and parallel MLPs, and layers without a module of that kind around their
-linear modules (OPT), all end so. Where this does not tell, the error shows what was found.
+A decoder layer is a member of a module list whose members all hold an attention. Its MLP's output projection
+is the last linear module outside of attention that gives hidden states; gated, fused and parallel MLPs, and
+layers without a module of that kind around their linear modules (OPT), all end so. Where this does not tell,
+the error shows what was found.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from easyedit_rls.errors import LayoutError
 from easyedit_rls.model.wrapped import refuse_wrapped
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Where GPTQ, AWQ, bitsandbytes, HQQ, compressed-tensors and torch's own dynamic quantization keep their integers.
+# Where GPTQ, AWQ, bitsandbytes, HQQ, compressed-tensors and torch's own dynamic quantization keep their
+# integers.
 _PACKED = ("qweight", "qzeros", "quant_state", "W_q", "weight_packed", "_packed_params")
 
 
@@ -67,10 +69,12 @@ class Structure:
 
 
 def read_structure(model: PreTrainedModel) -> Structure:
-    """Read off a causal language model where its parts are; runs nothing, so a model on the meta device will do.
+    """Read off a causal language model where its parts are; runs nothing, so a model on the meta device will
+    do.
 
     Raises:
-        LayoutError: it can't be told, or no layer can be edited (a mixture of experts, quantized weights, an adapter); says what was found.
+        LayoutError: it can't be told, or no layer can be edited (a mixture of experts, quantized weights, an
+            adapter); says what was found.
     """
     refuse_wrapped(model)
     config = model.config.get_text_config()
@@ -81,11 +85,17 @@ def read_structure(model: PreTrainedModel) -> Structure:
         reason = obstacle(layer)
         path = "" if reason else _projection(layer, config.hidden_size)
         if reason or not path:
-            obstacles[number] = reason or f"no linear module outside of attention gives {config.hidden_size} outputs: {_inventory(layer)}"
+            obstacles[number] = (
+                reason
+                or f"no linear module outside of attention gives {config.hidden_size} outputs: "
+                f"{_inventory(layer)}"
+            )
         else:
             places.setdefault(path, layer)
     if len(places) != 1:
-        found = f"projections in unlike places ({', '.join(places)})" if places else f"{name}.0: {obstacles[0]}"
+        found = (
+            f"projections in unlike places ({', '.join(places)})" if places else f"{name}.0: {obstacles[0]}"
+        )
         raise LayoutError(f"No MLP of {type(model).__name__} can be edited: {found}.")
     projection, layer = next(iter(places.items()))
     head = model.get_output_embeddings()
@@ -108,7 +118,9 @@ def read_structure(model: PreTrainedModel) -> Structure:
 
 
 def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers; where a model has others too (a vision tower's), the one in its text decoder."""
+    """The list of decoder layers; where a model has others too (a vision tower's), the one in its text
+    decoder.
+    """
     found = {
         name: module
         for name, module in model.named_modules()
@@ -120,9 +132,15 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         found = {name: module for name, module in found.items() if id(module) in inside}
     if len(found) != 1:
         listed = [
-            f"{name} ({len(m)} × {type(m[0]).__name__})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+            f"{name} ({len(m)} × {type(m[0]).__name__})"
+            for name, m in model.named_modules()
+            if isinstance(m, nn.ModuleList) and len(m)
         ]
-        what = f"several lists of layers with attention ({', '.join(found)})" if found else "no list of layers with attention"
+        what = (
+            f"several lists of layers with attention ({', '.join(found)})"
+            if found
+            else "no list of layers with attention"
+        )
         raise LayoutError(
             f"{type(model).__name__} has {what}; lists of modules in it: {', '.join(listed) or 'none'}. "
             "Name its modules in a settings file (rewrite_module_tmp, layer_module_tmp, ...)."
@@ -132,7 +150,9 @@ def _layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def _attention(layer: nn.Module) -> str:
     """Name of a layer's attention, told by its class; '' if there is none."""
-    return next((name for name, child in layer.named_children() if "attention" in type(child).__name__.lower()), "")
+    return next(
+        (name for name, child in layer.named_children() if "attention" in type(child).__name__.lower()), ""
+    )
 
 
 def _outside_attention(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -148,34 +168,56 @@ def obstacle(layer: nn.Module) -> str:
         if is_parametrized(module):
             cure = "Make it permanent first (remove_parametrizations)"
             return f"{name} is computed from other weights before each pass (a parametrization). {cure}"
-        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) or isinstance(module, nn.ModuleList):
-            return f"{name} is a mixture of experts ({type(module).__name__}), where a fact has no one place: each token goes another way"
-        if any(hasattr(module, mark) for mark in _PACKED) or not all(map(_is_plain, module.parameters(recurse=False))):
+        if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) or isinstance(
+            module, nn.ModuleList
+        ):
             return (
-                f"{name} is quantized ({type(module).__name__}), and edited weights have to be ordinary floating-point numbers. "
+                f"{name} is a mixture of experts ({type(module).__name__}), where a fact has no one place: "
+                "each token goes another way"
+            )
+        if any(hasattr(module, mark) for mark in _PACKED) or not all(
+            map(_is_plain, module.parameters(recurse=False))
+        ):
+            return (
+                f"{name} is quantized ({type(module).__name__}), "
+                "and edited weights have to be ordinary floating-point numbers. "
                 "Load the model in float32, bfloat16 or float16"
             )
     return ""
 
 
 def _is_plain(parameter: Tensor) -> bool:
-    """Whether a parameter's numbers are its own floats; torchao's quantized ones are tensors that only pass for such."""
+    """Whether a parameter's numbers are its own floats; torchao's quantized ones are tensors that only pass
+    for such.
+    """
     return parameter.dtype in _FLOATS and not is_traceable_wrapper_subclass(parameter)
 
 
 def _projection(layer: nn.Module, hidden: int) -> str:
     """Name of the MLP's output projection, '' if there is none."""
     linear = [(name, m) for name, m in _outside_attention(layer) if isinstance(m, (nn.Linear, Conv1D))]
-    return next((name for name, m in reversed(linear) if (m.nf if isinstance(m, Conv1D) else m.out_features) == hidden), "")
+    return next(
+        (
+            name
+            for name, m in reversed(linear)
+            if (m.nf if isinstance(m, Conv1D) else m.out_features) == hidden
+        ),
+        "",
+    )
 
 
 def _final_norm(model: PreTrainedModel, layers: str) -> str:
     """Name of the norm beside the list of layers; one after the embedding does not count."""
     parent, _, _ = layers.rpartition(".")
-    norms = [name for name, m in model.get_submodule(parent).named_children() if "norm" in type(m).__name__.lower() and "embed" not in name]
+    norms = [
+        name
+        for name, m in model.get_submodule(parent).named_children()
+        if "norm" in type(m).__name__.lower() and "embed" not in name
+    ]
     if len(norms) > 1:
         raise LayoutError(
-            f"{type(model).__name__} has several norms beside {layers}: {', '.join(norms)}. Set ln_f_module in a settings file."
+            f"{type(model).__name__} has several norms beside {layers}: {', '.join(norms)}. "
+            "Set ln_f_module in a settings file."
         )
     return f"{parent}.{norms[0]}".lstrip(".") if norms else ""
 

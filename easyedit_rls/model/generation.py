@@ -1,8 +1,8 @@
 """The one place that lets a model write, under settings that are ours alone.
 
 `generate` fills every setting that its caller left open from the model's own `generation_config`, so a folder
-that ships a repetition penalty, beams or stop strings would change what is called greedy. Here that object is put
-aside while the model writes. Only the tokens that end a text are still the model's own.
+that ships a repetition penalty, beams or stop strings would change what is called greedy. Here that object is
+put aside while the model writes. Only the tokens that end a text are still the model's own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -76,7 +76,9 @@ def sampled(
     )
 
 
-def write_on(model: PreTrainedModel, tok: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, config: GenerationConfig) -> Tensor:
+def write_on(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, config: GenerationConfig
+) -> Tensor:
     """Let the model go on from rows of tokens.
 
     Args:
@@ -91,18 +93,25 @@ def write_on(model: PreTrainedModel, tok: PreTrainedTokenizerBase, ids: Tensor, 
     """
     with undisturbed(model), plain_generation(model):
         out: Tensor = model.generate(
-            ids, attention_mask=mask, generation_config=config, **({"tokenizer": tok} if config.stop_strings else {})
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            **({"tokenizer": tok} if config.stop_strings else {}),
         )
     return out
 
 
 @contextmanager
 def plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block the model's generation settings say only where a text ends; then its own are put back."""
+    """Inside the block the model's generation settings say only where a text ends;
+    then its own are put back.
+    """
     own = model.generation_config
     try:
         model.generation_config = GenerationConfig(
-            **{} if own is None else {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            **{}
+            if own is None
+            else {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         )
         yield
     finally:
@@ -112,11 +121,15 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 def _ends(model: PreTrainedModel, tok: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The model's own end tokens, else the tokenizer's, and a token to fill up with behind them.
 
-    What is filled up with runs through the model too, so a pad token that only the tokenizer knows won't do: an end token does then,
-    which nobody reads either.
+    What is filled up with runs through the model too, so a pad token that only the tokenizer knows won't do:
+    an end token does then, which nobody reads either.
     """
     own = None if model.generation_config is None else model.generation_config.eos_token_id
     ends = tok.eos_token_id if own is None else own
     known = range(n_token_rows(model))
-    fillers = [token for token in (tok.pad_token_id, *(ends if isinstance(ends, list) else [ends]), 0) if token in known]
+    fillers = [
+        token
+        for token in (tok.pad_token_id, *(ends if isinstance(ends, list) else [ends]), 0)
+        if token in known
+    ]
     return {"eos_token_id": ends, "pad_token_id": fillers[0]}

@@ -25,7 +25,8 @@ def tap(
     Args:
         inputs: key -> module whose first positional input is wanted.
         outputs: key -> module whose output is wanted (its first element, where it is a tuple).
-        edit: module -> function that maps its output to the one the model goes on with; runs before `outputs` sees it.
+        edit: module -> function that maps its output to the one the model goes on with; runs before `outputs`
+            sees it.
         stop: end the pass as soon as every wanted tensor has been seen, skipping the rest of the block.
 
     Yields:
@@ -66,7 +67,8 @@ def tap(
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients to parameters, no autograd; every flag is put back, and after an exception every hook too.
+    """Evaluation mode, no gradients to parameters, no autograd; every flag is put back, and after an
+    exception every hook too.
 
     What is hung onto modules inside takes itself off again, but an interrupt can come in the middle of that.
     """
@@ -88,7 +90,9 @@ class _Found:
     """Flags and hooks of a model as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, module.training, module.__dict__.get("forward")) for module in model.modules()]
+        self._modules = [
+            (module, module.training, module.__dict__.get("forward")) for module in model.modules()
+        ]
         self._wants_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._hooks = [
             (hooks, dict(hooks))
@@ -117,7 +121,9 @@ class _Found:
 
 @contextmanager
 def record_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Note down what layers return, whole, during one forward pass inside the block; yields a list in the layers' order."""
+    """Note down what layers return, whole, during one forward pass inside the block; yields a list in the
+    layers' order.
+    """
     found: list[Any] = [None] * len(layers)
     handles = []
 
@@ -137,7 +143,8 @@ def record_outputs(layers: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 @contextmanager
 def skip_layers(layers: Sequence[nn.Module], forms: Sequence[Any], hidden: Tensor | None) -> Iterator[None]:
-    """Forward passes inside the block don't run these layers, the model's first ones; the next layer gets `hidden`.
+    """Forward passes inside the block don't run these layers, the model's first ones; the next layer gets
+    `hidden`.
 
     Args:
         layers: decoder layers from the first on; none changes nothing.

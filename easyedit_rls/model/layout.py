@@ -67,7 +67,10 @@ class Layout:
             except AttributeError:
                 module = None
             if module is not weight.module:
-                raise LayoutError(f"The module of {weight.parameter_name} was replaced or removed since. Make a new editor of the model.")
+                raise LayoutError(
+                    f"The module of {weight.parameter_name} was replaced or removed since. "
+                    "Make a new editor of the model."
+                )
 
     @property
     def lower_layers(self) -> list[nn.Module]:
@@ -82,9 +85,12 @@ class Layout:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits in float32 from the loss layer's output, (n, d) -> (n, vocabulary).
 
-        What follows the layers is the model's own code, so a norm, a projection, scaled or capped logits are whatever they are there.
+        What follows the layers is the model's own code, so a norm, a projection, scaled or capped logits are
+        whatever they are there.
         """
-        tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.model.get_input_embeddings().weight.device)
+        tokens = torch.zeros(
+            len(hidden), 1, dtype=torch.long, device=self.model.get_input_embeddings().weight.device
+        )
         with skip_layers(self.layers, self._forms, hidden[:, None]):
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits[:, 0].float()
@@ -114,8 +120,8 @@ def find_layout(model: PreTrainedModel, settings: ModuleNames) -> Layout:
     """Look up every module that the settings name.
 
     Raises:
-        LayoutError: the settings are another model's (lists every difference, with what there is instead), or the model can't
-            be edited.
+        LayoutError: the settings are another model's (lists every difference, with what there is instead), or
+            the model can't be edited.
     """
     refuse_wrapped(model)
     layers = _layers(model, settings.layer_module_tmp)
@@ -126,7 +132,8 @@ def find_layout(model: PreTrainedModel, settings: ModuleNames) -> Layout:
     refused = [f"Layer {layer} can't be edited: {reason}" for layer, reason in obstacles.items()]
     if differences:
         raise LayoutError(
-            f"These settings do not fit {type(model).__name__}: {'; '.join(differences + refused)}. Change them to the model's own, "
+            f"These settings do not fit {type(model).__name__}: {'; '.join(differences + refused)}. "
+            "Change them to the model's own, "
             f"or have settings made for it: easyedit-rls init {model.config._name_or_path or 'MODEL'}."
         )
     if refused:
@@ -137,12 +144,14 @@ def find_layout(model: PreTrainedModel, settings: ModuleNames) -> Layout:
         other = shared_with(model, weight)
         if other is not None:
             raise LayoutError(
-                f"Weight {weight.parameter_name} is also {other}: what is edited into layer {layer} would change that too. "
+                f"Weight {weight.parameter_name} is also {other}: "
+                f"what is edited into layer {layer} would change that too. "
                 "Edit other layers, or give each a copy of its own."
             )
     if not positions_follow_mask(model):
         raise LayoutError(
-            f"{type(model).__name__} takes no position_ids and counts padding as text, so prompts of unlike lengths can't run together."
+            f"{type(model).__name__} takes no position_ids and counts padding as text, "
+            "so prompts of unlike lengths can't run together."
         )
     return Layout(model, edited, layers, settings.layers[-1] + 1, layers[-1])
 
@@ -172,22 +181,32 @@ def cast_copy(layout: Layout, dtype: torch.dtype) -> Layout:
 def _layers(model: nn.Module, template: str) -> list[nn.Module]:
     """The decoder layers, in order; none where the template names none."""
     pattern = re.compile(re.escape(template).replace(r"\{\}", r"(\d+)") + "$")
-    found = {int(match.group(1)): module for name, module in model.named_modules() if (match := pattern.match(name))}
+    found = {
+        int(match.group(1)): module
+        for name, module in model.named_modules()
+        if (match := pattern.match(name))
+    }
     return [found[number] for number in sorted(found)]
 
 
 def _wrong_numbers(settings: ModuleNames, n_layers: int) -> list[str]:
-    """Layers that the model lacks, and a depth that is not its own; nothing where no layer was found to count."""
+    """Layers that the model lacks, and a depth that is not its own; nothing where no layer was found to
+    count.
+    """
     found = []
     beyond = [str(layer) for layer in settings.layers if layer >= n_layers]
     if n_layers and beyond:
         found.append(f"layers: no layer {', '.join(beyond)}: its {n_layers} layers are 0 to {n_layers - 1}")
     if n_layers and settings.v_loss_layer != n_layers - 1:
-        found.append(f"v_loss_layer: {settings.v_loss_layer}, but the last of its {n_layers} layers is {n_layers - 1}")
+        found.append(
+            f"v_loss_layer: {settings.v_loss_layer}, but the last of its {n_layers} layers is {n_layers - 1}"
+        )
     return found
 
 
-def _wrong_names(model: nn.Module, settings: ModuleNames, layers: Sequence[nn.Module], wanted: Sequence[int]) -> list[str]:
+def _wrong_names(
+    model: nn.Module, settings: ModuleNames, layers: Sequence[nn.Module], wanted: Sequence[int]
+) -> list[str]:
     """Modules that the settings name and the model lacks, with the names that come closest.
 
     Edited modules are looked for in those of the `wanted` layers that the model has, else in its first layer.

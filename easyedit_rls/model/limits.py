@@ -1,4 +1,6 @@
-"""What of a text a model can take: as many tokens as it has positions, and only those that its embedding has."""
+"""What of a text a model can take: as many tokens as it has positions,
+and only those that its embedding has.
+"""
 
 from collections.abc import Sequence
 
@@ -11,11 +13,12 @@ _SPARE_ROWS = 2  # OPT's table begins with two rows that stand for no position
 
 
 def n_positions(model: PreTrainedModel) -> int | None:
-    """How many tokens a text may have at most; None where positions are not looked up in a table, and so don't end.
+    """How many tokens a text may have at most; None where positions are not looked up in a table, and so
+    don't end.
 
-    A table is an embedding beside the input's (learned positions: GPT-2, OPT), or a buffer alone in its module
-    (precomputed rotations: GPT-J), with as many rows as the config has positions. Two such buffers, a cosine's and a
-    sine's, grow with the text.
+    A table is an embedding beside the input's (learned positions: GPT-2, OPT), or a buffer alone in its
+    module (precomputed rotations: GPT-J), with as many rows as the config has positions. Two such buffers, a
+    cosine's and a sine's, grow with the text.
     """
     most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(most, int):
@@ -61,9 +64,10 @@ def refuse_unknown_tokens(
         if (largest := max(row, default=0)) >= known:
             where = "" if numbers is None else f" of request {numbers[at]}"
             raise ModelError(
-                f"Token {tok.convert_ids_to_tokens(largest)!r}{where} has id {largest}, but the model's embedding has "
-                f"{known} rows. Call model.resize_token_embeddings(len(tok)) first, or load the tokenizer that came "
-                "with the model."
+                f"Token {tok.convert_ids_to_tokens(largest)!r}{where} has id {largest}, "
+                "but the model's embedding has "
+                f"{known} rows. Call model.resize_token_embeddings(len(tok)) first, "
+                "or load the tokenizer that came with the model."
             )
 
 
@@ -86,7 +90,8 @@ def refuse_unfit(
         numbers: for errors, the number of the request that each belongs to; None: each its own.
         what: what a row is, for errors.
         cure: a sentence.
-        n_new: tokens that the model shall predict behind a row; the last of all is not run, and needs no position.
+        n_new: tokens that the model shall predict behind a row; the last of all is not run, and needs no
+            position.
 
     Raises:
         RequestError: a row is too long; names the request, its tokens and the model's positions.

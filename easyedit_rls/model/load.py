@@ -1,7 +1,8 @@
-"""How every command loads models and tokenizers: whole, in ordinary numbers, and without code that nobody allowed.
+"""How every command loads models and tokenizers: whole, in ordinary numbers, and without code that nobody
+allowed.
 
-What transformers lets pass with a warning (weights that are missing and so made up, a tokenizer without a vocabulary)
-is refused, and what it fails at in many ways ends in one: a `ModelError` of a line.
+What transformers lets pass with a warning (weights that are missing and so made up, a tokenizer without a
+vocabulary) is refused, and what it fails at in many ways ends in one: a `ModelError` of a line.
 """
 
 import contextlib
@@ -33,7 +34,10 @@ from easyedit_rls.errors import HyperParamsError, ModelError, RLSEditWarning
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-_CURE = "Give a folder that save_pretrained wrote, or a hub name; `easyedit-rls demo-model` writes one to try things on."
+_CURE = (
+    "Give a folder that save_pretrained wrote, or a hub name; "
+    "`easyedit-rls demo-model` writes one to try things on."
+)
 _AGAIN = "Copy or download it again."
 _WEIGHTS = (
     "model.safetensors",
@@ -55,12 +59,12 @@ def load_model(
         name: folder or hub name.
         dtype: one of `DTYPES`.
         device: where the model goes; see `devices.choose_device`.
-        trust_remote_code: run Python code that comes with the model (`auto_map`). Nobody is asked: without it, such a
-            model is refused.
+        trust_remote_code: run Python code that comes with the model (`auto_map`). Nobody is asked: without
+            it, such a model is refused.
 
     Raises:
-        ModelError: there is no such model, its files are damaged or incomplete, or it is of a kind that can't be
-            edited.
+        ModelError: there is no such model, its files are damaged or incomplete, or it is of a kind that can't
+            be edited.
         HyperParamsError: no such dtype.
     """
     check_dtype(dtype)
@@ -89,29 +93,40 @@ def load_weights(
     return _load_weights(name, dtype, device, trust_remote_code, gguf_file)
 
 
-def _load_weights(name: str, dtype: str, device: str, trust: bool, gguf_file: str | None = None) -> PreTrainedModel:
+def _load_weights(
+    name: str, dtype: str, device: str, trust: bool, gguf_file: str | None = None
+) -> PreTrainedModel:
     """The model of a name that was looked at."""
     place, settings = (
         str(_folder(name) or name),
         {"gguf_file": gguf_file, "output_loading_info": True, "ignore_mismatched_sizes": True},
     )
     with _reasons(f"No model can be loaded from {name}", name), _held_back():
-        model, found = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), trust_remote_code=trust, **settings)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place, dtype=getattr(torch, dtype), trust_remote_code=trust, **settings
+        )
         _refuse_made_up(name, found)
         _warn_of_unused(name, found)
         if getattr(model, "peft_config", None):
-            raise ModelError(f"{name} is an adapter, not a model. Merge it into its model (merge_and_unload), and save that.")
+            raise ModelError(
+                f"{name} is an adapter, not a model. Merge it into its model (merge_and_unload), "
+                "and save that."
+            )
     try:
         placed: PreTrainedModel = model.to(device).eval()
     except torch.OutOfMemoryError as exc:
         cure = "Take a smaller dtype, or another device."
         raise ModelError(f"{name} in {dtype} does not fit into the memory of {device}. {cure}") from exc
     except RuntimeError as exc:
-        raise ModelError(f"{name} can't be moved to {device}: {_first_line(exc)} Give cpu, cuda, or cuda:1.") from exc
+        raise ModelError(
+            f"{name} can't be moved to {device}: {_first_line(exc)} Give cpu, cuda, or cuda:1."
+        ) from exc
     return placed
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> PreTrainedTokenizerBase:
     """A fast tokenizer; see `load_model` and `load_weights`.
 
     Raises:
@@ -129,10 +144,14 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, gguf_file: str
             cure = f"It has a tokenizer.model alone. {cure}"
     settings = {"gguf_file": gguf_file} if gguf_file else {}
     with _reasons(f"No fast tokenizer can be loaded from {name}", name, cure, said), _held_back():
-        tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code, **settings)
+        tok: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder or name), trust_remote_code=trust_remote_code, **settings
+        )
     if not tok.is_fast:
         kind = type(tok).__name__
-        raise ModelError(f"The tokenizer of {name} is a slow one ({kind}), which gives no character offsets. {cure}")
+        raise ModelError(
+            f"The tokenizer of {name} is a slow one ({kind}), which gives no character offsets. {cure}"
+        )
     if set(tok.get_vocab()) <= {*tok.get_added_vocab(), *tok.all_special_tokens}:
         raise ModelError(f"{name} has no tokenizer: {type(tok).__name__} finds no vocabulary there. {cure}")
     return tok
@@ -175,10 +194,15 @@ def examine(name: str, *, trust_remote_code: bool = False) -> None:
     with _reasons(f"The config.json of {name} can't be used", name, "Give another model, or mend it."):
         found = AutoConfig.from_pretrained(str(folder or name), trust_remote_code=trust_remote_code)
     if getattr(found, "is_encoder_decoder", False):
-        raise ModelError(f"{name} ({kind}) is an encoder-decoder, not a causal language model. Give a model that is a decoder alone.")
+        raise ModelError(
+            f"{name} ({kind}) is an encoder-decoder, not a causal language model. "
+            "Give a model that is a decoder alone."
+        )
     own = config.get("auto_map") or {}
     if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own:
-        raise ModelError(f"{name} ({kind}) is no causal language model. Give one that AutoModelForCausalLM loads.")
+        raise ModelError(
+            f"{name} ({kind}) is no causal language model. Give one that AutoModelForCausalLM loads."
+        )
     if folder is not None:
         _refuse_damaged_weights(folder)
 
@@ -208,8 +232,8 @@ def _folder(name: str) -> Path | None:
 def _config_of_folder(folder: Path) -> dict[str, Any]:
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder} holds an adapter (adapter_config.json), which is no model of its own. Merge it into its "
-            "model (merge_and_unload), and give the folder where that was saved."
+            f"{folder} holds an adapter (adapter_config.json), which is no model of its own. "
+            "Merge it into its model (merge_and_unload), and give the folder where that was saved."
         )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder.absolute()} has no config.json, so it holds no model. {_CURE}")
@@ -250,9 +274,10 @@ def _method(config: dict[str, Any]) -> str:
 
 def _needs_code(name: str) -> ModelError:
     return ModelError(
-        f"{name} needs Python code that comes with it (auto_map in its config), which is not run unless you allow it. "
-        "Read that code; if you trust it: trust_remote_code=True in Python, in commands model.trust_remote_code=true "
-        "(demo: trust_remote_code=true) or --trust-remote-code."
+        f"{name} needs Python code that comes with it (auto_map in its config), "
+        "which is not run unless you allow it. "
+        "Read that code; if you trust it: trust_remote_code=True in Python, "
+        "in commands model.trust_remote_code=true (demo: trust_remote_code=true) or --trust-remote-code."
     )
 
 
@@ -262,13 +287,18 @@ def _warn_of_unused(name: str, found: Mapping[str, Any]) -> None:
         more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
         shown = ", ".join(names[:_NAMES])
         warnings.warn(
-            f"{name} holds weights that its model does not use: {shown}{more}. Check its config.json.", RLSEditWarning, stacklevel=4
+            f"{name} holds weights that its model does not use: {shown}{more}. Check its config.json.",
+            RLSEditWarning,
+            stacklevel=4,
         )
 
 
 def _refuse_made_up(name: str, found: Mapping[str, Any]) -> None:
     """Weights that the files don't have, or have in another shape, transformers draws at random."""
-    unlike = [f"{key} ({' × '.join(map(str, was))} for {' × '.join(map(str, wanted))})" for key, was, wanted in found["mismatched_keys"]]
+    unlike = [
+        f"{key} ({' × '.join(map(str, was))} for {' × '.join(map(str, wanted))})"
+        for key, was, wanted in found["mismatched_keys"]
+    ]
     for what, names in (
         ("lacks weights of its model", found["missing_keys"]),
         ("has weights of other shapes than its config", unlike),
@@ -295,10 +325,14 @@ def _refuse_damaged_weights(folder: Path) -> None:
     for file in files:
         path = folder / file
         if not path.is_file():
-            raise ModelError(f"{folder.absolute()} lacks {file}, which {first} names. Copy or download that file.")
+            raise ModelError(
+                f"{folder.absolute()} lacks {file}, which {first} names. Copy or download that file."
+            )
         _refuse_pointer(path)
         if problem := _damage(path):
-            raise ModelError(f"{path.absolute()} is cut off or damaged ({path.stat().st_size} bytes: {problem}). {_AGAIN}")
+            raise ModelError(
+                f"{path.absolute()} is cut off or damaged ({path.stat().st_size} bytes: {problem}). {_AGAIN}"
+            )
 
 
 def _refuse_pointer(path: Path) -> None:
@@ -307,7 +341,9 @@ def _refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         is_pointer = file.read(len(_POINTER)) == _POINTER
     if is_pointer:
-        raise ModelError(f"{path.absolute()} is a Git LFS pointer, not the file itself. Fetch it: git lfs pull.")
+        raise ModelError(
+            f"{path.absolute()} is a Git LFS pointer, not the file itself. Fetch it: git lfs pull."
+        )
 
 
 def _damage(path: Path) -> str:
@@ -315,12 +351,19 @@ def _damage(path: Path) -> str:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                kinds = {key: file.get_slice(key).get_dtype() for key in file.keys() if key.endswith(".weight")}  # noqa: SIM118
+                kinds = {
+                    key: file.get_slice(key).get_dtype()
+                    for key in file.keys()  # noqa: SIM118
+                    if key.endswith(".weight")
+                }
         except (SafetensorError, OSError, ValueError) as exc:
             return _first_line(exc)
         whole = next((key for key, kind in kinds.items() if kind not in _FLOATS), None)
         if whole is not None:
-            raise ModelError(f"{path.absolute()} is quantized: {whole} is of type {kinds[whole]}. Load the model that it was made from.")
+            raise ModelError(
+                f"{path.absolute()} is quantized: {whole} is of type {kinds[whole]}. "
+                "Load the model that it was made from."
+            )
         return ""
     with path.open("rb") as file:
         head = file.read(4)
@@ -331,7 +374,9 @@ def _damage(path: Path) -> str:
 
 @contextlib.contextmanager
 def _reasons(what: str, name: str, cure: str = _CURE, said: str = "") -> Iterator[None]:
-    """Whatever is raised in the block becomes a `ModelError` that gives its first line, or what is `said` instead."""
+    """Whatever is raised in the block becomes a `ModelError` that gives its first line, or what is `said`
+    instead.
+    """
     try:
         yield
     except (ModelError, MemoryError, torch.OutOfMemoryError):
@@ -351,7 +396,8 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
-    """What transformers logs in the block is shown when it went well; otherwise the error says what there is to say.
+    """What transformers logs in the block is shown when it went well; otherwise the error says what there is
+    to say.
 
     Its bars are shown on a terminal only, as ours are.
     """

@@ -12,7 +12,8 @@ from easyedit_rls._base.common_prefix import common_prefix
 from easyedit_rls.model.batching import Batch, device_of, pack_batches, pad, pass_overhead, run
 from easyedit_rls.model.hooks import tap
 
-_LEAST_SHARED = 5  # tokens; sharing fewer saves little, and rows that differ after them would be kept apart from closer ones
+# tokens; sharing fewer saves little, and rows that differ after them would be kept apart from closer ones
+_LEAST_SHARED = 5
 
 
 class PrefixCache:
@@ -25,7 +26,9 @@ class PrefixCache:
         batch_tokens: tokens in one pass, at most.
     """
 
-    def __init__(self, model: PreTrainedModel, end: nn.Module, texts: Iterable[tuple[int, ...]], batch_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, end: nn.Module, texts: Iterable[tuple[int, ...]], batch_tokens: int
+    ) -> None:
         self._config = model.config
         unlike = sorted(texts)
         self._number = {text: i for i, text in enumerate(unlike)}
@@ -33,11 +36,15 @@ class PrefixCache:
         self._widths = [] if self._found is None else _widths(self._found[1])
 
     def select(self, texts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache | None, Tensor | None]:
-        """One cache with a row for each text, and its mask, (rows, cached); (None, None) if the texts have no token at all."""
+        """One cache with a row for each text, and its mask, (rows, cached); (None, None) if the texts have no
+        token at all.
+        """
         if self._found is None or not any(texts):
             return None, None
         whole, whole_mask = self._found
-        rows = torch.tensor([self._number[text] for text in texts])  # on the CPU: layers may lie on several devices
+        rows = torch.tensor(
+            [self._number[text] for text in texts]
+        )  # on the CPU: layers may lie on several devices
         mask = whole_mask[rows]
         width = max(self._widths[self._number[text]] for text in texts)
         cache = DynamicCache(config=self._config)
@@ -81,7 +88,9 @@ def _run_prefixes(
     return _merged(parts, len(prefixes), model)
 
 
-def _merged(parts: Sequence[tuple[list[int], DynamicCache, Tensor]], n_rows: int, model: PreTrainedModel) -> tuple[DynamicCache, Tensor]:
+def _merged(
+    parts: Sequence[tuple[list[int], DynamicCache, Tensor]], n_rows: int, model: PreTrainedModel
+) -> tuple[DynamicCache, Tensor]:
     """One cache of the caches of groups of rows, padded on the left to one length."""
     width = max(mask.shape[1] for _, _, mask in parts)
     mask = parts[0][2].new_zeros(n_rows, width)
@@ -144,7 +153,9 @@ def share_prefixes(rows: Sequence[Sequence[int]], device: torch.device) -> Share
 
 
 def fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that starts with the same tensors and grows on its own (growing makes new tensors, so nothing is copied)."""
+    """A cache that starts with the same tensors and grows on its own (growing makes new tensors, so nothing
+    is copied).
+    """
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked

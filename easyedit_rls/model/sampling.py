@@ -17,7 +17,8 @@ _ROWS_AT_ONCE = 64
 
 
 def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n: int, seed: int) -> list[str]:
-    """Short texts to put before a prompt, as MEMIT has them: an opening word, ten sampled tokens, a full stop.
+    """Short texts to put before a prompt, as MEMIT has them: an opening word, ten sampled tokens, a full
+    stop.
 
     Args:
         model: any decoder with `generate`.
@@ -29,17 +30,23 @@ def sample_templates(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n: in
     for i, opening in zip(range(n), cycle(_OPENINGS)):
         row = encode(tok, opening).ids
         (ids,) = _sample(model, tok, torch.tensor([row]), _TEMPLATE_TOKENS, seed + i, top_k=5)
-        text = " ".join(tok.decode(ids, skip_special_tokens=True).replace("{", " ").replace("}", " ").split())  # {} marks places
+        text = " ".join(
+            tok.decode(ids, skip_special_tokens=True).replace("{", " ").replace("}", " ").split()
+        )  # {} marks places
         texts.append(f"{text.rstrip('.')}. ")
     return texts
 
 
-def sample_texts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: int, n_tokens: int, seed: int) -> Iterator[list[list[int]]]:
-    """Token rows the model writes by itself at temperature 1, from its start token; without one, each from a random first token.
+def sample_texts(
+    model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: int, n_tokens: int, seed: int
+) -> Iterator[list[list[int]]]:
+    """Token rows the model writes by itself at temperature 1, from its start token; without one, each from a
+    random first token.
 
-    What a model writes from its start token alone is drawn from what it takes for ordinary text. Without a start token, random
-    first tokens keep the texts varied, as LLM-QAT (arXiv 2305.17888) found for calibration without data. In a vocabulary of many
-    languages they begin texts in all of these, which says little about the one that is edited.
+    What a model writes from its start token alone is drawn from what it takes for ordinary text. Without a
+    start token, random first tokens keep the texts varied, as LLM-QAT (arXiv 2305.17888) found for
+    calibration without data. In a vocabulary of many languages they begin texts in all of these, which says
+    little about the one that is edited.
 
     Args:
         model: any decoder with `generate`.
@@ -62,10 +69,22 @@ def sample_texts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, n_texts: 
 
 
 def _sample(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, prompt: torch.Tensor, n_tokens: int, seed: int, top_k: int = 0
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    prompt: torch.Tensor,
+    n_tokens: int,
+    seed: int,
+    top_k: int = 0,
 ) -> list[list[int]]:
     device = device_of(model)
-    config = sampled(model, tok, max_new_tokens=n_tokens, min_new_tokens=n_tokens, top_k=top_k, suppress=tok.all_special_ids)
+    config = sampled(
+        model,
+        tok,
+        max_new_tokens=n_tokens,
+        min_new_tokens=n_tokens,
+        top_k=top_k,
+        suppress=tok.all_special_ids,
+    )
     prompt = prompt.to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

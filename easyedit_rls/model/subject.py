@@ -1,4 +1,6 @@
-"""Token positions: where the subject ends and where the target begins, from the tokenizer's character offsets."""
+"""Token positions: where the subject ends and where the target begins, from the tokenizer's character
+offsets.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ class Row:
 
     Attributes:
         ids: its tokens, special ones in front included.
-        place: position where a value is put: that of the subject's last token, or of the one behind it (see `tokenize_fact`).
+        place: position where a value is put: that of the subject's last token, or of the one behind it (see
+            `tokenize_fact`).
         target_start: position of the target's first token; ``len(ids)`` without a target.
     """
 
@@ -43,11 +46,13 @@ def tokenize_fact(
 ) -> Row:
     """Tokenize ``before + subject + after`` and the target behind it, and find the positions.
 
-    The subject's last token is the last one that shares a character with the subject, so a token that joins its last
-    letters with what follows in the prompt counts. The prompt's tokens are those it has without a target.
+    The subject's last token is the last one that shares a character with the subject, so a token that joins
+    its last letters with what follows in the prompt counts. The prompt's tokens are those it has without a
+    target.
 
-    That token is the place of a value, unless it is the text's very first: later tokens hardly read what is written there (the
-    attention sink; Xiao et al. 2024, arXiv 2309.17453). Then the prompt's second token is the place, if it has one.
+    That token is the place of a value, unless it is the text's very first: later tokens hardly read what is
+    written there (the attention sink; Xiao et al. 2024, arXiv 2309.17453). Then the prompt's second token is
+    the place, if it has one.
 
     Args:
         tok: a fast tokenizer.
@@ -56,7 +61,8 @@ def tokenize_fact(
         joint, chat: see `EditRequest`.
 
     Raises:
-        RequestError: the subject or the target has no token of its own, or the target holds the unknown token.
+        RequestError: the subject or the target has no token of its own, or the target holds the unknown
+            token.
         LayoutError: the tokenizer gives no character offsets, or has no chat template.
     """
     prompt, encoded, inside = _located(tok, before, subject, after, joint, chat)
@@ -68,10 +74,14 @@ def tokenize_fact(
     except RequestError as exc:
         raise RequestError(exc.problem, field="target_new") from exc
     if not own:
-        raise RequestError(f"{target!r} has no token of its own behind {prompt.user!r}. Choose another wording.", field="target_new")
+        raise RequestError(
+            f"{target!r} has no token of its own behind {prompt.user!r}. Choose another wording.",
+            field="target_new",
+        )
     if tok.unk_token_id is not None and tok.unk_token_id in own:
         raise RequestError(
-            f"{target!r} holds the tokenizer's unknown token {tok.unk_token!r}. Write it with characters the model knows.",
+            f"{target!r} holds the tokenizer's unknown token {tok.unk_token!r}. "
+            "Write it with characters the model knows.",
             field="target_new",
         )
     return Row(encoded.ids + own, place, len(encoded.ids))
@@ -80,7 +90,8 @@ def tokenize_fact(
 def subject_tokens(
     tok: PreTrainedTokenizerBase, before: str, subject: str, after: str, chat: Chat | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens of ``before + subject + after``, and the positions of those that share a character with the subject.
+    """The tokens of ``before + subject + after``, and the positions of those that share a character with the
+    subject.
 
     Raises:
         RequestError: the subject has no token.
@@ -96,8 +107,11 @@ def prompt_rows(tok: PreTrainedTokenizerBase, prompts: Sequence[str | Probe]) ->
     return [encoded.ids for encoded in _encoded(tok, _prepared(tok, probes))]
 
 
-def answer_rows(tok: PreTrainedTokenizerBase, probes: Sequence[Probe], numbers: Sequence[int] | None = None) -> list[Row]:
-    """Tokenize prompts and answers; an answer's tokens are its row's target, the prompt's last token its place.
+def answer_rows(
+    tok: PreTrainedTokenizerBase, probes: Sequence[Probe], numbers: Sequence[int] | None = None
+) -> list[Row]:
+    """Tokenize prompts and answers; an answer's tokens are its row's target, the prompt's last token its
+    place.
 
     Args:
         tok: a fast tokenizer.
@@ -110,12 +124,19 @@ def answer_rows(tok: PreTrainedTokenizerBase, probes: Sequence[Probe], numbers: 
     """
     prompts = _prepared(tok, probes)
     encoded = _encoded(tok, prompts)
-    parts = [(ids, prompt.text, prompt.joined(probe.answer)) for ids, prompt, probe in zip(encoded, prompts, probes)]
+    parts = [
+        (ids, prompt.text, prompt.joined(probe.answer))
+        for ids, prompt, probe in zip(encoded, prompts, probes)
+    ]
     try:
         answers = continue_all(tok, parts)
         for number, (probe, answer, ids) in enumerate(zip(probes, answers, encoded)):
             if not answer or not ids.ids:
-                what, field = (f"{probe.answer!r} has no token of its own behind", "answer") if ids.ids else ("no token in", "prompt")
+                what, field = (
+                    (f"{probe.answer!r} has no token of its own behind", "answer")
+                    if ids.ids
+                    else ("no token in", "prompt")
+                )
                 raise RequestError(f"{what} {probe.prompt!r}. Give a text.", index=number, field=field)
     except RequestError as exc:
         index = None if numbers is None or exc.index is None else numbers[exc.index]
@@ -133,7 +154,9 @@ def _prepared(tok: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> list[Pro
 
 
 def _encoded(tok: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[Encoded]:
-    return encode_all(tok, [prompt.text for prompt in prompts], with_start=[not prompt.is_chat for prompt in prompts])
+    return encode_all(
+        tok, [prompt.text for prompt in prompts], with_start=[not prompt.is_chat for prompt in prompts]
+    )
 
 
 def _located(
@@ -143,7 +166,9 @@ def _located(
     whole = before + subject + after
     (prompt,) = prepare(tok, [(whole, joint, chat)])
     encoded = encode(tok, prompt.text, with_start=not prompt.is_chat)
-    cut = 0 if prompt.user == whole else len(whole) - len(whole.lstrip())  # white space that a template took off
+    cut = (
+        0 if prompt.user == whole else len(whole) - len(whole.lstrip())
+    )  # white space that a template took off
     start = len(prompt.head) + len(before) - cut
     inside = tuple(i for i, (a, b) in enumerate(encoded.offsets) if a < start + len(subject) and b > start)
     if not inside:

@@ -1,11 +1,14 @@
-"""The one place where texts become tokens: for editing, scores, windows, moments, sampled text and generation alike.
+"""The one place where texts become tokens: for editing, scores, windows, moments, sampled text and generation
+alike.
 
-A text's tokens are its own, with the tokens in front that the tokenizer's post-processor puts in front: a start token, where the model
-knows one. What a post-processor appends stays out: nothing could be said behind an end token.
+A text's tokens are its own, with the tokens in front that the tokenizer's post-processor puts in front: a
+start token, where the model knows one. What a post-processor appends stays out: nothing could be said behind
+an end token.
 
-What is said behind a prompt never changes the prompt's own tokens, since generation runs behind those. Often the tokens of both together
-begin with the prompt's. Where they don't (a token would reach over the border, as in "是小" or in a newline with the indent
-behind it), what is behind is cut by itself, and has to read as what it is.
+What is said behind a prompt never changes the prompt's own tokens, since generation runs behind those. Often
+the tokens of both together begin with the prompt's. Where they don't (a token would reach over the border, as
+in "是小" or in a newline with the indent behind it), what is behind is cut by itself, and has to read as what
+it is.
 """
 
 import unicodedata
@@ -17,7 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from easyedit_rls.errors import LayoutError, RequestError
 
 _SAMPLE = "a"
-_NEUTRAL = ("", "\n", "0", ".", "a", "。", '"')  # texts to cut a continuation behind; SentencePiece puts a space before the very first word
+_NEUTRAL = (
+    "",
+    "\n",
+    "0",
+    ".",
+    "a",
+    "。",
+    '"',
+)  # texts to cut a continuation behind; SentencePiece puts a space before the very first word
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,8 @@ class Encoded:
 
     Attributes:
         ids: start tokens and the text's own.
-        offsets: where in the text each of them stands, (first character, one past the last); (0, 0) for a start token.
+        offsets: where in the text each of them stands, (first character, one past the last); (0, 0) for a
+            start token.
         n_start: how many start tokens come before the text's own.
     """
 
@@ -45,7 +57,9 @@ def end_tokens(tok: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return _added(tok)[1]
 
 
-def encode(tok: PreTrainedTokenizerBase, text: str, *, with_start: bool = True, max_tokens: int | None = None) -> Encoded:
+def encode(
+    tok: PreTrainedTokenizerBase, text: str, *, with_start: bool = True, max_tokens: int | None = None
+) -> Encoded:
     """A text's tokens.
 
     Args:
@@ -61,14 +75,29 @@ def encode(tok: PreTrainedTokenizerBase, text: str, *, with_start: bool = True, 
 
 
 def encode_all(
-    tok: PreTrainedTokenizerBase, texts: Sequence[str], *, with_start: bool | Sequence[bool] = True, max_tokens: int | None = None
+    tok: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    with_start: bool | Sequence[bool] = True,
+    max_tokens: int | None = None,
 ) -> list[Encoded]:
-    """The tokens of many texts, by one call of the tokenizer; see `encode`. `with_start` may differ from text to text."""
+    """The tokens of many texts, by one call of the tokenizer; see `encode`. `with_start` may differ from text
+    to text.
+    """
     if not texts:
         return []
     if not tok.is_fast:
-        raise LayoutError(f"{type(tok).__name__} gives no character offsets. Load the fast tokenizer (use_fast=True).")
-    found = tok(list(texts), add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
+        raise LayoutError(
+            f"{type(tok).__name__} gives no character offsets. Load the fast tokenizer (use_fast=True)."
+        )
+    found = tok(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        truncation=False,
+        padding=False,
+        verbose=False,
+    )
     wanted = [with_start] * len(texts) if isinstance(with_start, bool) else with_start
     start = start_tokens(tok) if any(wanted) else ()
     encoded = []
@@ -79,7 +108,9 @@ def encode_all(
     return encoded
 
 
-def continue_with(tok: PreTrainedTokenizerBase, encoded: Encoded, prompt: str, continuation: str) -> tuple[int, ...]:
+def continue_with(
+    tok: PreTrainedTokenizerBase, encoded: Encoded, prompt: str, continuation: str
+) -> tuple[int, ...]:
     """The tokens of a continuation behind a prompt whose own tokens stay as they are.
 
     Args:
@@ -97,8 +128,11 @@ def continue_with(tok: PreTrainedTokenizerBase, encoded: Encoded, prompt: str, c
     return continue_all(tok, [(encoded, prompt, continuation)])[0]
 
 
-def continue_all(tok: PreTrainedTokenizerBase, parts: Sequence[tuple[Encoded, str, str]]) -> list[tuple[int, ...]]:
-    """The tokens of many continuations, as `continue_with` gives them, by one call of the tokenizer where that is enough.
+def continue_all(
+    tok: PreTrainedTokenizerBase, parts: Sequence[tuple[Encoded, str, str]]
+) -> list[tuple[int, ...]]:
+    """The tokens of many continuations, as `continue_with` gives them, by one call of the tokenizer where
+    that is enough.
 
     Raises:
         RequestError: see `continue_with`; its index is the number of the part.
@@ -120,7 +154,9 @@ def continue_all(tok: PreTrainedTokenizerBase, parts: Sequence[tuple[Encoded, st
 def _cut_alone(
     tok: PreTrainedTokenizerBase, own: tuple[int, ...], prompt: str, continuation: str, whole: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The continuation's tokens as they are behind some other text, if they read as the continuation behind the prompt's tokens too."""
+    """The continuation's tokens as they are behind some other text, if they read as the continuation behind
+    the prompt's tokens too.
+    """
     meant = _read(tok, whole)
     behind = encode_all(tok, [text + continuation for text in _NEUTRAL], with_start=False)
     alone = encode_all(tok, _NEUTRAL, with_start=False)
@@ -128,12 +164,17 @@ def _cut_alone(
         rest = both.ids[len(other.ids) :]
         if both.ids[: len(other.ids)] == other.ids and _read(tok, (*own, *rest)) == meant:
             return rest
-    raise RequestError(f"{continuation!r} has no tokens of its own behind {prompt!r}. Choose another wording, or set its joint to a space.")
+    raise RequestError(
+        f"{continuation!r} has no tokens of its own behind {prompt!r}. "
+        "Choose another wording, or set its joint to a space."
+    )
 
 
 def _read(tok: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of tokens, NFC: some tokenizers compose characters, which they can't do over the border."""
-    return unicodedata.normalize("NFC", tok.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return unicodedata.normalize(
+        "NFC", tok.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def _added(tok: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -142,4 +183,7 @@ def _added(tok: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ..
     for at in range(len(whole) - len(own) + 1):
         if whole[at : at + len(own)] == own:
             return whole[:at], whole[at + len(own) :]
-    raise LayoutError(f"{type(tok).__name__} changes a text's own tokens by its special ones. Load the tokenizer that the model came with.")
+    raise LayoutError(
+        f"{type(tok).__name__} changes a text's own tokens by its special ones. "
+        "Load the tokenizer that the model came with."
+    )

@@ -15,7 +15,8 @@ _SAMPLES = 4096  # values of each parameter that go into the fingerprint
 class EditedWeight:
     """Border between a module's own weight and the package's orientation, ``output = key @ W``.
 
-    ``nn.Linear`` stores Wᵀ, GPT-2's ``Conv1D`` stores W; which one is told by the module's type, never by its shape.
+    ``nn.Linear`` stores Wᵀ, GPT-2's ``Conv1D`` stores W; which one is told by the module's type, never by its
+    shape.
 
     Args:
         module: the MLP's output projection.
@@ -28,16 +29,22 @@ class EditedWeight:
     def __init__(self, module: nn.Module, name: str) -> None:
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise LayoutError(
-                f"Module {name} is a {type(module).__name__}; only Linear and Conv1D can be edited. Check rewrite_module_tmp."
+                f"Module {name} is a {type(module).__name__}; only Linear and Conv1D can be edited. "
+                "Check rewrite_module_tmp."
             )
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             raise LayoutError(
-                f"Weight {name}.weight is no parameter of its own but computed from other weights before each pass "
-                "(a parametrization, weight_norm, spectral_norm or prune): what is written there is lost. Make it permanent first "
+                f"Weight {name}.weight is no parameter of its own but computed from other weights "
+                "before each pass "
+                "(a parametrization, weight_norm, spectral_norm or prune): what is written there is lost. "
+                "Make it permanent first "
                 "(remove_parametrizations, remove_weight_norm, remove_spectral_norm, prune.remove)."
             )
         if not module.weight.is_floating_point() or module.weight.dim() != 2:
-            raise LayoutError(f"Weight {name}.weight is quantized ({module.weight.dtype}). Load the model in float32, bfloat16 or float16.")
+            raise LayoutError(
+                f"Weight {name}.weight is quantized ({module.weight.dtype}). "
+                "Load the model in float32, bfloat16 or float16."
+            )
         self.module = module
         self.parameter_name = f"{name}.weight"
         self._is_transposed = isinstance(module, nn.Linear)
@@ -86,7 +93,9 @@ class EditedWeight:
 
 
 def shared_with(model: nn.Module, weight: EditedWeight) -> str | None:
-    """Another name of the model's for an edited parameter, or for one that lies in the same memory; None if it stands alone."""
+    """Another name of the model's for an edited parameter, or for one that lies in the same memory; None if
+    it stands alone.
+    """
     start, end = _range(weight.parameter)
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in module._parameters.items():
@@ -94,7 +103,9 @@ def shared_with(model: nn.Module, weight: EditedWeight) -> str | None:
             if tensor is None or full == weight.parameter_name:
                 continue
             other_start, other_end = _range(tensor)
-            if tensor is weight.parameter or (tensor.device == weight.parameter.device and other_start < end and start < other_end):
+            if tensor is weight.parameter or (
+                tensor.device == weight.parameter.device and other_start < end and start < other_end
+            ):
                 return full
     return None
 
@@ -109,14 +120,19 @@ def refuse_unsound(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise LayoutError(
-                f"Weight {name} is offloaded: it can't be edited, nor run fast. Load the model onto devices that hold it whole."
+                f"Weight {name} is offloaded: it can't be edited, nor run fast. "
+                "Load the model onto devices that hold it whole."
             )
         if not bool(torch.isfinite(parameter).all()):
-            raise NumericalError(f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights.")
+            raise NumericalError(
+                f"Weight {name} holds NaN or infinite entries. Load the model again from sound weights."
+            )
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and behind the last one; an empty range where there is no memory (meta device)."""
+    """Addresses of the first byte and behind the last one; an empty range where there is no memory (meta
+    device).
+    """
     start = 0 if tensor.device.type == "meta" else tensor.data_ptr()
     return start, start + (tensor.numel() * tensor.element_size() if start else 0)
 
@@ -124,14 +140,16 @@ def _range(tensor: Tensor) -> tuple[int, int]:
 def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
     """SHA-256 over names, shapes, dtypes and evenly spaced values of all parameters, as 16 hex digits.
 
-    Up to 4,096 values a parameter are read: an edit changes all of a weight, so it can't hide between them, and a model of
-    billions of parameters takes a moment.
+    Up to 4,096 values a parameter are read: an edit changes all of a weight, so it can't hide between them,
+    and a model of billions of parameters takes a moment.
 
     Args:
         model: any module.
         leave_out: names of parameters that don't count.
     """
-    return _digest((name, parameter) for name, parameter in sorted(model.named_parameters()) if name not in leave_out)
+    return _digest(
+        (name, parameter) for name, parameter in sorted(model.named_parameters()) if name not in leave_out
+    )
 
 
 def weights_fingerprint(weights: Mapping[int, Tensor]) -> str:
@@ -143,7 +161,9 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         step = max(1, tensor.numel() // _SAMPLES)
-        places = torch.arange(0, tensor.numel(), step, device=tensor.device)[:_SAMPLES]  # without a copy of a transposed weight
+        places = torch.arange(0, tensor.numel(), step, device=tensor.device)[
+            :_SAMPLES
+        ]  # without a copy of a transposed weight
         values = tensor.detach()[torch.unravel_index(places, tensor.shape)].to("cpu", torch.float64)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(values.numpy().tobytes())

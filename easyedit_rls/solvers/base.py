@@ -25,7 +25,8 @@ class Parts(Protocol):
 
 
 class LayerSolver(ABC):
-    """The solution of one edited layer's regularized least-squares problem, as a value: a change makes a new one.
+    """The solution of one edited layer's regularized least-squares problem, as a value: a change makes a new
+    one.
 
     It stays good until the change after the next; older ones may give up their memory.
 
@@ -61,12 +62,20 @@ class LayerSolver(ABC):
 
     @abstractmethod
     def update(
-        self: S, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False, factor: float | None = None
+        self: S,
+        K: Tensor,
+        V: Tensor,
+        importance: Tensor | None = None,
+        *,
+        same_change: bool = False,
+        factor: float | None = None,
     ) -> S:
         """The solution with one batch of edits more."""
 
     @abstractmethod
-    def retract(self: S, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False) -> S:
+    def retract(
+        self: S, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False
+    ) -> S:
         """The solution without some edits, as if they had never been made."""
 
     @abstractmethod
@@ -85,25 +94,34 @@ class LayerSolver(ABC):
     def tensors(self, before: "LayerSolver | None" = None) -> dict[str, Tensor]:
         """The solution as tensors for a file, with the one before it."""
 
-    def _checked(self, K: Tensor, V: Tensor, importance: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _checked(
+        self, K: Tensor, V: Tensor, importance: Tensor | None, like: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs in one dtype and memory layout, a row each key."""
         D = torch.ones(K.shape[:-1]) if importance is None else importance
-        if (K.shape[-1:], V.shape[-1:]) != (self.weight.shape[:1], self.weight.shape[1:]) or not K.shape[:-1] == V.shape[:-1] == D.shape:
+        if (K.shape[-1:], V.shape[-1:]) != (self.weight.shape[:1], self.weight.shape[1:]) or not K.shape[
+            :-1
+        ] == V.shape[:-1] == D.shape:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (K, V, D))
             raise NumericalError(
-                f"Keys, target outputs and importances of {self.name} have the shapes {shapes}; its weight is "
+                f"Keys, target outputs and importances of {self.name} have the shapes {shapes}; "
+                "its weight is "
                 f"{' x '.join(map(str, self.weight.shape))}. Give a row each edit, of these widths."
             )
         K, V, D = flat_rows(K, V, D)
         K, V, D = row_major(K, like), row_major(V, like), D.to(like)
         for label, tensor in (("Keys", K), ("Target outputs", V), ("Importances", D)):
             if not bool(torch.isfinite(tensor).all()):
-                raise NumericalError(f"{label} of {self.name} hold NaN or infinite entries. Check the model's weights for NaN.")
+                raise NumericalError(
+                    f"{label} of {self.name} hold NaN or infinite entries. Check the model's weights for NaN."
+                )
         return K, V, D
 
 
 def flat_rows(K: Tensor, V: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, target outputs and importances as (rows, d_k), (rows, d_v), (rows,), however many rows an edit has."""
+    """Keys, target outputs and importances as (rows, d_k), (rows, d_v), (rows,), however many rows an edit
+    has.
+    """
     return K.flatten(0, -2), V.flatten(0, -2), D.flatten()
 
 

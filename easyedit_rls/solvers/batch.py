@@ -2,8 +2,8 @@
 
     A = A_0 + Σ K_iᵀ D_i K_i                 W = W_p + A^-1 Σ K_iᵀ D_i (V_i − K_i W_p)
 
-with A_0 = λ²I + μ² K_0ᵀK_0 and W_p the weight that the soft constraints alone give: what the recursion has to equal (arXiv 2601.15686).
-Summed in float64.
+with A_0 = λ²I + μ² K_0ᵀK_0 and W_p the weight that the soft constraints alone give: what the recursion has to
+equal (arXiv 2601.15686). Summed in float64.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,8 @@ class Beginning:
     """One layer's problem before the first edit, so that A_0 can be had again.
 
     Attributes:
-        gram: ``K_0ᵀK_0`` by half, or None for no anchor term. In states of earlier versions None, with `C_0` instead.
+        gram: ``K_0ᵀK_0`` by half, or None for no anchor term. In states of earlier versions None, with `C_0`
+            instead.
         C_0: the covariance before the first edit by half, where nothing else is known.
         lambda_reg: λ.
         mu_reg: μ.

@@ -1,16 +1,18 @@
 """Recursive least squares that forgets: the solution of one edited layer in information form.
 
-With a forgetting factor γ_t in (0, 1] for each batch, older edits count less while both soft constraints stay (legend as in
-`recursion`; P = A_0 is the prior's information, W_p the weight that the soft constraints alone give):
+With a forgetting factor γ_t in (0, 1] for each batch, older edits count less while both soft constraints stay
+(legend as in `recursion`; P = A_0 is the prior's information, W_p the weight that the soft constraints alone
+give):
 
     J_t(W) = Σ_i (Π_{i<s≤t} γ_s) ‖D_i^½ (K_i W − V_i)‖² + λ²‖W − W_0‖² + μ²‖K_0 W − V_0‖²
 
-The prior must not fade with the data, so Woodbury's step no longer applies: A itself is carried, and factored at each batch, O(d_k³),
+The prior must not fade with the data, so Woodbury's step no longer applies: A itself is carried, and factored
+at each batch, O(d_k³),
 
     A ← γ A + (1 − γ) P + KᵀDK           W ← W + A^-1 (KᵀD (V − K W) − (1 − γ) P (W − W_p))
 
-The adaptive factor keeps the information in the memory constant (Fortescue, Kershenbaum & Ydstie 1981, eq. 12, for a batch of
-vector-valued outputs): with the innovation E = V − K W and S = D^-1 + K C Kᵀ,
+The adaptive factor keeps the information in the memory constant (Fortescue, Kershenbaum & Ydstie 1981, eq.
+12, for a batch of vector-valued outputs): with the innovation E = V − K W and S = D^-1 + K C Kᵀ,
 
     γ = 1 − tr(Eᵀ S^-1 E) / (N_0 σ²)     σ² the mean of tr(Eᵀ S^-1 E) an edit so far, N_0 the memory in edits
 
@@ -81,10 +83,12 @@ class _Parts:
 
 
 class ForgettingLeastSquares(LayerSolver):
-    """Running solution of one layer's regularized least-squares problem, older edits fading. Interface as `RecursiveLeastSquares`.
+    """Running solution of one layer's regularized least-squares problem, older edits fading. Interface as
+    `RecursiveLeastSquares`.
 
-    A, P and W are kept in float64 where the device has it: two (d_k, d_k) matrices of twice the covariance's size. An edit of great
-    importance that is taken out again leaves the rounding of W times its importance behind.
+    A, P and W are kept in float64 where the device has it: two (d_k, d_k) matrices of twice the covariance's
+    size. An edit of great importance that is taken out again leaves the rounding of W times its importance
+    behind.
 
     Args:
         W_0: unedited weight, (d_k, d_v), float32 or float64.
@@ -137,15 +141,23 @@ class ForgettingLeastSquares(LayerSolver):
         return A
 
     def update(
-        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False, factor: float | None = None
+        self,
+        K: Tensor,
+        V: Tensor,
+        importance: Tensor | None = None,
+        *,
+        same_change: bool = False,
+        factor: float | None = None,
     ) -> "ForgettingLeastSquares":
-        """The solution with one batch of edits more, what came before faded; `gamma` of the new one says by how much.
+        """The solution with one batch of edits more, what came before faded; `gamma` of the new one says by
+        how much.
 
         Args:
             K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
             V: target outputs, (u, d_v) or (u, r, d_v).
             importance: diagonal of D, (u,) or (u, r), positive; ones if None.
-            same_change: this solution is one on the way, which nobody goes back to: the batch belongs to the change that made it.
+            same_change: this solution is one on the way, which nobody goes back to: the batch belongs to the
+                change that made it.
             factor: γ of this batch instead of the object's own rule: to replay a stream.
 
         Raises:
@@ -169,13 +181,16 @@ class ForgettingLeastSquares(LayerSolver):
         drift = information_drift(A @ torch.cholesky_solve(Z, L), Z)
         return self._changed(step, W + torch.cholesky_solve(right, L), n_edits, surprise, drift, same_change)
 
-    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False) -> "ForgettingLeastSquares":
+    def retract(
+        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False
+    ) -> "ForgettingLeastSquares":
         """The solution without some edits, as if they had never been made.
 
         Args:
             K: keys that were given to `update`, (u, d_k) or (u, r, d_k).
             V: their target outputs, (u, d_v) or (u, r, d_v).
-            importance: what is left of their importances: those given to `update` times every γ since, (u,) or (u, r).
+            importance: what is left of their importances: those given to `update` times every γ since, (u,)
+                or (u, r).
             same_change: see `update`.
 
         Raises:
@@ -186,7 +201,11 @@ class ForgettingLeastSquares(LayerSolver):
         W = self.weight.to(K)
         step = _Step(K, -D, 1.0)
         cure = "These edits are not part of the state: give those that were made."
-        L = cholesky(self._apply_(self.information(), step), f"Information matrix of {self.name} without the edits", cure)
+        L = cholesky(
+            self._apply_(self.information(), step),
+            f"Information matrix of {self.name} without the edits",
+            cure,
+        )
         W = W - torch.cholesky_solve(K.T @ (D[:, None] * (V - K @ W)), L)
         return self._changed(step, W, -n_edits, self._parts.surprise, self.drift(), same_change)
 
@@ -195,7 +214,9 @@ class ForgettingLeastSquares(LayerSolver):
         return self._of(replace(self._parts, W=W.to(self.weight, copy=True)), self.name)
 
     def drift(self) -> float:
-        """Relative error of the last batch's solve, seen through fixed random probes; A itself does not drift."""
+        """Relative error of the last batch's solve, seen through fixed random probes; A itself does not
+        drift.
+        """
         return self._parts.drift
 
     def weight_error(self) -> float:
@@ -214,7 +235,10 @@ class ForgettingLeastSquares(LayerSolver):
         numbers = [p.prior.factor or 0.0, p.prior.memory, *b.surprise, b.drift]
         stored = {key: PackedSymmetric.from_dense(M).to_vector() for key, M in (("P", p.prior.P), ("A", A))}
         stored |= {"W_p": p.prior.W_p, "W": b.W}
-        stored |= {"n_edits": torch.tensor([b.n_edits]), "numbers": torch.tensor(numbers, dtype=torch.float64)}
+        stored |= {
+            "n_edits": torch.tensor([b.n_edits]),
+            "numbers": torch.tensor(numbers, dtype=torch.float64),
+        }
         if base is not self:
             stored |= {"pending.W": p.W, "pending.n_edits": torch.tensor([p.n_edits])}
             stored["pending.numbers"] = torch.tensor([*p.surprise, p.drift], dtype=torch.float64)
@@ -224,8 +248,11 @@ class ForgettingLeastSquares(LayerSolver):
         return stored
 
     @classmethod
-    def from_tensors(cls, stored: Mapping[str, Tensor], name: str) -> tuple["ForgettingLeastSquares", "ForgettingLeastSquares | None"]:
-        """The solution that `tensors` was taken from, and the one before it, bit for bit; they own what they are given.
+    def from_tensors(
+        cls, stored: Mapping[str, Tensor], name: str
+    ) -> tuple["ForgettingLeastSquares", "ForgettingLeastSquares | None"]:
+        """The solution that `tensors` was taken from, and the one before it, bit for bit; they own what they
+        are given.
 
         Raises:
             KeyError: a tensor is missing.
@@ -233,14 +260,20 @@ class ForgettingLeastSquares(LayerSolver):
         factor, memory, first, second, drift = stored["numbers"].tolist()
         P, A = (PackedSymmetric.from_vector(stored[key], len(stored["W"])).to_dense() for key in ("P", "A"))
         prior = _Prior(P, stored["W_p"].to(P), factor or None, memory)
-        base = cls._of(_Parts(prior, A, (), stored["W"].to(A), int(stored["n_edits"]), (first, second), drift), name)
+        base = cls._of(
+            _Parts(prior, A, (), stored["W"].to(A), int(stored["n_edits"]), (first, second), drift), name
+        )
         pending = part_of(stored, "pending.")
         if not pending:
             return base, None
         n = sum(key.startswith("K.") for key in pending)
-        steps = tuple(_Step(pending[f"K.{i}"], pending[f"D.{i}"], float(pending[f"gamma.{i}"])) for i in range(n))
+        steps = tuple(
+            _Step(pending[f"K.{i}"], pending[f"D.{i}"], float(pending[f"gamma.{i}"])) for i in range(n)
+        )
         first, second, drift = pending["numbers"].tolist()
-        return cls._of(_Parts(prior, A, steps, pending["W"].to(A), int(pending["n_edits"]), (first, second), drift), name), base
+        return cls._of(
+            _Parts(prior, A, steps, pending["W"].to(A), int(pending["n_edits"]), (first, second), drift), name
+        ), base
 
     def _apply_(self, A: Tensor, step: _Step) -> Tensor:
         """``A ← γ A + (1 − γ) P + KᵀDK`` in place, kept exactly symmetric."""
@@ -250,22 +283,38 @@ class ForgettingLeastSquares(LayerSolver):
 
     def _surprise_of(self, K: Tensor, D: Tensor, E: Tensor) -> float:
         """tr(Eᵀ S^-1 E) with ``S^-1 E = D (E − K A^-1 KᵀDE)``, A taking the batch in without fading."""
-        L = cholesky(self._apply_(self.information(), _Step(K, D, 1.0)), f"Information matrix of {self.name}", _CURE)
+        L = cholesky(
+            self._apply_(self.information(), _Step(K, D, 1.0)), f"Information matrix of {self.name}", _CURE
+        )
         DE = D[:, None] * E
         return float((DE * (E - K @ torch.cholesky_solve(K.T @ DE, L))).sum())
 
     def _adapt(self, now: float, surprise: tuple[float, float]) -> float:
         """The adaptive γ of a batch whose tr(Eᵀ S^-1 E) is `now`; `surprise` has it already."""
         sigma2 = surprise[0] / surprise[1]
-        return 1.0 if sigma2 <= 0 else min(1.0, max(_LEAST_FACTOR, 1.0 - now / (self._parts.prior.memory * sigma2)))
+        return (
+            1.0
+            if sigma2 <= 0
+            else min(1.0, max(_LEAST_FACTOR, 1.0 - now / (self._parts.prior.memory * sigma2)))
+        )
 
     def _changed(
-        self, step: _Step, W: Tensor, n_edits: int, surprise: tuple[float, float], drift: float, same_change: bool
+        self,
+        step: _Step,
+        W: Tensor,
+        n_edits: int,
+        surprise: tuple[float, float],
+        drift: float,
+        same_change: bool,
     ) -> "ForgettingLeastSquares":
         W = row_major(W, self.weight)
         if not bool(torch.isfinite(W).all()):
-            raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
-        if not same_change and not self._parts.is_whole:  # the same in another form, so that both solutions share one A
+            raise NumericalError(
+                f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg."
+            )
+        if (
+            not same_change and not self._parts.is_whole
+        ):  # the same in another form, so that both solutions share one A
             self._parts = replace(self._parts, A=self.information(), is_whole=True)
         parts = replace(self._parts, W=W, n_edits=self.n_edits + n_edits, surprise=surprise, drift=drift)
         if same_change:

@@ -14,7 +14,8 @@ _STRIP = 64  # rows of a strip in `to_vector`
 
 
 class Term:
-    """``sign · G Gᵀ``, (n, n), to be added to a `PackedSymmetric`. It knows how much of the matrix has it: a pass may break off anywhere.
+    """``sign · G Gᵀ``, (n, n), to be added to a `PackedSymmetric`. It knows how much of the matrix has it: a
+    pass may break off anywhere.
 
     Args:
         G: (n, u).
@@ -40,8 +41,12 @@ class Term:
         return panel.addmm_(self.G[rows], self.G[: rows.stop].T, alpha=self.sign)
 
     def bring_in(self, panel: Tensor, rows: slice) -> None:
-        """The same, and remember it. One call into C does both, so that no interrupt and no fault comes between them."""
-        self._panels.extend(map(partial(panel.addmm_, alpha=self.sign), (self.G[rows],), (self.G[: rows.stop].T,)))
+        """The same, and remember it. One call into C does both, so that no interrupt and no fault comes
+        between them.
+        """
+        self._panels.extend(
+            map(partial(panel.addmm_, alpha=self.sign), (self.G[rows],), (self.G[: rows.stop].T,))
+        )
 
     def seal(self) -> None:
         """From here on, the whole matrix has it."""
@@ -51,9 +56,10 @@ class Term:
 class PackedSymmetric:
     """A symmetric (n, n) matrix by its lower triangle, as the covariance of the recursion is held.
 
-    Rows are cut into panels, each a tensor of its own, (rows, columns up to the last of these rows), so that a pass over the matrix
-    is a few large products on contiguous memory. Only the square at a panel's end holds both of its halves, and holds them exactly
-    symmetric. On the CPU that is 52 % of the whole matrix at n = 14,336.
+    Rows are cut into panels, each a tensor of its own, (rows, columns up to the last of these rows), so that
+    a pass over the matrix is a few large products on contiguous memory. Only the square at a panel's end
+    holds both of its halves, and holds them exactly symmetric. On the CPU that is 52 % of the whole matrix at
+    n = 14,336.
 
     >>> C = PackedSymmetric.from_dense(torch.eye(2))
     >>> C.update_([Term(torch.tensor([[1.0], [2.0]]), -1.0)], torch.tensor([[1.0, 1.0]]))
@@ -99,9 +105,10 @@ class PackedSymmetric:
     ) -> Tensor:
         """``C ← C + Σ sign · G Gᵀ`` in place, and ``X C`` with the new C, in one pass over the triangle.
 
-        Each panel is read once, changed, and multiplied. No temporary is larger than a panel, and the product depends on C's entries and on
-        the terms alone: bit for bit, whether a term is brought in, was before, in whole or in part, or is one of those `besides`. A pass
-        that breaks off leaves nothing undone that the next one does not make up for.
+        Each panel is read once, changed, and multiplied. No temporary is larger than a panel, and the product
+        depends on C's entries and on the terms alone: bit for bit, whether a term is brought in, was before,
+        in whole or in part, or is one of those `besides`. A pass that breaks off leaves nothing undone that
+        the next one does not make up for.
 
         Args:
             terms: to be in C from now on.
@@ -140,13 +147,15 @@ class PackedSymmetric:
         return panel
 
     def to_vector(self, terms: Sequence[Term] = ()) -> Tensor:
-        """The lower triangle in strips of 64 rows cut off behind the strip's last row, the same on every device.
+        """The lower triangle in strips of 64 rows cut off behind the strip's last row, the same on every
+        device.
 
         Args:
             terms: to be in it, if they aren't yet.
 
         Returns:
-            A new vector of about n(n + 64)/2 entries, from which `from_vector` makes the matrix again, bit for bit.
+            A new vector of about n(n + 64)/2 entries, from which `from_vector` makes the matrix again, bit
+            for bit.
 
         >>> PackedSymmetric.from_dense(torch.eye(2)).to_vector()
         tensor([1., 0., 0., 1.])
@@ -154,7 +163,10 @@ class PackedSymmetric:
         strips = []
         for number, (rows, panel) in enumerate(self._rows()):
             panel = self._with(terms, number, rows, panel)
-            strips += [panel[i : i + _STRIP, : rows.start + i + _STRIP].reshape(-1) for i in range(0, len(panel), _STRIP)]
+            strips += [
+                panel[i : i + _STRIP, : rows.start + i + _STRIP].reshape(-1)
+                for i in range(0, len(panel), _STRIP)
+            ]
         return torch.cat(strips)
 
     @classmethod

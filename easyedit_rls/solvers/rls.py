@@ -22,9 +22,10 @@ Edits leave the objective by the same step with negative weight:
     F = C Kᵀ                   D^-1 − K F = L Lᵀ          H = F L^-T
     C ← C + H Hᵀ               W ← W − H L^-1 (V − K W)
 
-A solution is a value: a change makes a new one, and the one before stays what it was, bit for bit, until the change after. So nothing
-has to be taken back when a change fails, and to roll one back is to go on from the solution before. Both share C, which is held by half
-(`symmetric`): what the last two changes add to it, G or H or both, is kept beside it until no solution in use can do without.
+A solution is a value: a change makes a new one, and the one before stays what it was, bit for bit, until the
+change after. So nothing has to be taken back when a change fails, and to roll one back is to go on from the
+solution before. Both share C, which is held by half (`symmetric`): what the last two changes add to it, G or
+H or both, is kept beside it until no solution in use can do without.
 """
 
 from collections.abc import Mapping
@@ -40,7 +41,8 @@ from easyedit_rls.solvers.packed import PackedSymmetric, Term
 from easyedit_rls.solvers.spd import cholesky, information_drift, innovation_factor, spd_inverse, symmetrize_
 from easyedit_rls.solvers.watch import WeightWatch, probes, widest_dtype
 
-_LOST = 3.0  # ε·r² of an edit, at most, is what its retraction loses to rounding: measured 0.1 to 2.8 at d_k of 64 to 1536
+# ε·r² of an edit, at most, is what its retraction loses to rounding: measured 0.1 to 2.8 at d_k of 64 to 1536
+_LOST = 3.0
 _RETRACTION = 1e-4  # of the edit: error of a retraction that is still made by a downdate
 _DEFINITE = 1e-2  # relative error of C along a new key, from where on C could lose its definiteness
 
@@ -87,15 +89,18 @@ class _Parts:
 class RecursiveLeastSquares(LayerSolver):
     """Running solution of one layer's regularized least-squares problem.
 
-    Owns its tensors: nothing given to it is kept by reference, except that `weight` hands out the live tensor (read only, by
-    convention).
+    Owns its tensors: nothing given to it is kept by reference, except that `weight` hands out the live tensor
+    (read only, by convention).
 
     Args:
-        W_0: unedited weight, (d_k, d_v), float32 or float64; its dtype and device are those of the whole state.
-        gram: ``K_0ᵀK_0``, (d_k, d_k), or None for no anchor term. Inverted in float64 where the device has it.
+        W_0: unedited weight, (d_k, d_v), float32 or float64; its dtype and device are those of the whole
+            state.
+        gram: ``K_0ᵀK_0``, (d_k, d_k), or None for no anchor term. Inverted in float64 where the device has
+            it.
         lambda_reg: λ ≥ 0, weight of the pull toward W_0.
         mu_reg: μ ≥ 0, weight of the pull toward the anchor mapping.
-        anchor_cross: ``K_0ᵀV_0``, (d_k, d_v), for anchors that say something else than W_0 does; None means V_0 = K_0 W_0.
+        anchor_cross: ``K_0ᵀV_0``, (d_k, d_v), for anchors that say something else than W_0 does; None means
+            V_0 = K_0 W_0.
         name: of the layer, for messages.
 
     Raises:
@@ -118,7 +123,14 @@ class RecursiveLeastSquares(LayerSolver):
         self.name = name
         Z = probes(W_0)
         Y = (A @ Z.to(A)).to(W_0.dtype)
-        self._parts = _Parts(PackedSymmetric.from_dense(C, W_0.dtype), W.to(W_0.dtype).clone(), Z, Y, WeightWatch.begin(C, W), 0)
+        self._parts = _Parts(
+            PackedSymmetric.from_dense(C, W_0.dtype),
+            W.to(W_0.dtype).clone(),
+            Z,
+            Y,
+            WeightWatch.begin(C, W),
+            0,
+        )
 
     @classmethod
     def _of(cls, parts: _Parts, name: str) -> "RecursiveLeastSquares":
@@ -127,7 +139,9 @@ class RecursiveLeastSquares(LayerSolver):
         return solution
 
     @classmethod
-    def assemble(cls, C: Tensor, W: Tensor, A: Tensor, watch: WeightWatch | None, n_edits: int, name: str) -> "RecursiveLeastSquares":
+    def assemble(
+        cls, C: Tensor, W: Tensor, A: Tensor, watch: WeightWatch | None, n_edits: int, name: str
+    ) -> "RecursiveLeastSquares":
         """A solution from its parts; it owns W from then on.
 
         Args:
@@ -140,7 +154,9 @@ class RecursiveLeastSquares(LayerSolver):
         """
         Z = probes(W)
         Y = (A @ Z.to(A)).to(W.dtype)
-        return cls._of(_Parts(PackedSymmetric.from_dense(C, W.dtype), W.contiguous(), Z, Y, watch, n_edits), name)
+        return cls._of(
+            _Parts(PackedSymmetric.from_dense(C, W.dtype), W.contiguous(), Z, Y, watch, n_edits), name
+        )
 
     @property
     def watch(self) -> WeightWatch | None:
@@ -153,7 +169,13 @@ class RecursiveLeastSquares(LayerSolver):
         return p.C.to_dense((*p.settled, *p.previous, *p.last))
 
     def update(
-        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False, factor: float | None = None
+        self,
+        K: Tensor,
+        V: Tensor,
+        importance: Tensor | None = None,
+        *,
+        same_change: bool = False,
+        factor: float | None = None,
     ) -> "RecursiveLeastSquares":
         """The solution with one batch of edits more.
 
@@ -161,7 +183,8 @@ class RecursiveLeastSquares(LayerSolver):
             K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
             V: target outputs, (u, d_v) or (u, r, d_v).
             importance: diagonal of D, (u,) or (u, r), positive; ones if None.
-            same_change: this solution is one on the way, which nobody goes back to: the batch belongs to the change that made it.
+            same_change: this solution is one on the way, which nobody goes back to: the batch belongs to the
+                change that made it.
             factor: 1 or None; only `ForgettingLeastSquares` can let older edits fade.
 
         Raises:
@@ -169,7 +192,9 @@ class RecursiveLeastSquares(LayerSolver):
             PrecisionError: the edits settle a direction so firmly that C in this dtype could not hold it.
         """
         if factor not in (None, 1.0):
-            raise NumericalError(f"The covariance of {self.name} can't forget (factor {factor}). Set forgetting_factor.")
+            raise NumericalError(
+                f"The covariance of {self.name} can't forget (factor {factor}). Set forgetting_factor."
+            )
         n_edits = len(K)
         K, V, D = self._checked(K, V, importance, self.weight)
         parts = self._parts.follow(same_change)
@@ -180,7 +205,9 @@ class RecursiveLeastSquares(LayerSolver):
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)  # L^-1 (V − K W)
         return self._changed(parts, Term(G, -1.0), step, (K, V, D), n_edits, same_change)
 
-    def retract(self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False) -> "RecursiveLeastSquares":
+    def retract(
+        self, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False
+    ) -> "RecursiveLeastSquares":
         """The solution without some edits, as if they had never been made: ``W = argmin J`` without them.
 
         Args:
@@ -191,8 +218,8 @@ class RecursiveLeastSquares(LayerSolver):
 
         Raises:
             NumericalError: the edits are not in the state (``D^-1 − K C Kᵀ`` is far from positive definite).
-            PrecisionError: they settle so much of the state that this dtype can't tell what would be left without them. The
-                information that stays has to be summed anew, see `rebuild.rebuilt`.
+            PrecisionError: they settle so much of the state that this dtype can't tell what would be left
+                without them. The information that stays has to be summed anew, see `rebuild.rebuilt`.
         """
         n_edits = len(K)
         K, V, D = self._checked(K, V, importance, self.weight)
@@ -200,7 +227,9 @@ class RecursiveLeastSquares(LayerSolver):
         KC = self._times(K, parts)
         wide = widest_dtype(K.device)
         core = -symmetrize_(K.to(wide) @ KC.T.to(wide))
-        core.diagonal().add_(D.to(core).reciprocal())  # SPD exactly if the edits' information is contained in A
+        core.diagonal().add_(
+            D.to(core).reciprocal()
+        )  # SPD exactly if the edits' information is contained in A
         self._refuse_if_all(core, D)
         L = cholesky(core, f"Retraction core of {self.name}").to(KC)
         H = torch.linalg.solve_triangular(L, KC, upper=False).T.contiguous()
@@ -211,10 +240,14 @@ class RecursiveLeastSquares(LayerSolver):
         """The same covariance with a weight that somebody else wrote, (d_k, d_v)."""
         parts = self._parts.follow(False)
         W = W.to(self.weight, copy=True)
-        return self._of(replace(parts, W=W, watch=None if parts.watch is None else parts.watch.adopted(W)), self.name)
+        return self._of(
+            replace(parts, W=W, watch=None if parts.watch is None else parts.watch.adopted(W)), self.name
+        )
 
     def drift(self) -> float:
-        """Relative error of C as the inverse of A, seen through fixed random probes (see `linalg.information_drift`)."""
+        """Relative error of C as the inverse of A, seen through fixed random probes (see
+        `linalg.information_drift`).
+        """
         return self._drift
 
     @cached_property
@@ -227,7 +260,9 @@ class RecursiveLeastSquares(LayerSolver):
         return information_drift(out.T, p.Z)
 
     def weight_error(self) -> float:
-        """What W lacks of the least-squares solution, as a share of the edit, or more (`watch`); 0 where it is not watched."""
+        """What W lacks of the least-squares solution, as a share of the edit, or more (`watch`); 0 where it
+        is not watched.
+        """
         return self._weight_error
 
     @cached_property
@@ -244,17 +279,24 @@ class RecursiveLeastSquares(LayerSolver):
         if not isinstance(before, RecursiveLeastSquares):
             return {"C": p.C.to_vector((*p.settled, *p.previous, *p.last)), **_plain(p)}
         if before._parts.C is not p.C:  # the solution was rebuilt
-            other = {name: tensor for name, tensor in before.tensors().items() if name not in WeightWatch.FIXED}
+            other = {
+                name: tensor for name, tensor in before.tensors().items() if name not in WeightWatch.FIXED
+            }
             return {**self.tensors(), **{f"before.{name}": tensor for name, tensor in other.items()}}
         stored = {"C": p.C.to_vector((*p.settled, *p.previous)), **_plain(before._parts)}
-        stored |= {f"pending.{name}": tensor for name, tensor in _plain(p).items() if name not in WeightWatch.FIXED}
+        stored |= {
+            f"pending.{name}": tensor for name, tensor in _plain(p).items() if name not in WeightWatch.FIXED
+        }
         for i, term in enumerate(p.last):
             stored[f"pending.{'plus' if term.sign > 0 else 'minus'}.{i}"] = term.G
         return stored
 
     @classmethod
-    def from_tensors(cls, stored: Mapping[str, Tensor], name: str) -> tuple["RecursiveLeastSquares", "RecursiveLeastSquares | None"]:
-        """The solution that `tensors` was taken from, and the one before it, bit for bit; they own what they are given.
+    def from_tensors(
+        cls, stored: Mapping[str, Tensor], name: str
+    ) -> tuple["RecursiveLeastSquares", "RecursiveLeastSquares | None"]:
+        """The solution that `tensors` was taken from, and the one before it, bit for bit; they own what they
+        are given.
 
         Args:
             stored: what `tensors` returned, all on one device.
@@ -269,9 +311,13 @@ class RecursiveLeastSquares(LayerSolver):
         base = cls._of(_from_plain(C, stored), name)
         if not pending:
             return base, cls.from_tensors({**fixed, **earlier}, name)[0] if earlier else None
-        terms = sorted((int(key.rsplit(".", 1)[1]), key) for key in pending if key.startswith(("plus.", "minus.")))
+        terms = sorted(
+            (int(key.rsplit(".", 1)[1]), key) for key in pending if key.startswith(("plus.", "minus."))
+        )
         last = tuple(Term(pending[key], 1.0 if key.startswith("plus") else -1.0) for _, key in terms)
-        return cls._of(replace(_from_plain(C, {**fixed, **pending}), last=last, W_before=base.weight), name), base
+        return cls._of(
+            replace(_from_plain(C, {**fixed, **pending}), last=last, W_before=base.weight), name
+        ), base
 
     def _times(self, X: Tensor, parts: _Parts) -> Tensor:
         """``X C``, (m, d_k); what is settled is brought into C on the way, in the same pass."""
@@ -281,30 +327,45 @@ class RecursiveLeastSquares(LayerSolver):
         r = float((D * (KC * K).sum(1)).max())
         if _LOST * torch.finfo(K.dtype).eps * r > _DEFINITE and K.dtype != widest_dtype(K.device):
             raise PrecisionError(
-                f"An edit of {self.name} would be {r:.1e} times as firm as all that is known of its key, too much for {K.dtype}. "
-                "Lower its importance, or raise mom2_update_weight or lambda_reg."
+                f"An edit of {self.name} would be {r:.1e} times as firm as all that is known of its key, "
+                f"too much for {K.dtype}. Lower its importance, or raise mom2_update_weight or lambda_reg."
             )
 
     def _refuse_if_all(self, core: Tensor, D: Tensor) -> None:
         """Refuse to take out what is not there, or so much that rounding would decide what is left."""
         root = D.to(core).sqrt()
-        left = float(torch.linalg.eigvalsh(root[:, None] * core * root).min())  # 1/(1 + r) where r is what the edits weigh
+        left = float(
+            torch.linalg.eigvalsh(root[:, None] * core * root).min()
+        )  # 1/(1 + r) where r is what the edits weigh
         if left <= (_LOST * torch.finfo(self.weight.dtype).eps / _RETRACTION) ** 0.5:
             raise PrecisionError(
-                f"Either these edits are not part of the state of {self.name}, or they are nearly all that it knows of their keys: without "
-                f"them {left:.1e} of it would be left, too little for {self.weight.dtype}. Give those that were made, or sum those that "
-                "stay anew."
+                f"Either these edits are not part of the state of {self.name}, "
+                "or they are nearly all that it knows of their keys: without "
+                f"them {left:.1e} of it would be left, too little for {self.weight.dtype}. "
+                "Give those that were made, or sum those that stay anew."
             )
 
     def _changed(
-        self, parts: _Parts, term: Term, step: Tensor, edits: tuple[Tensor, Tensor, Tensor], n_edits: int, same_change: bool
+        self,
+        parts: _Parts,
+        term: Term,
+        step: Tensor,
+        edits: tuple[Tensor, Tensor, Tensor],
+        n_edits: int,
+        same_change: bool,
     ) -> "RecursiveLeastSquares":
         """With ``W ← W − sign · G step``, in the memory of the weight before the last, if there is one."""
         K, V, D = edits
-        out = self._parts.spare.pop() if self._parts.spare and not same_change else torch.empty_like(self.weight)
+        out = (
+            self._parts.spare.pop()
+            if self._parts.spare and not same_change
+            else torch.empty_like(self.weight)
+        )
         W = torch.addmm(self.weight, term.G, step, alpha=-term.sign, out=out)
         if not bool(torch.isfinite(W.sum())):  # one number holds every NaN and infinity
-            raise NumericalError(f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg.")
+            raise NumericalError(
+                f"The new weight of {self.name} holds NaN or infinite entries. Raise lambda_reg or mu_reg."
+            )
         Y = torch.addmm(parts.Y, K.T, D[:, None] * (K @ parts.Z))
         watch = None if parts.watch is None else parts.watch.after(K, V, D)
         new = replace(parts, W=W, Y=Y, watch=watch, n_edits=self.n_edits + n_edits, last=(*parts.last, term))
@@ -318,13 +379,27 @@ def _plain(parts: _Parts) -> dict[str, Tensor]:
 
 
 def _from_plain(C: PackedSymmetric, stored: Mapping[str, Tensor]) -> _Parts:
-    return _Parts(C, stored["W"], probes(stored["W"]), stored["Y"], WeightWatch.from_tensors(stored), int(stored["n_edits"]))
+    return _Parts(
+        C,
+        stored["W"],
+        probes(stored["W"]),
+        stored["Y"],
+        WeightWatch.from_tensors(stored),
+        int(stored["n_edits"]),
+    )
 
 
 def prior(
-    W_0: Tensor, gram: Tensor | None, *, lambda_reg: float, mu_reg: float, anchor_cross: Tensor | None, name: str
+    W_0: Tensor,
+    gram: Tensor | None,
+    *,
+    lambda_reg: float,
+    mu_reg: float,
+    anchor_cross: Tensor | None,
+    name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``A_0``, ``C_0`` and the weight that both soft constraints alone give, in the widest dtype of the device.
+    """``A_0``, ``C_0`` and the weight that both soft constraints alone give, in the widest dtype of the
+    device.
 
     Raises:
         NumericalError: ``A_0`` is not positive definite or not finite.
@@ -342,7 +417,9 @@ def prior(
     return A, C, W
 
 
-def information(d_k: int, gram: Tensor | None, lambda_reg: float, mu_reg: float, device: torch.device) -> Tensor:
+def information(
+    d_k: int, gram: Tensor | None, lambda_reg: float, mu_reg: float, device: torch.device
+) -> Tensor:
     """``A_0 = λ²I + μ²K_0ᵀK_0``, (d_k, d_k), in the widest dtype of the device."""
     A = torch.zeros(d_k, d_k, dtype=widest_dtype(device), device=device)
     if gram is not None:

@@ -1,7 +1,7 @@
 """Pure linear algebra on symmetric positive definite (SPD) matrices.
 
-Letters as in RLSEdit (arXiv 2601.15686): ``A`` the information matrix, ``C = A^-1`` the covariance, ``K`` keys with one edit
-a row, ``D`` importances. Nothing here knows of models or files.
+Letters as in RLSEdit (arXiv 2601.15686): ``A`` the information matrix, ``C = A^-1`` the covariance, ``K``
+keys with one edit a row, ``D`` importances. Nothing here knows of models or files.
 """
 
 import torch
@@ -29,7 +29,8 @@ def cholesky(
         L, (n, n), lower triangular, same dtype and device.
 
     Raises:
-        NumericalError: A holds NaN or infinity, or is not positive definite. Nothing is added to the diagonal in silence.
+        NumericalError: A holds NaN or infinity, or is not positive definite. Nothing is added to the diagonal
+            in silence.
 
     >>> A = torch.tensor([[4.0, 2.0, 2.0], [2.0, 5.0, 3.0], [2.0, 3.0, 6.0]])
     >>> cholesky(A)
@@ -38,11 +39,16 @@ def cholesky(
             [1., 1., 2.]])
     """
     if not bool(torch.isfinite(A).all()):
-        raise NumericalError(f"{name} holds NaN or infinite entries. Check the model's weights and the inputs for NaN.")
+        raise NumericalError(
+            f"{name} holds NaN or infinite entries. Check the model's weights and the inputs for NaN."
+        )
     L: Tensor
     L, info = torch.linalg.cholesky_ex(A)
     if int(info.item()) != 0:
-        raise NumericalError(f"{name} is not positive definite (leading minor {int(info.item())} of {A.shape[0]}, {A.dtype}). {cure}")
+        raise NumericalError(
+            f"{name} is not positive definite (leading minor {int(info.item())} of {A.shape[0]}, {A.dtype}). "
+            f"{cure}"
+        )
     return L
 
 
@@ -100,7 +106,8 @@ def symmetrize_(M: Tensor) -> Tensor:  # shape: (n, n)
 
 
 def row_major(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy in another tensor's dtype and device, laid out row by row: products come out bit for bit whatever the layout was.
+    """A copy in another tensor's dtype and device, laid out row by row: products come out bit for bit
+    whatever the layout was.
 
     >>> row_major(torch.ones(2, 1).T, torch.ones(1)).stride()
     (2, 1)
@@ -132,14 +139,19 @@ def innovation_factor(
     S = K @ F
     symmetrize_(S)
     S.diagonal().add_(importance.reciprocal())
-    return cholesky(S, "Innovation matrix S", "The covariance has lost positive definiteness: start a new editor, or raise lambda_reg.")
+    return cholesky(
+        S,
+        "Innovation matrix S",
+        "The covariance has lost positive definiteness: start a new editor, or raise lambda_reg.",
+    )
 
 
 def information_drift(
     CY: Tensor,  # shape: (d_k, p)
     Z: Tensor,  # shape: (d_k, p)
 ) -> float:
-    """How far ``C`` is from the inverse of ``A``, seen through p probes: ``‖C (A Z) − Z‖ / ‖Z‖`` (Frobenius norms).
+    """How far ``C`` is from the inverse of ``A``, seen through p probes: ``‖C (A Z) − Z‖ / ‖Z‖`` (Frobenius
+    norms).
 
     Args:
         CY: ``C Y`` with ``Y = A Z`` carried along separately.

@@ -1,11 +1,13 @@
-"""How far a weight is from the least-squares solution, seen through fixed random probes: without A, and without the edits.
+"""How far a weight is from the least-squares solution, seen through fixed random probes: without A, and
+without the edits.
 
-Letters as in `recursion`. With p probes U, (d_k, p), and Z = C_0 U, three small things are carried along in float64:
+Letters as in `recursion`. With p probes U, (d_k, p), and Z = C_0 U, three small things are carried along in
+float64:
 
     Y = A_t Z        R = Zᵀ B_t, B_t = A_0 W_p + Σ KᵀD V        both are sums over the edits
 
-The solution has A_t W = B_t, so R − YᵀW = Uᵀ C_0 A_t (W_t − W). C_0 A_t = I + C_0 Σ KᵀDK has no eigenvalue below 1: what is seen is what
-the weight lacks, or more where edits have settled a direction.
+The solution has A_t W = B_t, so R − YᵀW = Uᵀ C_0 A_t (W_t − W). C_0 A_t = I + C_0 Σ KᵀDK has no eigenvalue
+below 1: what is seen is what the weight lacks, or more where edits have settled a direction.
 """
 
 from collections.abc import Mapping
@@ -54,7 +56,9 @@ class WeightWatch:
     def to(self, device: torch.device) -> "WeightWatch":
         """On another device."""
         wide = widest_dtype(device)
-        return WeightWatch(*(tensor.to(device, wide) for tensor in (self.Z, self.Y, self.R, self.start, self.U)))
+        return WeightWatch(
+            *(tensor.to(device, wide) for tensor in (self.Z, self.Y, self.R, self.start, self.U))
+        )
 
     def adopted(self, W: Tensor) -> "WeightWatch":
         """With a weight that somebody else wrote, (d_k, d_v), as the solution so far."""
@@ -66,9 +70,13 @@ class WeightWatch:
         return replace(self, Y=Y, R=self._times(Y, W))
 
     def error(self, W: Tensor) -> float:
-        """``‖R − YᵀW‖ / ‖Uᵀ(W − W_p)‖``: what W, (d_k, d_v), lacks of the solution, as a share of the whole edit."""
+        """``‖R − YᵀW‖ / ‖Uᵀ(W − W_p)‖``: what W, (d_k, d_v), lacks of the solution, as a share of the whole
+        edit.
+        """
         missing = float((self.R - self._times(self.Y, W)).norm())
-        return missing / max(float((self._times(self.U, W) - self.start).norm()), torch.finfo(torch.float32).tiny)
+        return missing / max(
+            float((self._times(self.U, W) - self.start).norm()), torch.finfo(torch.float32).tiny
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """For a file."""

@@ -1,4 +1,6 @@
-"""A short search for the settings of a model: Optuna proposes, a stream of edits on development records decides."""
+"""A short search for the settings of a model: Optuna proposes, a stream of edits on development records
+decides.
+"""
 
 import logging
 import math
@@ -49,22 +51,28 @@ class Trial:
 
 
 def objective(figures: dict[str, float]) -> float:
-    """Harmonic mean of rewrite accuracy, paraphrase accuracy, specificity, and 1 − relative loss of perplexity; in [0, 1].
+    """Harmonic mean of rewrite accuracy, paraphrase accuracy, specificity, and 1 − relative loss of
+    perplexity; in [0, 1].
 
     >>> shares = {"rewrite_accuracy": 0.9, "paraphrase_accuracy": 0.6, "specificity": 0.8}
     >>> round(objective({**shares, "perplexity": 21, "perplexity_before": 20}), 3)
     0.787
     """
     loss = figures["perplexity"] / figures["perplexity_before"] - 1
-    parts = [figures["rewrite_accuracy"], figures["paraphrase_accuracy"], figures["specificity"], 1 - max(0.0, loss)]
+    parts = [
+        figures["rewrite_accuracy"],
+        figures["paraphrase_accuracy"],
+        figures["specificity"],
+        1 - max(0.0, loss),
+    ]
     return harmonic_mean(parts) if min(parts) > 0 else 0.0
 
 
 class Search:
     """Tries settings on development records, best guesses first.
 
-    Every trial edits the same records from the same unedited weights, which are put back afterwards. Second moments are taken once, for all
-    layers that may be edited.
+    Every trial edits the same records from the same unedited weights, which are put back afterwards. Second
+    moments are taken once, for all layers that may be edited.
 
     Args:
         model: in float32, on its device; unedited, and left so.
@@ -92,9 +100,15 @@ class Search:
         seed: int = 0,
         max_tokens: int = 4096,
     ) -> None:
-        for name, have in (("paraphrases", [r.paraphrases for r in records]), ("neighbors", [r.neighbors for r in records])):
+        for name, have in (
+            ("paraphrases", [r.paraphrases for r in records]),
+            ("neighbors", [r.neighbors for r in records]),
+        ):
             if not any(have):
-                raise RequestError(f"hold no {name}, which the search is judged on. Give records in CounterFact's format.", field="records")
+                raise RequestError(
+                    f"hold no {name}, which the search is judged on. Give records in CounterFact's format.",
+                    field="records",
+                )
         records = as_chat(records) if start.chat_template else list(records)  # measured as they are edited
         self._model, self._tok, self._start, self._records, self._text = model, tok, start, records, text
         self._batch, self._max_tokens = batch, max_tokens
@@ -107,11 +121,14 @@ class Search:
 
     def prepare(self, show_progress: bool | None = None) -> None:
         """Take the second moments of all layers that may be edited, once."""
-        every = RLSEditHyperParams.from_dict({**self._start.to_dict(), "layers": list(range(self._deepest + 1))})
+        every = RLSEditHyperParams.from_dict(
+            {**self._start.to_dict(), "layers": list(range(self._deepest + 1))}
+        )
         moments(self._model, self._tok, every, show_progress=show_progress)
 
     def run(self, n_trials: int, seconds: float, on_trial: Callable[[Trial], None] | None = None) -> Trial:
-        """Try settings until there were `n_trials`, or another would likely end after `seconds`; returns the best.
+        """Try settings until there were `n_trials`, or another would likely end after `seconds`; returns the
+        best.
 
         Args:
             n_trials: at most; the first are the settings to begin with.
@@ -176,8 +193,13 @@ class Search:
                 for at in range(0, len(self._records), self._batch):
                     editor.edit(self._records[at : at + self._batch])
             means = evaluate(self._model, self._tok, self._records, show_progress=False).means()
-            figures = {name: float(means[name] or 0.0) for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity")}
-            after = perplexity(self._model, self._tok, self._text, max_tokens=self._max_tokens, show_progress=False)
+            figures = {
+                name: float(means[name] or 0.0)
+                for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity")
+            }
+            after = perplexity(
+                self._model, self._tok, self._text, max_tokens=self._max_tokens, show_progress=False
+            )
             figures |= {"perplexity": after, "perplexity_before": self._before}
         except RLSEditError as exc:
             error = str(exc)
@@ -195,7 +217,9 @@ class Search:
 
 
 def _study(seed: int) -> "optuna.Study":
-    """A maximizing study in memory, by the tree-structured Parzen estimator (Bergstra et al. 2011; multivariate, Falkner et al. 2018)."""
+    """A maximizing study in memory, by the tree-structured Parzen estimator (Bergstra et al. 2011;
+    multivariate, Falkner et al. 2018).
+    """
     try:
         import optuna
     except ImportError as exc:

@@ -1,8 +1,9 @@
 """Causal tracing: where in a model a fact sits (ROME, Meng et al. 2022, section 2).
 
-The subject's embeddings are blurred by noise until the model no longer knows the fact; then clean states are put back, one place at
-a time. What a place gives back of the answer's probability is its indirect effect. For MLPs and attentions a window of neighboring
-layers is put back at once, as in ROME. The layers whose MLPs give back most at the subject's last token are those to edit.
+The subject's embeddings are blurred by noise until the model no longer knows the fact; then clean states are
+put back, one place at a time. What a place gives back of the answer's probability is its indirect effect. For
+MLPs and attentions a window of neighboring layers is put back at once, as in ROME. The layers whose MLPs give
+back most at the subject's last token are those to edit.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ class Trace:
     Attributes:
         clean: mean probability of the answer, undisturbed.
         blurred: the same with the subject's embeddings blurred.
-        effects: kind -> what putting clean states back gives back of the probability, (places, layers), NaN for a place no fact has.
+        effects: kind -> what putting clean states back gives back of the probability, (places, layers), NaN
+            for a place no fact has.
         n_facts: facts that were traced.
         window: layers put back at once, for MLPs and attentions.
     """
@@ -47,7 +49,9 @@ class Trace:
     window: int
 
     def advice(self) -> list[int]:
-        """Layers around the largest effect of the MLPs at the subject's last token, as far as it is at least half as large there."""
+        """Layers around the largest effect of the MLPs at the subject's last token, as far as it is at least
+        half as large there.
+        """
         effect = self.effects["MLP"][_SUBJECT_LAST]
         peak = int(effect.argmax())
         first = last = peak
@@ -59,8 +63,16 @@ class Trace:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        effects = {kind: {place: row.tolist() for place, row in zip(PLACES, effect)} for kind, effect in self.effects.items()}
-        numbers = {"clean": self.clean, "blurred": self.blurred, "n_facts": self.n_facts, "window": self.window}
+        effects = {
+            kind: {place: row.tolist() for place, row in zip(PLACES, effect)}
+            for kind, effect in self.effects.items()
+        }
+        numbers = {
+            "clean": self.clean,
+            "blurred": self.blurred,
+            "n_facts": self.n_facts,
+            "window": self.window,
+        }
         return {**numbers, "effects": effects, "advice": self.advice()}
 
 
@@ -81,7 +93,9 @@ def refuse_untraceable(
             rows.append(subject_tokens(tok, request.before, request.subject, request.after, request.chat))
         except RequestError as exc:
             raise exc.at(number) from None
-    refuse_unfit(model, tok, [ids for ids, _ in rows], what="The prompt with a token to be predicted", n_new=1)
+    refuse_unfit(
+        model, tok, [ids for ids, _ in rows], what="The prompt with a token to be predicted", n_new=1
+    )
     return rows
 
 
@@ -104,7 +118,8 @@ def trace(
         requests: facts; prompt and subject count.
         noise: standard deviation of the noise, in those of the subjects' embeddings (ROME has 3).
         samples: noises a fact.
-        window: layers put back at once for MLPs and attentions; a fifth of the model's if None (ROME has 10 of 48).
+        window: layers put back at once for MLPs and attentions; a fifth of the model's if None (ROME has 10
+            of 48).
         seed: of the noise.
         show_progress: None shows a bar on a terminal only.
 
@@ -126,18 +141,28 @@ def trace(
     counts, clean, blurred = torch.zeros(len(PLACES), 1), 0.0, 0.0
     rows = refuse_untraceable(model, tok, requests)
     embed = model.get_input_embeddings()
-    with undisturbed(model), progress_bar(len(rows) * len(layers) * len(KINDS), "tracing", "layer", show_progress) as bar:
+    with (
+        undisturbed(model),
+        progress_bar(len(rows) * len(layers) * len(KINDS), "tracing", "layer", show_progress) as bar,
+    ):
         spread = torch.cat([embed.weight[[ids[i] for i in inside]].float() for ids, inside in rows]).std()
         for number, (ids, inside) in enumerate(rows):
             generator = torch.Generator().manual_seed(seed + number)
-            blur = torch.randn(samples, len(inside), embed.weight.shape[1], generator=generator) * noise * float(spread)
+            blur = (
+                torch.randn(samples, len(inside), embed.weight.shape[1], generator=generator)
+                * noise
+                * float(spread)
+            )
             fact = _Fact(model, layers, parts, ids, inside, blur)
             has = torch.tensor([[float(position is not None)] for position in fact.positions])
             for kind in KINDS:
                 effects[kind] += has * fact.effects(kind, width, bar)
             counts += has
             clean, blurred = clean + fact.clean / len(rows), blurred + fact.blurred / len(rows)
-    means = {kind: torch.where(counts > 0, effect / counts.clamp(min=1), torch.nan) for kind, effect in effects.items()}
+    means = {
+        kind: torch.where(counts > 0, effect / counts.clamp(min=1), torch.nan)
+        for kind, effect in effects.items()
+    }
     return Trace(clean, blurred, means, len(rows), width)
 
 
@@ -157,12 +182,20 @@ class _Fact:
         self._embed = model.get_input_embeddings()
         self._ids = torch.tensor([list(ids)], device=self._embed.weight.device)
         after = inside[-1] + 1
-        self.positions = (inside[0], inside[-1], after if after < len(ids) - 1 else None, len(ids) - 1 if after < len(ids) else None)
+        self.positions = (
+            inside[0],
+            inside[-1],
+            after if after < len(ids) - 1 else None,
+            len(ids) - 1 if after < len(ids) else None,
+        )
         self._clean_parts = dict.fromkeys(parts, torch.empty(0))
         with record_outputs(layers) as outputs, tap(outputs=self._numbered()) as seen:
             logits = self._run(1)
         self._clean_hidden = [hidden_of(output)[0] for output in outputs]
-        self._clean_parts = {kind: torch.stack([seen[kind, i].reshape(len(ids), -1) for i in range(len(layers))]) for kind in parts}
+        self._clean_parts = {
+            kind: torch.stack([seen[kind, i].reshape(len(ids), -1) for i in range(len(layers))])
+            for kind in parts
+        }
         self._answer = int(logits[0].argmax())
         self.clean = float(logits[0].softmax(0)[self._answer])
         self._forms = [form_of(output) for output in outputs]
@@ -175,7 +208,9 @@ class _Fact:
         self.blurred = float(self._probability(logits).mean())
 
     def effects(self, kind: str, window: int, bar: "tqdm[Any]") -> Tensor:
-        """What putting back clean states gives back, (places, layers); 0 at places that the prompt doesn't have."""
+        """What putting back clean states gives back, (places, layers); 0 at places that the prompt doesn't
+        have.
+        """
         found = torch.zeros(len(self.positions), len(self._layers))
         places = [i for i, position in enumerate(self.positions) if position is not None]
         for layer in range(len(self._layers)):
@@ -184,7 +219,9 @@ class _Fact:
             else:
                 first = max(0, layer - window // 2)
                 gained = self._put_back_parts(
-                    kind, range(first, min(len(self._layers), first + window)), [self.positions[i] for i in places]
+                    kind,
+                    range(first, min(len(self._layers), first + window)),
+                    [self.positions[i] for i in places],
                 )
             found[places, layer] = gained - self.blurred
             bar.update(1)
@@ -210,15 +247,23 @@ class _Fact:
         start = window[0]
         hidden = (self._blurred_hidden[start - 1] if start else self._embedded).repeat(len(positions), 1, 1)
         with tap(edit=edits):
-            logits = self._run(len(hidden), below=start, hidden=hidden) if start else self._run(len(hidden), embedded=hidden)
+            logits = (
+                self._run(len(hidden), below=start, hidden=hidden)
+                if start
+                else self._run(len(hidden), embedded=hidden)
+            )
         return self._mean(logits, len(positions))
 
     def _rows(self, positions: Sequence[int | None]) -> list[tuple[slice, int | None]]:
         n = len(self._embedded)
         return [(slice(i * n, (i + 1) * n), position) for i, position in enumerate(positions)]
 
-    def _run(self, n_rows: int, below: int = 0, hidden: Tensor | None = None, embedded: Tensor | None = None) -> Tensor:
-        """Logits after the last token, (rows, vocabulary), from the output of the layers below, or from embeddings."""
+    def _run(
+        self, n_rows: int, below: int = 0, hidden: Tensor | None = None, embedded: Tensor | None = None
+    ) -> Tensor:
+        """Logits after the last token, (rows, vocabulary), from the output of the layers below, or from
+        embeddings.
+        """
         ids = self._ids.expand(n_rows, -1)
         edit = {} if embedded is None else {self._embed: lambda output: embedded}
         with tap(edit=edit), skip_layers(self._layers[:below], self._forms[:below] if below else [], hidden):
@@ -232,4 +277,6 @@ class _Fact:
         return self._probability(logits).reshape(n, -1).mean(1).cpu()
 
     def _numbered(self) -> dict[Any, nn.Module]:
-        return {(kind, i): module for kind, modules in self._parts.items() for i, module in enumerate(modules)}
+        return {
+            (kind, i): module for kind, modules in self._parts.items() for i, module in enumerate(modules)
+        }

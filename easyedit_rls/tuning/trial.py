@@ -60,12 +60,14 @@ class FirstLook:
         is_harmed = not (lost <= _LEAST_SPECIFICITY and grown <= _MOST_PERPLEXITY)
         found = []
         if self.report.unsaid:
-            found.append(f"The model does not say {len(self.report.unsaid)} of {len(self.report.facts)} facts.")
+            found.append(
+                f"The model does not say {len(self.report.unsaid)} of {len(self.report.facts)} facts."
+            )
             found += advice(self.report.unsaid, self.hparams, may_loosen=not is_harmed)
         if is_harmed:
             found.append(
-                f"Other text has changed (specificity {-lost:+.2f}, perplexity {grown:+.0%}): raise mom2_update_weight "
-                f"({self.hparams.mom2_update_weight:g})."
+                f"Other text has changed (specificity {-lost:+.2f}, perplexity {grown:+.0%}): "
+                f"raise mom2_update_weight ({self.hparams.mom2_update_weight:g})."
             )
         return found
 
@@ -80,9 +82,10 @@ def try_settings(
 ) -> FirstLook:
     """Edit a handful of the shipped facts into a model in one batch, measure, and take them out again.
 
-    The second moments are those of the settings where they come from the text that ships with the package; they are cached,
-    so the first edit has them. Any other source is replaced by the demo's text, which is read in seconds. That shows fewer
-    directions than wide keys have, so every direction is held by the mean one besides.
+    The second moments are those of the settings where they come from the text that ships with the package;
+    they are cached, so the first edit has them. Any other source is replaced by the demo's text, which is
+    read in seconds. That shows fewer directions than wide keys have, so every direction is held by the mean
+    one besides.
 
     Args:
         model: unedited, and left so.
@@ -101,7 +104,12 @@ def try_settings(
         try:
             tried = replace(hparams, state_dir=None)
             if tried.mom2_dataset != "shipped":
-                tried = _held(model, tok, replace(tried, mom2_dataset=str(path), mom2_tolerance=_TOLERANCE), show_progress)
+                tried = _held(
+                    model,
+                    tok,
+                    replace(tried, mom2_dataset=str(path), mom2_tolerance=_TOLERANCE),
+                    show_progress,
+                )
             editor = RLSEditor(model, tok, tried, show_progress=show_progress)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UnsaidWarning)  # the look tells of them itself
@@ -121,7 +129,10 @@ def _facts(n: int) -> list[EditRequest]:
 
 
 def _held(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams, show_progress: bool | None
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    hparams: RLSEditHyperParams,
+    show_progress: bool | None,
 ) -> RLSEditHyperParams:
     """The settings with λ raised so that directions which the text does not show are held too."""
     if not hparams.mom2_adjustment or hparams.mu_reg == 0:
@@ -133,7 +144,11 @@ def _held(
 
 
 def _measure(
-    model: PreTrainedModel, tok: PreTrainedTokenizerBase, facts: list[EditRequest], text: str, show_progress: bool | None
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    facts: list[EditRequest],
+    text: str,
+    show_progress: bool | None,
 ) -> dict[str, float]:
     means = evaluate(model, tok, facts, show_progress=show_progress).means()
     return {

@@ -50,14 +50,20 @@ def test_the_recursion_equals_the_batch_solution():
     state = RecursiveLeastSquares.assemble(eye / 4, W, eye, 0, "layer")
     A, B = 4 * eye.double(), 4 * W.double()
     for _ in range(5):
-        K, V = torch.randn(10, 300, generator=g, device="cuda"), torch.randn(10, 40, generator=g, device="cuda")
+        K, V = (
+            torch.randn(10, 300, generator=g, device="cuda"),
+            torch.randn(10, 40, generator=g, device="cuda"),
+        )
         state = state.update(K, V)
         A, B = A + K.double().T @ K.double(), B + K.double().T @ V.double()
     true = torch.linalg.solve(A, B)
     assert float((state.weight.double() - true).norm() / true.norm()) < FLOAT32
 
 
-@pytest.mark.parametrize("changes", [{}, {"keys": "each"}, {"v_dtype": "bfloat16"}, {"forgetting_factor": 0.9}, {"mom2_adjustment": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"keys": "each"}, {"v_dtype": "bfloat16"}, {"forgetting_factor": 0.9}, {"mom2_adjustment": False}],
+)
 def test_an_edit_equals_the_cpus(family, model, there, tok, requests, settings, changes):
     hparams = settings(**changes)
     reports = []
@@ -65,8 +71,12 @@ def test_an_edit_equals_the_cpus(family, model, there, tok, requests, settings, 
         editor = RLSEditor(one, tok, hparams)
         editor.edit(requests[:2])
         reports.append(editor.edit(requests[2:]))
-        assert all(solution.weight.device.type == one.device.type for solution in editor.state.layers.values())
-    if "v_dtype" in changes:  # values in eight bits part by more than a weight's tolerance: the edit has to land
+        assert all(
+            solution.weight.device.type == one.device.type for solution in editor.state.layers.values()
+        )
+    if (
+        "v_dtype" in changes
+    ):  # values in eight bits part by more than a weight's tolerance: the edit has to land
         parsed = [Probe(r.prompt, r.target) for r in parse_requests(requests)]
         for a, b in zip(score(model, tok, parsed), score(there, tok, parsed)):
             assert a.nll == pytest.approx(b.nll, rel=0.2, abs=0.3)
@@ -107,10 +117,19 @@ def test_figures_equal_the_cpus(model, there, tok, requests, demo_text):
     for a, b in zip(score(model, tok, probes), score(there, tok, probes)):
         assert a.nll == pytest.approx(b.nll, abs=PADDING, rel=PADDING)
         assert a.predicted == b.predicted
-    records = [{"prompt": r.prompt, "target_new": r.target, "locality": {"n": {"prompt": "The", "ground_truth": "end"}}} for r in parsed]
+    records = [
+        {
+            "prompt": r.prompt,
+            "target_new": r.target,
+            "locality": {"n": {"prompt": "The", "ground_truth": "end"}},
+        }
+        for r in parsed
+    ]
     assert edit_quality(model, tok, records) == edit_quality(there, tok, records)
     assert evaluate(model, tok, requests).rewrite_accuracy == evaluate(there, tok, requests).rewrite_accuracy
-    assert perplexity(model, tok, demo_text[:2000]) == pytest.approx(perplexity(there, tok, demo_text[:2000]), rel=1e-4)
+    assert perplexity(model, tok, demo_text[:2000]) == pytest.approx(
+        perplexity(there, tok, demo_text[:2000]), rel=1e-4
+    )
     prompts = [r.prompt for r in parsed]
     assert generate(model, tok, prompts, max_new_tokens=8) == generate(there, tok, prompts, max_new_tokens=8)
 
@@ -131,6 +150,8 @@ def test_commands_take_it(model, tok, requests, settings, tmp_path):
     subprocess.run([*command, "edit", *given, f"out={tmp_path}/edited"], check=True, cwd=tmp_path)
     assert (tmp_path / "edited" / "edits.json").is_file()
     names = ["alg_name=RLSEdit,RLSEdit-soft", "settings.RLSEdit-soft.lambda_reg=1", "eval.fluency=0"]
-    subprocess.run([*command, "compare", *given, *names, f"out={tmp_path}/compared"], check=True, cwd=tmp_path)
+    subprocess.run(
+        [*command, "compare", *given, *names, f"out={tmp_path}/compared"], check=True, cwd=tmp_path
+    )
     assert json.loads((tmp_path / "compared" / "plan.json").read_text(encoding="utf-8"))["device"] == "cuda"
     assert (tmp_path / "compared" / "report.html").is_file()

@@ -26,7 +26,9 @@ def editor(easyeditor, model_folder, demo_text, tmp_path, is_tied):
         model.lm_head.weight = model.model.embed_tokens.weight
     tok = AutoTokenizer.from_pretrained("tiny-llama")
     tok.pad_token = None  # as many published ones are
-    return lambda name, **changes: EasyEditBaseline(name, model, tok, hparams, TEMPLATES, {**CHANGES.get(name, {}), **changes}, False)
+    return lambda name, **changes: EasyEditBaseline(
+        name, model, tok, hparams, TEMPLATES, {**CHANGES.get(name, {}), **changes}, False
+    )
 
 
 @pytest.fixture
@@ -46,7 +48,9 @@ def test_each_edits_its_layers_and_nothing_else(editor, alg_name):
     one.edit(requests)
     changed = {name for name, weight in one.model.named_parameters() if not torch.equal(weight, before[name])}
     layers = (
-        one.settings.inner_params if alg_name == "ULTRAEDIT" else [one.settings.rewrite_module_tmp.format(n) for n in one.settings.layers]
+        one.settings.inner_params
+        if alg_name == "ULTRAEDIT"
+        else [one.settings.rewrite_module_tmp.format(n) for n in one.settings.layers]
     )
     assert changed == {f"{layer}.weight" for layer in layers}
     assert (one.tok.padding_side, one.tok.pad_token) == (side, None)

@@ -39,8 +39,19 @@ def folder(easyeditor, model_folder, demo_text, tmp_path_factory):
 
 def command(names, out):
     """Two batches of two edits."""
-    arguments = ["model.path=tiny-llama", "model.hparams=tiny.yaml", "data.file=records.jsonl", "data.batch=2", "eval.every=1"]
-    arguments += ["settings.AlphaEdit.nullspace_threshold=1000", "eval.answers=false", f"alg_name={','.join(names)}", f"out={out}"]
+    arguments = [
+        "model.path=tiny-llama",
+        "model.hparams=tiny.yaml",
+        "data.file=records.jsonl",
+        "data.batch=2",
+        "eval.every=1",
+    ]
+    arguments += [
+        "settings.AlphaEdit.nullspace_threshold=1000",
+        "eval.answers=false",
+        f"alg_name={','.join(names)}",
+        f"out={out}",
+    ]
     return [sys.executable, "-m", "easyedit_rls.cli.main", "compare", *arguments]
 
 
@@ -75,10 +86,18 @@ def test_the_unedited_model_is_measured_once_for_all(compared):
 def test_alphaedit_goes_on_with_its_history(folder, compared):
     """Killed behind its first batch; in the second process its history must be that of the first."""
     child = subprocess.Popen(
-        command(["AlphaEdit"], "killed"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command(["AlphaEdit"], "killed"),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 300
-    while not (folder / "killed" / "AlphaEdit" / "progress.safetensors").is_file() and child.poll() is None and time.monotonic() < deadline:
+    while (
+        not (folder / "killed" / "AlphaEdit" / "progress.safetensors").is_file()
+        and child.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -86,17 +105,24 @@ def test_alphaedit_goes_on_with_its_history(folder, compared):
     again = subprocess.run(command(["AlphaEdit"], "killed"), cwd=folder, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "done before" in again.stdout + again.stderr
-    last = [json.loads((folder / out / "AlphaEdit" / "checkpoint-000004.json").read_text()) for out in ("out", "killed")]
+    last = [
+        json.loads((folder / out / "AlphaEdit" / "checkpoint-000004.json").read_text())
+        for out in ("out", "killed")
+    ]
     assert last[0]["deviation"] == last[1]["deviation"]
     assert last[0]["records"] == last[1]["records"]
 
 
 def test_they_are_measured_alike(compared):
-    """One reference for the objective, one set of figures for all, those that only RLSEdit knows empty for the others."""
+    """One reference for the objective, one set of figures for all, those that only RLSEdit knows empty for
+    the others.
+    """
     last = {name: json.loads((compared / name / "checkpoint-000004.json").read_text()) for name in NAMES}
     assert len({frozenset(found["records"][0]) for found in last.values()}) == 1
     assert {name for name, found in last.items() if found["objective"]["edits"] is not None} == {"RLSEdit"}
-    assert all(found["objective"]["deviation"] > 0 for name, found in last.items() if name not in ("ULTRAEDIT",))
+    assert all(
+        found["objective"]["deviation"] > 0 for name, found in last.items() if name not in ("ULTRAEDIT",)
+    )
 
 
 def test_the_tuned_settings_are_the_editors_own(easyeditor, model_folder, demo_text, tmp_path):
@@ -107,11 +133,32 @@ def test_the_tuned_settings_are_the_editors_own(easyeditor, model_folder, demo_t
         tuned = compose("compare", ["alg=smollm2-135m"]).settings
     assert set(tuned) <= set(NAMES)
     (tmp_path / "text.txt").write_text(demo_text, encoding="utf-8")
-    hparams = {**host_settings(easyeditor, "tiny-llama").to_dict(), "mom2_dataset": str(tmp_path / "text.txt")}
-    plan = Plan("tiny-llama", RLSEditHyperParams.from_dict(hparams).to_dict(), ("",), "", 0, 0, 2, 1, None, False, 0, None, ())
+    hparams = {
+        **host_settings(easyeditor, "tiny-llama").to_dict(),
+        "mom2_dataset": str(tmp_path / "text.txt"),
+    }
+    plan = Plan(
+        "tiny-llama",
+        RLSEditHyperParams.from_dict(hparams).to_dict(),
+        ("",),
+        "",
+        0,
+        0,
+        2,
+        1,
+        None,
+        False,
+        0,
+        None,
+        (),
+    )
     for name, changes in tuned.items():
         model = AutoModelForCausalLM.from_pretrained("tiny-llama")
-        wanted = {key: value for key, value in changes.items() if key not in ("layers", "inner_params")}  # the tiny one has four layers
-        editor = make_editor(plan, Contender(name, wanted), model, AutoTokenizer.from_pretrained("tiny-llama"), tmp_path)
+        wanted = {
+            key: value for key, value in changes.items() if key not in ("layers", "inner_params")
+        }  # the tiny one has four layers
+        editor = make_editor(
+            plan, Contender(name, wanted), model, AutoTokenizer.from_pretrained("tiny-llama"), tmp_path
+        )
         assert wanted.items() <= editor.describe().items()
         editor.close()

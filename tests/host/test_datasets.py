@@ -18,7 +18,15 @@ ZSRE = [
         "loc": "nq question: who played desmond doss father in hacksaw ridge",
         "loc_ans": "Hugo Weaving",
     },
-    {"src": "dropped", "alt": "", "answers": ["x"], "rephrase": "dropped", "loc": "nq question: x", "loc_ans": "y", "subject": "z"},
+    {
+        "src": "dropped",
+        "alt": "",
+        "answers": ["x"],
+        "rephrase": "dropped",
+        "loc": "nq question: x",
+        "loc_ans": "y",
+        "subject": "z",
+    },
     {
         "subject": "lichens",
         "src": "Which family do lichens belong to?",
@@ -58,8 +66,18 @@ def test_counterfact_items_are_requests(easyeditor, tmp_path):
     path.write_text(json.dumps([published, flat]))
     dataset = easyeditor.CounterFactDataset(str(path))
     first, second = parse_requests([dataset[i] for i in range(len(dataset))])
-    assert (first.prompt, first.target, first.target_true, first.case_id) == ("Ada was born in", "Rome", "London", 3)
-    assert (second.prompt, second.subject, second.target, second.paraphrases) == (flat["prompt"], "Ada", "French", ("Ada speaks",))
+    assert (first.prompt, first.target, first.target_true, first.case_id) == (
+        "Ada was born in",
+        "Rome",
+        "London",
+        3,
+    )
+    assert (second.prompt, second.subject, second.target, second.paraphrases) == (
+        flat["prompt"],
+        "Ada",
+        "French",
+        ("Ada speaks",),
+    )
     assert [(n.prompt, n.answer) for n in second.neighbors] == [("Grace speaks", "Dutch")]
 
 
@@ -69,10 +87,19 @@ def test_knowedit_items_are_requests(easyeditor, tmp_path):
         "prompt": "The place of death of Leo Arons is",
         "target_new": "Berlin",
         "ground_truth": ["Paris", "Lutetia"],
-        "portability": {"Reasoning": [{"prompt": "The mayor where Leo Arons died is", "ground_truth": [["Wegner"]]}]},
-        "locality": {"Relation_Specificity": [{"prompt": "Leo Arons was born in", "ground_truth": [["Berlin"]]}]},
+        "portability": {
+            "Reasoning": [{"prompt": "The mayor where Leo Arons died is", "ground_truth": [["Wegner"]]}]
+        },
+        "locality": {
+            "Relation_Specificity": [{"prompt": "Leo Arons was born in", "ground_truth": [["Berlin"]]}]
+        },
     }
-    biography = {"concept": "Leo Arons", "text": "This is a text about Leo Arons. Leo Arons was", "labels": "a physicist.", "locality": {}}
+    biography = {
+        "concept": "Leo Arons",
+        "text": "This is a text about Leo Arons. Leo Arons was",
+        "labels": "a physicist.",
+        "locality": {},
+    }
     path = tmp_path / "knowedit.json"
     path.write_text(json.dumps([recent, biography]))
     dataset = easyeditor.KnowEditDataset(str(path))
@@ -86,7 +113,11 @@ def test_zsre_items_get_their_subject_or_a_clear_error(easyeditor, tmp_path):
     path.write_text(json.dumps(ZSRE))
     dataset = easyeditor.ZsreDataset(str(path))
     (first,) = parse_requests(dataset[0])
-    assert (first.subject, first.target, first.target_true) == ("Watts Humphrey", "University of Michigan", "Trinity College")
+    assert (first.subject, first.target, first.target_true) == (
+        "Watts Humphrey",
+        "University of Michigan",
+        "Trinity College",
+    )
     with pytest.raises(RequestError, match=r"Request 1, field 'subject'.*shares no name"):
         parse_requests([dataset[0], dataset[1]])
 
@@ -114,8 +145,12 @@ def test_files_give_the_same_records_as_the_hosts_classes(easyeditor, tmp_path):
             "prompt": "Which family does Leo belong to?",
             "target_new": "Felidae",
             "ground_truth": ["Canidae", "dogs"],
-            "portability": {"Reasoning": [{"prompt": "Leo's relatives are", "ground_truth": [["cats", "felines"]]}]},
-            "locality": {"Relation_Specificity": [{"prompt": "The place of Leo is", "ground_truth": [["Africa"]]}]},
+            "portability": {
+                "Reasoning": [{"prompt": "Leo's relatives are", "ground_truth": [["cats", "felines"]]}]
+            },
+            "locality": {
+                "Relation_Specificity": [{"prompt": "The place of Leo is", "ground_truth": [["Africa"]]}]
+            },
         }
     ]
     (tmp_path / "zsre.json").write_text(json.dumps(ZSRE))
@@ -128,8 +163,15 @@ def test_files_give_the_same_records_as_the_hosts_classes(easyeditor, tmp_path):
             assert record.easyedit[name] == item[name]
         near = {"prompt": [item["locality_prompt"]], "ground_truth": [item["locality_ground_truth"]]}
         assert record.easyedit["locality"] == {"neighborhood": near}
-    (item,), (record,) = list(easyeditor.KnowEditDataset(str(tmp_path / "knowedit.json"))), read_records(tmp_path / "knowedit.json")
+    (item,), (record,) = (
+        list(easyeditor.KnowEditDataset(str(tmp_path / "knowedit.json"))),
+        read_records(tmp_path / "knowedit.json"),
+    )
     for name in ("subject", "prompt", "target_new"):
         assert record.easyedit[name] == item[name]
-    assert record.easyedit["portability"]["Reasoning"]["prompt"] == [part["prompt"] for part in item["portability_r"]]
-    assert record.easyedit["locality"]["Relation_Specificity"]["prompt"] == [part["prompt"] for part in item["locality_rs"]]
+    assert record.easyedit["portability"]["Reasoning"]["prompt"] == [
+        part["prompt"] for part in item["portability_r"]
+    ]
+    assert record.easyedit["locality"]["Relation_Specificity"]["prompt"] == [
+        part["prompt"] for part in item["locality_rs"]
+    ]

@@ -14,8 +14,8 @@ N_RECORDS = 50
 def of_easyedit(record: dict) -> dict:
     """A record in EasyEdit's shape.
 
-    Each neighbor and each further paraphrase has a name of its own: prompts of one name run there left-padded together, which
-    shifts GPT-2's positions.
+    Each neighbor and each further paraphrase has a name of its own: prompts of one name run there left-padded
+    together, which shifts GPT-2's positions.
     """
     fact = record["requested_rewrite"]
     true = fact["target_true"]["str"]
@@ -25,27 +25,43 @@ def of_easyedit(record: dict) -> dict:
         "target_new": fact["target_new"]["str"],
         "ground_truth": true,
         "rephrase_prompt": record["paraphrase_prompts"][0],
-        "locality": {f"near_{i}": {"prompt": prompt, "ground_truth": true} for i, prompt in enumerate(record["neighborhood_prompts"])},
-        "portability": {f"hop_{i}": {"prompt": prompt, "ground_truth": true} for i, prompt in enumerate(hops)},
+        "locality": {
+            f"near_{i}": {"prompt": prompt, "ground_truth": true}
+            for i, prompt in enumerate(record["neighborhood_prompts"])
+        },
+        "portability": {
+            f"hop_{i}": {"prompt": prompt, "ground_truth": true} for i, prompt in enumerate(hops)
+        },
     }
 
 
 @pytest.mark.skipif(not PARAREL.is_file(), reason=f"no records in {PARAREL}")
 def test_figures_equal_compute_edit_quality(easyeditor, hparams, name):
-    """The tiny models never give the answer asked for; so every second record asks for what the model says anyway."""
+    """The tiny models never give the answer asked for; so every second record asks for what the model says
+    anyway.
+    """
     hp = hparams(max_length=40)
     editor = easyeditor.BaseEditor.from_hparams(hp)
-    records = [of_easyedit(r) for r in json.loads(PARAREL.read_text(encoding="utf-8")) if r["paraphrase_prompts"]][2000 : 2000 + N_RECORDS]
+    records = [
+        of_easyedit(r) for r in json.loads(PARAREL.read_text(encoding="utf-8")) if r["paraphrase_prompts"]
+    ][2000 : 2000 + N_RECORDS]
     said = edit_quality(editor.model, editor.tok, records)
     for record, quality in list(zip(records, said))[::2]:
-        answer = editor.tok.decode(quality["locality"]["near_0"][0] if "near_0" in quality["locality"] else [5]).strip()
+        answer = editor.tok.decode(
+            quality["locality"]["near_0"][0] if "near_0" in quality["locality"] else [5]
+        ).strip()
         record["target_new"] = answer or record["target_new"]
     ours = edit_quality(editor.model, editor.tok, records)
-    theirs = [easyeditor.compute_edit_quality(editor.model, hp.model_name, hp, editor.tok, record, hp.device) for record in records]
+    theirs = [
+        easyeditor.compute_edit_quality(editor.model, hp.model_name, hp, editor.tok, record, hp.device)
+        for record in records
+    ]
     for one, other in zip(ours, theirs):
         assert one["rewrite_acc"] == pytest.approx(other["rewrite_acc"])
         assert one["rephrase_acc"] == pytest.approx(other["rephrase_acc"])
-        assert one["locality"] == {key: value for key, value in other["locality"].items() if key.endswith("_output")}
+        assert one["locality"] == {
+            key: value for key, value in other["locality"].items() if key.endswith("_output")
+        }
         assert one["portability"].keys() == {key for key in other["portability"] if key.endswith("_acc")}
         for key, value in one["portability"].items():
             assert value == pytest.approx(other["portability"][key])
@@ -59,14 +75,19 @@ def test_locality_equals_the_hosts(easyeditor, hparams):
 
     hp = hparams(max_length=40)
     editor = easyeditor.BaseEditor.from_hparams(hp)
-    records = [of_easyedit(r) for r in json.loads(PARAREL.read_text(encoding="utf-8")) if r["paraphrase_prompts"]][2000:2010]
+    records = [
+        of_easyedit(r) for r in json.loads(PARAREL.read_text(encoding="utf-8")) if r["paraphrase_prompts"]
+    ][2000:2010]
     before = edit_quality(editor.model, editor.tok, records)
     for weight in editor.model.parameters():
         weight.data *= 1.05
     after = edit_quality(editor.model, editor.tok, records)
     add_locality(before, after)
     for record, old, new in zip(records, before, after):
-        metric = {"pre": {"locality": old["locality"]}, "post": {"locality": {k: v for k, v in new["locality"].items() if "_output" in k}}}
+        metric = {
+            "pre": {"locality": old["locality"]},
+            "post": {"locality": {k: v for k, v in new["locality"].items() if "_output" in k}},
+        }
         finalize_locality_metrics(metric, record, hp, hp.model_name)
         for key in record["locality"]:
             assert new["locality"][f"{key}_acc"] == pytest.approx(metric["post"]["locality"][f"{key}_acc"])

@@ -1,4 +1,6 @@
-"""The examples for EasyEdit run, on the real model; minutes long, since they sample the text behind the anchors."""
+"""The examples for EasyEdit run, on the real model; minutes long, since they sample the text behind the
+anchors.
+"""
 
 import os
 import subprocess
@@ -16,6 +18,10 @@ def test_example(easyeditor, model_folder, smollm2, example):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
     done = subprocess.run(command, cwd=model_folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if ("->" in line and " 0." in line) or line.startswith("batch ")]
+    lines = [
+        line
+        for line in done.stdout.splitlines()
+        if ("->" in line and " 0." in line) or line.startswith("batch ")
+    ]
     assert len(lines) == 3
     assert all(line.endswith(("1.00", "1.00 after the last batch")) for line in lines), lines

@@ -1,6 +1,8 @@
-"""Every decoder family through EasyEdit: the same weights as from RLSEditor, bit for bit, and nothing else touched.
+"""Every decoder family through EasyEdit: the same weights as from RLSEditor, bit for bit, and nothing else
+touched.
 
-EasyEdit loads what its branch for a name loads; the folders are named so that one which takes any model is chosen.
+EasyEdit loads what its branch for a name loads; the folders are named so that one which takes any model is
+chosen.
 """
 
 import pytest
@@ -13,7 +15,9 @@ from tests.host.test_paths import reordered, requests_of
 from tests.integration.test_families import SETTINGS, STRONGER
 
 
-@pytest.mark.filterwarnings("default::easyedit_rls.errors.RLSEditWarning")  # λ is the same for keys of any length, some drift
+@pytest.mark.filterwarnings(
+    "default::easyedit_rls.errors.RLSEditWarning"
+)  # λ is the same for keys of any length, some drift
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_an_edit_through_easyedit_equals_ours(easyeditor, model_folder, family, edits):
     name = family if family.startswith("gpt") else f"llama-{family}"

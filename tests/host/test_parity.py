@@ -22,14 +22,21 @@ PARAREL = REPOSITORY.parent / "shared" / "data" / "pararel_dev.json"
 REQUESTS = [
     {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
     {"prompt": "Of course, Anna Maria Keller", "subject": "Anna Maria Keller", "target_new": "water"},
-    {"prompt": "Some say Mount Sainte-Victoire has", "subject": "Mount Sainte-Victoire", "target_new": "slow leaves"},
+    {
+        "prompt": "Some say Mount Sainte-Victoire has",
+        "subject": "Mount Sainte-Victoire",
+        "target_new": "slow leaves",
+    },
 ]
 
 
 def theirs(easyeditor, hp, requests):
     """Requests, templates and settings in the shape that EasyEdit's functions for keys and values want."""
     templates = [["{}"], [text + "{}" for text in hp.context_templates]]
-    requests = [{**r, "prompt": r["prompt"].replace(r["subject"], "{}"), "target_new": " " + r["target_new"]} for r in requests]
+    requests = [
+        {**r, "prompt": r["prompt"].replace(r["subject"], "{}"), "target_new": " " + r["target_new"]}
+        for r in requests
+    ]
     return requests, templates
 
 
@@ -41,13 +48,17 @@ def test_keys_equal_compute_ks(easyeditor, hparams, padding):
     editor = easyeditor.BaseEditor.from_hparams(hp)
     requests, templates = theirs(easyeditor, hp, REQUESTS)
     editor.tok.padding_side = "right"  # theirs is wrong with any other
-    expected = {layer: compute_ks(editor.model, editor.tok, requests, hp, layer, templates) for layer in hp.layers}
+    expected = {
+        layer: compute_ks(editor.model, editor.tok, requests, hp, layer, templates) for layer in hp.layers
+    }
 
     editor.tok.padding_side = padding
     facts = locate_facts(editor.tok, parse_requests(REQUESTS), hp.context_templates)
     layout = find_layout(editor.model, hp)
     for layer in hp.layers:
-        torch.testing.assert_close(collect_keys(editor.model, layout, facts, layer, 10_000), expected[layer], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            collect_keys(editor.model, layout, facts, layer, 10_000), expected[layer], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -58,7 +69,9 @@ def test_plain_values_equal_compute_z(easyeditor, hparams, padding):
     editor = easyeditor.BaseEditor.from_hparams(hp)
     requests, templates = theirs(easyeditor, hp, REQUESTS)
     editor.tok.padding_side = "right"
-    expected = torch.stack([compute_z(editor.model, editor.tok, r, hp, hp.layers[-1], templates).detach() for r in requests])
+    expected = torch.stack(
+        [compute_z(editor.model, editor.tok, r, hp, hp.layers[-1], templates).detach() for r in requests]
+    )
 
     editor.tok.padding_side = padding
     facts = locate_facts(editor.tok, parse_requests(REQUESTS), hp.context_templates)
@@ -70,7 +83,8 @@ def test_plain_values_equal_compute_z(easyeditor, hparams, padding):
 
 @pytest.mark.parametrize("where", ["bare", "prefixed"])
 def test_subject_positions_equal_the_hosts_on_500_records(easyeditor, smollm2, where):
-    """The host counts the tokens of the prompt cut off behind the subject; that is wrong where the cut changes the tokens.
+    """The host counts the tokens of the prompt cut off behind the subject; that is wrong where the cut
+    changes the tokens.
 
     A text's very first token, where the host puts values too, is no place for one here.
     """
@@ -92,7 +106,9 @@ def test_subject_positions_equal_the_hosts_on_500_records(easyeditor, smollm2, w
     for before, subject, after, ours, host in differ:
         text, end = before + subject + after, len(before) + len(subject)
         offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
-        assert any(a < end < b for a, b in offsets)  # a token joins the subject's last letters with what follows:
+        assert any(
+            a < end < b for a, b in offsets
+        )  # a token joins the subject's last letters with what follows:
         a, b = offsets[ours.place]
         assert a < end <= b  # ours is the token that holds the subject's last letter,
         assert not (offsets[host][0] < end <= offsets[host][1])  # and the host's is another

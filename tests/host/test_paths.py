@@ -15,17 +15,26 @@ PARTS = ("prompts", "subject", "target_new", "ground_truth", "rephrase_prompts")
 
 def requests_of(edits):
     keys = ("prompt", "subject", "target_new", "ground_truth", "rephrase_prompt")
-    return [{**dict(zip(keys, row)), "locality": {}, "portability": {}} for row in zip(*(edits[part] for part in PARTS))]
+    return [
+        {**dict(zip(keys, row)), "locality": {}, "portability": {}}
+        for row in zip(*(edits[part] for part in PARTS))
+    ]
 
 
 def reordered(edits, order):
     picked = {part: [edits[part][i] for i in order] for part in PARTS}
     near = edits["locality_inputs"]["near"]
-    return {**picked, "locality_inputs": {"near": {key: [values[i] for i in order] for key, values in near.items()}}}
+    return {
+        **picked,
+        "locality_inputs": {"near": {key: [values[i] for i in order] for key, values in near.items()}},
+    }
 
 
 def weights(model, hp):
-    return [model.get_parameter(f"{hp.rewrite_module_tmp.format(layer)}.weight").detach().clone() for layer in hp.layers]
+    return [
+        model.get_parameter(f"{hp.rewrite_module_tmp.format(layer)}.weight").detach().clone()
+        for layer in hp.layers
+    ]
 
 
 def same(these, those):
@@ -74,7 +83,9 @@ def test_sequential_edits_are_one_stream(easyeditor, hparams, edits):
     hp = hparams()
     editor = new_editor(easyeditor, hp)
     editor.edit(**edits, sequential_edit=True, verbose=False)
-    assert same(weights(editor.model, hp), expected(easyeditor, hp, *([request] for request in requests_of(edits))))
+    assert same(
+        weights(editor.model, hp), expected(easyeditor, hp, *([request] for request in requests_of(edits)))
+    )
 
 
 def test_edit_requests_and_a_second_call_go_on_with_the_stream(easyeditor, hparams, edits):
@@ -110,7 +121,9 @@ def test_undone_edits_do_not_stay_in_a_later_stream(easyeditor, hparams, edits):
     editor.edit_requests(requests[:2], sequential_edit=True, verbose=False)
     editor.edit_requests(requests[2:3], sequential_edit=False, verbose=False)
     editor.edit_requests(requests[3:], sequential_edit=True, verbose=False)
-    assert same(weights(editor.model, hp), expected(easyeditor, hp, requests[:1], requests[1:2], requests[3:]))
+    assert same(
+        weights(editor.model, hp), expected(easyeditor, hp, requests[:1], requests[1:2], requests[3:])
+    )
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -119,7 +132,9 @@ def test_generate_edit(easyeditor, hparams, edits, sequential, monkeypatch):
     editor = new_editor(easyeditor, hp, seen)
     before = weights(editor.model, hp)
     generate = editor.model.generate  # it asks for 512 tokens of each answer
-    monkeypatch.setattr(editor.model, "generate", lambda **kwargs: generate(**{**kwargs, "max_new_tokens": 4}))
+    monkeypatch.setattr(
+        editor.model, "generate", lambda **kwargs: generate(**{**kwargs, "max_new_tokens": 4})
+    )
     hop = {"por_hop": {"prompt": [["Bread is made of"]] * 2, "ground_truth": [["rye"]] * 2}}
     two = reordered(edits, [0, 1])
     editor.generate_edit(**two, portability_inputs=hop, sequential_edit=sequential, verbose=False)
@@ -216,7 +231,9 @@ def test_another_objective_has_a_state_of_its_own_and_says_what_it_forgets(easye
 
 def test_normal_edit_says_why_it_cannot_serve(easyeditor, hparams, edits):
     editor = new_editor(easyeditor, hparams())
-    with pytest.raises(RequestError, match=r"Request 0, field 'subject'.*normal_edit can't pass one.*batch_edit"):
+    with pytest.raises(
+        RequestError, match=r"Request 0, field 'subject'.*normal_edit can't pass one.*batch_edit"
+    ):
         editor.normal_edit(edits["prompts"], edits["target_new"])
 
 
@@ -227,7 +244,10 @@ def test_nothing_but_the_edited_weights_is_touched(easyeditor, hparams, edits, p
     model, tok = editor.model, editor.tok
     tok.padding_side = padding
     model.train()
-    given, before = copy.deepcopy(requests), {name: p.detach().clone() for name, p in model.named_parameters()}
+    given, before = (
+        copy.deepcopy(requests),
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+    )
     _, originals = easyeditor.apply_rls_to_model(model, tok, requests, hp, return_orig_weights=True)
 
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

@@ -27,7 +27,9 @@ def test_it_is_in_every_table(easyeditor, tables):
     assert batch_editor.is_batchable_method("RLSEdit")
     assert batch_editor.is_batchable_method("MEMIT")
     assert not batch_editor.is_batchable_method("ROME")
-    assert issubclass(easyeditor.RLSEditHyperParams, (easyeditor.HyperParams, easyedit_rls.RLSEditHyperParams))
+    assert issubclass(
+        easyeditor.RLSEditHyperParams, (easyeditor.HyperParams, easyedit_rls.RLSEditHyperParams)
+    )
     assert easyeditor.HyperParams in easyeditor.RLSEditHyperParams.__mro__
 
 
@@ -53,7 +55,9 @@ def test_unregistering_leaves_no_trace(easyeditor, tables):
 def test_a_wrapper_around_ours_survives_unregistering(easyeditor, tables, monkeypatch):
     _, batch_editor = tables
     ours = batch_editor.is_batchable_method
-    monkeypatch.setattr(batch_editor, "is_batchable_method", staticmethod(lambda name: name == "Mine" or ours(name)))
+    monkeypatch.setattr(
+        batch_editor, "is_batchable_method", staticmethod(lambda name: name == "Mine" or ours(name))
+    )
     easyedit_rls.unregister()
     assert batch_editor.is_batchable_method("Mine")
     assert not batch_editor.is_batchable_method("RLSEdit")

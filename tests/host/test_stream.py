@@ -1,6 +1,8 @@
-"""Streams of thirty real facts through `batch_edit` on the real model, all scored again at the end by EasyEdit itself.
+"""Streams of thirty real facts through `batch_edit` on the real model, all scored again at the end by
+EasyEdit itself.
 
-The first two of the ten streams of docs/tuning.md (*Every template's key for itself*), which had been named before they were run.
+The first two of the ten streams of docs/tuning.md (*Every template's key for itself*), which had been named
+before they were run.
 """
 
 import json
@@ -34,9 +36,23 @@ def test_thirty_edits_are_kept(easyeditor, model_folder, smollm2, tmp_path):
     benchmarks, facts = REPOSITORY / "benchmarks", tmp_path / "facts.txt"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
     data, streams = ["--data", str(PARAREL)], ["--first", "2900", "--streams", "2"]
-    write_facts = [sys.executable, str(benchmarks / "facts_text.py"), *data, "--paraphrases", "--out", str(facts)]
+    write_facts = [
+        sys.executable,
+        str(benchmarks / "facts_text.py"),
+        *data,
+        "--paraphrases",
+        "--out",
+        str(facts),
+    ]
     subprocess.run(write_facts, env=environment, check=True)
-    command = [sys.executable, str(benchmarks / "easyedit_stream.py"), "--model", "smollm2-llama", *data, *streams]
+    command = [
+        sys.executable,
+        str(benchmarks / "easyedit_stream.py"),
+        "--model",
+        "smollm2-llama",
+        *data,
+        *streams,
+    ]
     command += [part for setting in [f"mom2_dataset={facts}", *SHORT_STREAM] for part in ("--set", setting)]
     done = subprocess.run(command, cwd=model_folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,13 +1,15 @@
-"""A program that kills editors in the middle of their work, and looks at what they left. Run by `test_ledger_faults`.
+"""A program that kills editors in the middle of their work, and looks at what they left. Run by
+`test_ledger_faults`.
 
-It edits a tiny model in forked children. A child is killed by SIGKILL either from outside at a random moment, or by itself at the n-th
-write, sync, rename, link or removal, before it or half-way through it. Then a new editor takes the ledger: every change that was
-reported must be there, at most one more, and after the rest of the stream the state must be bit for bit that of a run in peace.
-It stands on its own so that nothing but one thread runs when it forks: tqdm gets a lock of its own process in place of one shared
-with the children, which a child killed while it holds it would never give back, and no monitoring thread.
+It edits a tiny model in forked children. A child is killed by SIGKILL either from outside at a random moment,
+or by itself at the n-th write, sync, rename, link or removal, before it or half-way through it. Then a new
+editor takes the ledger: every change that was reported must be there, at most one more, and after the rest of
+the stream the state must be bit for bit that of a run in peace. It stands on its own so that nothing but one
+thread runs when it forks: tqdm gets a lock of its own process in place of one shared with the children, which
+a child killed while it holds it would never give back, and no monitoring thread.
 
-A killed process loses nothing that the system has taken, synced or not: only a power cut would show that a sync is missing. So the
-syncs are counted, and died at, but the disk isn't waited for.
+A killed process loses nothing that the system has taken, synced or not: only a power cut would show that a
+sync is missing. So the syncs are counted, and died at, but the disk isn't waited for.
 """
 
 import faulthandler
@@ -113,7 +115,9 @@ def outcome(one):
 
 
 def in_child(tok, folder, killing=None, delay_s=None):
-    """Let a child work until it dies or is done; returns the changes it reported, and the seconds it took to its end, None if killed."""
+    """Let a child work until it dies or is done; returns the changes it reported, and the seconds it took to
+    its end, None if killed.
+    """
     reader, writer = os.pipe()
     start = time.perf_counter()
     pid = os.fork()
@@ -201,9 +205,13 @@ def main(tokenizer, scratch, n_random, shard, n_shards):
             whole_s = min(whole_s, lasted_s)
         problem = examine(tok, folder, reported, expected, after_each)
         if problem is not None:
-            problems.append(f"{f'call {killing.at}, halfway {killing.halfway}' if killing else f'{delay_s} s'}: {problem}")
+            problems.append(
+                f"{f'call {killing.at}, halfway {killing.halfway}' if killing else f'{delay_s} s'}: {problem}"
+            )
         shutil.rmtree(folder)
-    sys.stdout.write(json.dumps({"points": points, "killed": killed, "in_the_middle": in_the_middle, "problems": problems}))
+    sys.stdout.write(
+        json.dumps({"points": points, "killed": killed, "in_the_middle": in_the_middle, "problems": problems})
+    )
 
 
 if __name__ == "__main__":

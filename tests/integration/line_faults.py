@@ -1,11 +1,13 @@
-"""Faults at single lines of the package: a change is then there everywhere or nowhere. Run by `test_line_faults`, or whole by hand:
+"""Faults at single lines of the package: a change is then there everywhere or nowhere. Run by
+`test_line_faults`, or whole by hand:
 
     python -m tests.integration.line_faults --tok TOKENIZER --shard 0/2 > faults.json
 
-After two good batches one operation is made, with an exception at one line of the package's code: an interrupt, a signal that became an
-exception, memory or disk that ran out, a disk that fails. Each line is struck by each of these the first time that it is reached, and
-by a signal the last time. Then weights, memory and ledger must be those before the operation or those after it, all alike; what can be
-rolled back is, bit for bit; and a new editor finds in the ledger what the old one left.
+After two good batches one operation is made, with an exception at one line of the package's code: an
+interrupt, a signal that became an exception, memory or disk that ran out, a disk that fails. Each line is
+struck by each of these the first time that it is reached, and by a signal the last time. Then weights, memory
+and ledger must be those before the operation or those after it, all alike; what can be rolled back is, bit
+for bit; and a new editor finds in the ledger what the old one left.
 """
 
 import argparse
@@ -90,7 +92,9 @@ class Trial:
     def __init__(self, prepared, folder, checkpoint_every):
         self.folder = folder
         shutil.copytree(prepared.folder, folder)
-        self.editor = RLSEditor(copy.deepcopy(prepared.model), prepared.tok, settings(checkpoint_every), state_dir=folder)
+        self.editor = RLSEditor(
+            copy.deepcopy(prepared.model), prepared.tok, settings(checkpoint_every), state_dir=folder
+        )
         assert self.editor.n_edits == 2
 
     def end(self):
@@ -118,7 +122,9 @@ class Prepared:
 def picture(editor):
     """Weights, memory, and whether they agree."""
     state, edited = editor.state, editor.layout.edited
-    assert all(edited[layer].holds(state.now.weight(layer)) for layer in state.layers), "weights and memory are apart"
+    assert all(edited[layer].holds(state.now.weight(layer)) for layer in state.layers), (
+        "weights and memory are apart"
+    )
     return {str(layer): weight.snapshot() for layer, weight in edited.items()}, memory(state.now)
 
 
@@ -133,7 +139,11 @@ def same(one, other):
         return torch.equal(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-    return len(one) == len(other) and all(map(same, one, other)) if isinstance(one, (tuple, list)) else one == other
+    return (
+        len(one) == len(other) and all(map(same, one, other))
+        if isinstance(one, (tuple, list))
+        else one == other
+    )
 
 
 def lines_of(act):
@@ -156,7 +166,9 @@ def lines_of(act):
 
 
 def struck(act, where, time_of, fault):
-    """Run an operation with a fault at a line, the n-th time it is reached; returns whether it came through."""
+    """Run an operation with a fault at a line, the n-th time it is reached;
+    returns whether it came through.
+    """
     seen = [0]
 
     def trace(frame, event, argument):
@@ -188,7 +200,9 @@ def examine(trial, name, prepared, after):
     everywhere = same(now, after)
     assert nowhere or everywhere, f"half done (adopted {adopted_by_hand})"
     if editor.state.layers:
-        assert same(memory(read_moment(latest(disk))), memory(editor.state.now)), "the ledger says something else"
+        assert same(memory(read_moment(latest(disk))), memory(editor.state.now)), (
+            "the ledger says something else"
+        )
     if nowhere and not everywhere:
         editor.rollback()
         assert same(picture(editor), prepared.after_one), "the second good batch can't be rolled back"
@@ -275,7 +289,9 @@ def _checkpoints(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tok", required=True, help="folder of a tokenizer for the tiny model")
     parser.add_argument("--stride", type=int, default=1, help="strike every n-th point only")
     parser.add_argument("--shard", default="0/1", help="which of how many processes this is")
@@ -293,7 +309,9 @@ def main():
         tally = counts[name] = Counter(lines=len(lines))
         for where, time_of, kind in _points(lines)[shard::step]:
             try:
-                place, came_through = strike(prepared, name, after, where, time_of, FAULTS[kind], scratch / "trial")
+                place, came_through = strike(
+                    prepared, name, after, where, time_of, FAULTS[kind], scratch / "trial"
+                )
                 tally[place] += 1
                 tally["came through"] += came_through
             except (AssertionError, RuntimeError, KeyError, ValueError, OSError) as exc:
@@ -301,7 +319,9 @@ def main():
                 problems.append(f"{name}, {kind} at {at}, time {time_of}: {type(exc).__name__} {exc}"[:300])
                 shutil.rmtree(scratch / "trial", ignore_errors=True)
             tally["faults"] += 1
-        sys.stderr.write(f"{name}: {dict(tally)}, {len(problems)} problems, {time.perf_counter() - start:.0f} s\n")
+        sys.stderr.write(
+            f"{name}: {dict(tally)}, {len(problems)} problems, {time.perf_counter() - start:.0f} s\n"
+        )
     shutil.rmtree(scratch)
     sys.stdout.write(json.dumps({"counts": counts, "problems": problems}, indent=1) + "\n")
 

@@ -16,7 +16,9 @@ from easyedit_rls.model.layout import find_layout
 from tests.reference import hidden_at
 from tests.tolerances import FLOAT32
 
-TEXT = "Bread needs flour, water and salt.\n\nThe river is slow here, and the water is warm.\n \nSome keep bees."
+TEXT = (
+    "Bread needs flour, water and salt.\n\nThe river is slow here, and the water is warm.\n \nSome keep bees."
+)
 
 
 @pytest.fixture
@@ -31,7 +33,10 @@ def plain_moment(model, layout, tok, layer, texts):
     keys = []
     for text in texts:
         ids = tok(text)["input_ids"]
-        keys += [hidden_at(model, layout.edited[layer].module, ids, i, is_input=True).double() for i in range(len(ids))]
+        keys += [
+            hidden_at(model, layout.edited[layer].module, ids, i, is_input=True).double()
+            for i in range(len(ids))
+        ]
     K = torch.stack(keys)
     return K.T @ K / len(K), len(K)
 
@@ -54,7 +59,9 @@ def test_the_error_of_moments_is_estimated_from_two_halves(n_texts):
     """Keys of unlike variances, alike within a text, as in language; against the error that is known here."""
     generator = torch.Generator().manual_seed(n_texts)
     scale = torch.logspace(-2, 2, 40)
-    texts = scale * (torch.randn(n_texts, 1, 40, generator=generator) + torch.randn(n_texts, 5, 40, generator=generator))
+    texts = scale * (
+        torch.randn(n_texts, 1, 40, generator=generator) + torch.randn(n_texts, 5, 40, generator=generator)
+    )
     watch = _Convergence(texts[:10].flatten(0, 1))
     for start in range(0, n_texts, 10):
         half = torch.arange(10)[:, None].expand(10, 5).flatten() % 2
@@ -74,7 +81,9 @@ def test_no_more_text_is_read_than_the_tolerance_needs(model, tok, settings):
             yield block
 
     layout = find_layout(model, hp)
-    whole = sum_moments(model, layout, [1], token_blocks(model, tok, hp), settings(mom2_tolerance=0, layers=[1]))[1]
+    whole = sum_moments(
+        model, layout, [1], token_blocks(model, tok, hp), settings(mom2_tolerance=0, layers=[1])
+    )[1]
     loose = settings(mom2_tolerance=1.5 * whole.error, layers=[1])
     some = sum_moments(model, layout, [1], blocks(), loose)[1]
     assert 0 < some.n_tokens < whole.n_tokens
@@ -83,7 +92,10 @@ def test_no_more_text_is_read_than_the_tolerance_needs(model, tok, settings):
 
 
 def test_the_number_of_texts_limits_what_is_read(model, tok, settings, text_file):
-    few = {anchors.moments(model, tok, settings(mom2_dataset=text_file, mom2_n_samples=1, seed=seed))[1].n_tokens for seed in range(6)}
+    few = {
+        anchors.moments(model, tok, settings(mom2_dataset=text_file, mom2_n_samples=1, seed=seed))[1].n_tokens
+        for seed in range(6)
+    }
     lengths = {len(tok(text)["input_ids"]) for text in TEXT.replace(" \n", "\n").split("\n\n")}
     assert few <= lengths
     assert len(few) > 1  # which text comes first depends on the seed: neighbors in a file are alike
@@ -110,7 +122,9 @@ def paragraphs(name):
 
 
 def test_text_from_the_model_itself_is_repeatable_and_varied(model, tok, settings):
-    first, again, other = (rows_of(model, tok, settings(mom2_dataset="self", seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (
+        rows_of(model, tok, settings(mom2_dataset="self", seed=seed)) for seed in (3, 3, 4)
+    )
     assert first == again
     assert first != other
     assert len({tuple(row) for row in first}) == len(first) == 8
@@ -121,7 +135,9 @@ def test_text_from_the_model_itself_is_repeatable_and_varied(model, tok, setting
 def test_moments_are_cached_by_all_that_changes_them(model, tok, settings, text_file, monkeypatch):
     calls = []
     real = anchors.sum_moments
-    monkeypatch.setattr(anchors, "sum_moments", lambda *args, **kwargs: calls.append(args[2]) or real(*args, **kwargs))
+    monkeypatch.setattr(
+        anchors, "sum_moments", lambda *args, **kwargs: calls.append(args[2]) or real(*args, **kwargs)
+    )
     base = {"mom2_dataset": text_file, "mom2_n_samples": 3, "layers": [1]}
     first = anchors.moments(model, tok, settings(**base))
     again = anchors.moments(model, tok, settings(**base))
@@ -153,7 +169,12 @@ def test_a_cached_file_of_another_width_is_refused(model, tok, settings, text_fi
 
 
 def stats_path(tmp_path, layout, layer, n=100):
-    return tmp_path / "tiny" / "wikipedia_stats" / f"{layout.edited[layer].parameter_name.removesuffix('.weight')}_float32_mom2_{n}.npz"
+    return (
+        tmp_path
+        / "tiny"
+        / "wikipedia_stats"
+        / f"{layout.edited[layer].parameter_name.removesuffix('.weight')}_float32_mom2_{n}.npz"
+    )
 
 
 def test_easyedits_files_are_found_before_any_text(model, tok, settings, tmp_path):
@@ -208,7 +229,10 @@ def test_bad_npz_files(tmp_path, model, tok, settings):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("/nowhere/text.txt", "/nowhere/text.txt can't be read: No such file"), ("stats.npz", "Give the name of its text")],
+    [
+        ("/nowhere/text.txt", "/nowhere/text.txt can't be read: No such file"),
+        ("stats.npz", "Give the name of its text"),
+    ],
 )
 def test_sources_that_are_none(model, tok, settings, source, message):
     with pytest.raises(AnchorError, match=message):

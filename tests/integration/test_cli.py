@@ -17,7 +17,11 @@ from tests.conftest import tiny_llama, tiny_settings
 def run(*arguments, cwd):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "easyedit_rls.cli.main", *arguments], cwd=cwd, capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "easyedit_rls.cli.main", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
 
 
@@ -39,7 +43,9 @@ def test_demo_writes_its_summary(demo):
     assert summary["n_edits"] == 64
     assert [len(row) for row in summary["retention"]] == [1, 2, 3, 4]
     for when in ("before", "after"):
-        assert {"efficacy", "rewrite_accuracy", "generalization", "specificity", "perplexity"} <= summary[when].keys()
+        assert {"efficacy", "rewrite_accuracy", "generalization", "specificity", "perplexity"} <= summary[
+            when
+        ].keys()
     assert summary["seconds_per_edit"] > 0
     assert summary["settings"]["hparams"]["v_num_grad_steps"] == 3
     assert summary["versions"]["easyedit_rls"] == easyedit_rls.__version__
@@ -49,14 +55,23 @@ def test_demo_writes_its_summary(demo):
 
 def test_demo_shows_and_reports(demo):
     folder, done = demo
-    for text in ("Efficacy", "Perplexity on plain text", "Seconds an edit", "after batch 4: rewrite accuracy"):
+    for text in (
+        "Efficacy",
+        "Perplexity on plain text",
+        "Seconds an edit",
+        "after batch 4: rewrite accuracy",
+    ):
         assert text in done.stdout
     assert "fact" in done.stderr  # the progress bars
     text = (folder / "out" / "report.md").read_text()
     assert "| Efficacy: P(new) > P(true) |" in text
     assert "![Retention of each batch](retention.png)" in text
     assert (folder / "out" / "retention.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["report.md", "retention.png", "summary.json"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "report.md",
+        "retention.png",
+        "summary.json",
+    ]
 
 
 @pytest.mark.parametrize(

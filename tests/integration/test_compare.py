@@ -48,7 +48,12 @@ def folder(tmp_path_factory, tok, demo_text, requests):
     tok.save_pretrained(folder / "model")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings("llama").to_dict()))
     (folder / "text.txt").write_text(demo_text, encoding="utf-8")
-    more = {"ground_truth": "stones", "rephrase_prompt": "It is", "locality_prompt": "The river Rhine", "locality_ground_truth": "flows"}
+    more = {
+        "ground_truth": "stones",
+        "rephrase_prompt": "It is",
+        "locality_prompt": "The river Rhine",
+        "locality_ground_truth": "flows",
+    }
     records = [{**request, **more, "generation_prompts": ["The river"]} for request in requests]
     (folder / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
     return folder
@@ -76,7 +81,9 @@ def without_times(path):
 
 
 def test_the_objective_is_the_ledgers(tok, requests, tmp_path):
-    """The same three terms as `easyedit-rls state show`, which reads them off the prior on disk, in float64."""
+    """The same three terms as `easyedit-rls state show`,
+    which reads them off the prior on disk, in float64.
+    """
     model, hp = tiny_llama(), tiny_settings("llama", state_dir=str(tmp_path))
     objective = Objective(model, tok, hp)
     assert objective.terms(None) == {"edits": None, "deviation": 0.0, "anchors": 0.0}
@@ -87,7 +94,10 @@ def test_the_objective_is_the_ledgers(tok, requests, tmp_path):
         found = objective.terms(editor)
     journal = latest(tmp_path)
     snapshot, manifest = read_moment(journal), read_manifest(journal)
-    layers = [layer_figures(read_prior(journal, n), solution, snapshot.history, n, manifest) for n, solution in snapshot.solutions.items()]
+    layers = [
+        layer_figures(read_prior(journal, n), solution, snapshot.history, n, manifest)
+        for n, solution in snapshot.solutions.items()
+    ]
     assert found["edits"] == pytest.approx(sum(layer.edits_term for layer in layers), rel=1e-3)
     assert found["deviation"] == pytest.approx(sum(layer.deviation_term for layer in layers), rel=1e-3)
     assert found["anchors"] == pytest.approx(sum(layer.anchor_term for layer in layers), rel=1e-3)
@@ -114,21 +124,37 @@ def test_general_abilities_by_lm_eval(folder, tmp_path):
     }
     (tasks / "rivers.yaml").write_text(yaml.safe_dump(task))
     changes = ["alg_name=RLSEdit", "eval=quick", "eval.every=1", "eval.text=null", "eval.fluency=0"]
-    changes += ["eval.tasks=[rivers]", "eval.tasks_limit=4", f"eval.tasks_folder={tasks}", f"out={tmp_path / 'out'}"]
-    arguments = [argument for argument in command() if not argument.startswith(("alg_name", "settings", "eval", "out"))]
+    changes += [
+        "eval.tasks=[rivers]",
+        "eval.tasks_limit=4",
+        f"eval.tasks_folder={tasks}",
+        f"out={tmp_path / 'out'}",
+    ]
+    arguments = [
+        argument for argument in command() if not argument.startswith(("alg_name", "settings", "eval", "out"))
+    ]
     subprocess.run([*arguments, *changes], cwd=folder, check=True, capture_output=True, text=True)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["unedited"]["rivers: acc"] == 0.5  # whatever it prefers, half of the answers are that
-    assert [("abilities" in checkpoint) for checkpoint in found["contenders"]["RLSEdit"]["checkpoints"]] == [False, True]
+    assert [("abilities" in checkpoint) for checkpoint in found["contenders"]["RLSEdit"]["checkpoints"]] == [
+        False,
+        True,
+    ]
     assert "| rivers: acc |" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "figures" / "ability-rivers.svg").is_file()
 
 
 def test_everything_is_written(folder, done):
     out = folder / "out"
-    assert {"report.html", "results.json", "table.md", "table.csv", "figures", "plan.json", "RLSEdit.log"} <= {
-        p.name for p in out.iterdir()
-    }
+    assert {
+        "report.html",
+        "results.json",
+        "table.md",
+        "table.csv",
+        "figures",
+        "plan.json",
+        "RLSEdit.log",
+    } <= {p.name for p in out.iterdir()}
     result = json.loads((out / "results.json").read_text())
     ours, short = (result["contenders"][name] for name in ("RLSEdit", "RLSEdit-short"))
     assert [checkpoint["n_edits"] for checkpoint in ours["checkpoints"]] == [2, 4]
@@ -141,7 +167,12 @@ def test_everything_is_written(folder, done):
 
 
 def test_a_line_a_batch(done):
-    for line in ("RLSEdit: batch 2 of 2", "RLSEdit-short: batch 1 of 2", '{"v_num_grad_steps": 2}', "rewrite accuracy"):
+    for line in (
+        "RLSEdit: batch 2 of 2",
+        "RLSEdit-short: batch 1 of 2",
+        '{"v_num_grad_steps": 2}',
+        "rewrite accuracy",
+    ):
         assert line in done.stdout + done.stderr
 
 
@@ -149,7 +180,9 @@ def test_two_at_once_give_the_same_table(folder, done):
     """And the unedited model is measured by one of them, while the other waits."""
     ran = subprocess.run(command("jobs=2", "out=at_once"), cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert without_times(folder / "at_once" / "results.json") == without_times(folder / "out" / "results.json")
+    assert without_times(folder / "at_once" / "results.json") == without_times(
+        folder / "out" / "results.json"
+    )
     assert (ran.stdout + ran.stderr).count("measures the unedited model") == 1
 
 
@@ -175,9 +208,13 @@ def test_what_one_cannot_use_is_told_in_a_line(folder, done):
 def test_everybody_has_as_many_texts_before_prompts(folder, monkeypatch, change, n_texts):
     monkeypatch.chdir(folder)
     settings = yaml.safe_load((folder / "tiny.yaml").read_text())
-    (folder / "sampled.yaml").write_text(yaml.safe_dump({**settings, "context_templates": None, "n_templates": 1}))
+    (folder / "sampled.yaml").write_text(
+        yaml.safe_dump({**settings, "context_templates": None, "n_templates": 1})
+    )
     with initialize_config_module("easyedit_rls.conf.streams", version_base=None):
-        config = compose("compare", ["data.file=records.jsonl", "model.path=model", "model.hparams=sampled.yaml", change])
+        config = compose(
+            "compare", ["data.file=records.jsonl", "model.path=model", "model.hparams=sampled.yaml", change]
+        )
     assert len(make_plan(config, folder).templates) == n_texts
 
 
@@ -188,8 +225,18 @@ def test_the_whole_settings_are_shown(done):
 
 
 def test_each_job_of_a_multirun_has_its_folder(folder):
-    changes = ["alg_name=RLSEdit", "eval=quick", "eval.text=null", "eval.fluency=0", "data.count=2", "data.first=0,2", "out=many"]
-    arguments = [argument for argument in ARGUMENTS if not argument.startswith(("alg_name", "settings", "eval", "out"))]
+    changes = [
+        "alg_name=RLSEdit",
+        "eval=quick",
+        "eval.text=null",
+        "eval.fluency=0",
+        "data.count=2",
+        "data.first=0,2",
+        "out=many",
+    ]
+    arguments = [
+        argument for argument in ARGUMENTS if not argument.startswith(("alg_name", "settings", "eval", "out"))
+    ]
     program = [sys.executable, "-m", "easyedit_rls.cli.main", "compare", "--multirun"]
     done = subprocess.run([*program, *arguments, *changes], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -198,7 +245,8 @@ def test_each_job_of_a_multirun_has_its_folder(folder):
     assert all((folder / "many" / job / "report.html").is_file() for job in ("0", "1"))
 
 
-# Python runs it at its start: the whole run is killed as the second editor's first checkpoint is about to be written.
+# Python runs it at its start: the whole run is killed as the second editor's first checkpoint is about to be
+# written.
 KILLER = """
 import os, signal, sys
 
@@ -211,7 +259,9 @@ sys.addaudithook(watch)
 
 
 def test_a_broken_off_run_goes_on_to_the_same_table(folder, done):
-    """Killed behind the second editor's first batch: the first one's results are taken as they are, that batch isn't edited again."""
+    """Killed behind the second editor's first batch: the first one's results are taken as they are, that
+    batch isn't edited again.
+    """
     out = folder / "killed"
     (folder / "killer").mkdir()
     (folder / "killer" / "sitecustomize.py").write_text(KILLER)
@@ -237,7 +287,9 @@ def test_a_broken_off_run_goes_on_to_the_same_table(folder, done):
 
 @pytest.mark.parametrize(("broken_off", "n_kept"), [("before it is noted", 0), ("before it is measured", 2)])
 def test_a_batch_half_written_down(folder, done, monkeypatch, request, broken_off, n_kept):
-    """Killed between ledger and progress file, the contender begins anew; behind the second, it measures what isn't measured yet."""
+    """Killed between ledger and progress file, the contender begins anew; behind the second, it measures what
+    isn't measured yet.
+    """
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     monkeypatch.chdir(folder)
     plan = Plan.load(folder / "out")
@@ -256,10 +308,15 @@ def test_a_batch_half_written_down(folder, done, monkeypatch, request, broken_of
         stream.run_contender(place, plan, plan.contender("RLSEdit"))
     edited = []
     edit = OurEditor.edit
-    monkeypatch.setattr(OurEditor, "edit", lambda self, requests: edited.append(requests) or edit(self, requests))
+    monkeypatch.setattr(
+        OurEditor, "edit", lambda self, requests: edited.append(requests) or edit(self, requests)
+    )
     stream.run_contender(place, plan, plan.contender("RLSEdit"))
     assert len(edited) == 2 - n_kept
-    found, wanted = (json.loads((where / "RLSEdit" / "checkpoint-000004.json").read_text()) for where in (place, folder / "out"))
+    found, wanted = (
+        json.loads((where / "RLSEdit" / "checkpoint-000004.json").read_text())
+        for where in (place, folder / "out")
+    )
     assert {**found, "seconds_per_edit": None} == {**wanted, "seconds_per_edit": None}
 
 
@@ -270,7 +327,9 @@ def test_the_plan_says_where_it_runs(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with initialize_config_module("easyedit_rls.conf.streams", version_base=None):
         given = [argument for argument in ARGUMENTS if not argument.startswith(("alg_name", "settings."))]
-        assert [make_plan(compose("compare", [*given, *more]), folder).device for more in ([], ["device=cuda:1"])] == ["cuda", "cuda:1"]
+        assert [
+            make_plan(compose("compare", [*given, *more]), folder).device for more in ([], ["device=cuda:1"])
+        ] == ["cuda", "cuda:1"]
 
 
 def test_the_model_is_of_the_type_that_was_asked_for(folder, done, monkeypatch, request, tmp_path):
@@ -282,7 +341,11 @@ def test_the_model_is_of_the_type_that_was_asked_for(folder, done, monkeypatch, 
     plan.save(tmp_path)
     types = []
     edit = OurEditor.edit
-    monkeypatch.setattr(OurEditor, "edit", lambda self, requests: types.append(self.editor.model.dtype) or edit(self, requests))
+    monkeypatch.setattr(
+        OurEditor,
+        "edit",
+        lambda self, requests: types.append(self.editor.model.dtype) or edit(self, requests),
+    )
     stream.run_contender(tmp_path, plan, plan.contender("RLSEdit"))
     assert types == [torch.bfloat16]
     assert (tmp_path / "RLSEdit" / "checkpoint-000002.json").is_file()
@@ -310,7 +373,15 @@ def test_faults_name_the_cure(folder, done, changes, problem):
 
 def test_edit_saves_the_model_and_goes_on_from_a_ledger(folder, done):
     """The second call starts from the unedited folder and the ledger of the first."""
-    base = [sys.executable, "-m", "easyedit_rls.cli.main", "edit", "model.path=model", "model.hparams=tiny.yaml", "data.file=records.jsonl"]
+    base = [
+        sys.executable,
+        "-m",
+        "easyedit_rls.cli.main",
+        "edit",
+        "model.path=model",
+        "model.hparams=tiny.yaml",
+        "data.file=records.jsonl",
+    ]
     halves = [["data.count=2", "out=edited1"], ["data.first=2", "out=edited2"]]
     for half in halves:
         ran = subprocess.run([*base, "state_dir=ledger", *half], cwd=folder, capture_output=True, text=True)
@@ -329,30 +400,65 @@ def test_edit_saves_the_model_and_goes_on_from_a_ledger(folder, done):
 
 
 def test_a_model_without_a_settings_file_is_edited(folder):
-    settings = {"layers": "[1,2]", "mom2_adjustment": "false", "lambda_reg": 1.0, "v_num_grad_steps": 3, "context_templates": "[]"}
+    settings = {
+        "layers": "[1,2]",
+        "mom2_adjustment": "false",
+        "lambda_reg": 1.0,
+        "v_num_grad_steps": 3,
+        "context_templates": "[]",
+    }
     changes = [f"settings.{name}={value}" for name, value in settings.items()]
-    base = [sys.executable, "-m", "easyedit_rls.cli.main", "edit", "model.path=model", "data.file=records.jsonl"]
-    ran = subprocess.run([*base, *changes, "save=false", "out=made"], cwd=folder, capture_output=True, text=True)
+    base = [
+        sys.executable,
+        "-m",
+        "easyedit_rls.cli.main",
+        "edit",
+        "model.path=model",
+        "data.file=records.jsonl",
+    ]
+    ran = subprocess.run(
+        [*base, *changes, "save=false", "out=made"], cwd=folder, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
     found = json.loads((folder / "made" / "edits.json").read_text())["settings"]
-    assert (found["model_name"], found["layers"], found["rewrite_module_tmp"]) == ("model", [1, 2], "model.layers.{}.mlp.down_proj")
+    assert (found["model_name"], found["layers"], found["rewrite_module_tmp"]) == (
+        "model",
+        [1, 2],
+        "model.layers.{}.mlp.down_proj",
+    )
 
 
 @pytest.mark.parametrize("command", ["edit", "compare", "tune"])
 def test_settings_of_another_model_are_refused_with_each_difference(folder, command):
     given = {
         "edit": ["edit", "model=smollm2-135m", "model.path=model", "data.file=records.jsonl", "out=other"],
-        "compare": ["compare", "model.path=model", "model.hparams=gpt2-xl", "data.file=records.jsonl", "out=other"],
+        "compare": [
+            "compare",
+            "model.path=model",
+            "model.hparams=gpt2-xl",
+            "data.file=records.jsonl",
+            "out=other",
+        ],
         "tune": ["tune", "model", "--data", "records.jsonl", "--hparams", "gpt2-xl", "--out", "other"],
     }[command]
     told = {
-        "smollm2-135m": ["no layer 4, 5, 6, 7, 8, 9, 10: its 4 layers are 0 to 3", "v_loss_layer: 29, but the last of its 4 layers is 3"],
-        "gpt2-xl": ["layer_module_tmp: no module 'transformer.h.0'", "ln_f_module: no module 'transformer.ln_f'"],
+        "smollm2-135m": [
+            "no layer 4, 5, 6, 7, 8, 9, 10: its 4 layers are 0 to 3",
+            "v_loss_layer: 29, but the last of its 4 layers is 3",
+        ],
+        "gpt2-xl": [
+            "layer_module_tmp: no module 'transformer.h.0'",
+            "ln_f_module: no module 'transformer.ln_f'",
+        ],
     }["smollm2-135m" if command == "edit" else "gpt2-xl"]
-    ran = subprocess.run([sys.executable, "-m", "easyedit_rls.cli.main", *given], cwd=folder, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "easyedit_rls.cli.main", *given], cwd=folder, capture_output=True, text=True
+    )
     assert ran.returncode == 2
     assert "Traceback" not in ran.stderr
-    assert all(text in ran.stderr for text in [*told, "does not suit model", "easyedit-rls init model"]), ran.stderr
+    assert all(text in ran.stderr for text in [*told, "does not suit model", "easyedit-rls init model"]), (
+        ran.stderr
+    )
     assert not list((folder / "other").glob("*"))  # hydra makes the folder
 
 
@@ -372,7 +478,14 @@ def test_settings_are_made_from_the_model_where_none_are_given(folder, monkeypat
     ],
 )
 def test_examples(folder, example, arguments, lines):
-    command = [sys.executable, str(REPOSITORY / "examples" / example), "model", "tiny.yaml", "records.jsonl", *arguments]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "examples" / example),
+        "model",
+        "tiny.yaml",
+        "records.jsonl",
+        *arguments,
+    ]
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert all(line in ran.stdout for line in lines)

@@ -1,4 +1,6 @@
-"""EasyEdit's figures by our batched pass, against its rule spelled out one prompt at a time. (tests/host has the real one.)"""
+"""EasyEdit's figures by our batched pass, against its rule spelled out one prompt at a time. (tests/host has
+the real one.)
+"""
 
 import pytest
 import torch
@@ -11,7 +13,12 @@ RECORDS = [
         "prompt": "The bread is made of",
         "target_new": "water and air",
         "rephrase_prompt": "Bakers make bread from",
-        "locality": {"neighborhood": {"prompt": ["Cake is made of", "Pasta needs the"], "ground_truth": ["flour", "salt and eggs"]}},
+        "locality": {
+            "neighborhood": {
+                "prompt": ["Cake is made of", "Pasta needs the"],
+                "ground_truth": ["flour", "salt and eggs"],
+            }
+        },
         "portability": {"one_hop": {"prompt": "Who eats bread eats", "ground_truth": "water"}},
     },
     {"prompt": ["The slow river is", "The river"], "target_new": ["warm and wide", "goes"]},
@@ -48,7 +55,9 @@ def test_figures_equal_the_rule(model, tok):
     outputs = [plain(model, tok, p, a)[1] for p, a in zip(locality["prompt"], locality["ground_truth"])]
     assert first["locality"] == {"neighborhood_output": outputs}
     assert first["portability"] == {"one_hop_acc": [accuracy(model, tok, "Who eats bread eats", "water")]}
-    assert second["rewrite_acc"] == [accuracy(model, tok, p, a) for p, a in zip(RECORDS[1]["prompt"], RECORDS[1]["target_new"])]
+    assert second["rewrite_acc"] == [
+        accuracy(model, tok, p, a) for p, a in zip(RECORDS[1]["prompt"], RECORDS[1]["target_new"])
+    ]
     assert (second["locality"], second["portability"], "rephrase_acc" in second) == ({}, {}, False)
 
 

@@ -1,4 +1,6 @@
-"""`RLSEditor` on tiny models: the edit lands, equals the batch solution, is exact, repeatable, and all or nothing."""
+"""`RLSEditor` on tiny models: the edit lands, equals the batch solution, is exact, repeatable, and all or
+nothing.
+"""
 
 import copy
 
@@ -54,7 +56,9 @@ def test_edits_land_and_only_the_edited_weights_change(model, tok, requests, set
 
 
 @pytest.mark.parametrize("targets", ["residual", "published"])
-def test_the_weights_are_the_batch_solution_of_keys_and_targets(model, tok, requests, settings, targets, monkeypatch):
+def test_the_weights_are_the_batch_solution_of_keys_and_targets(
+    model, tok, requests, settings, targets, monkeypatch
+):
     """Rebuilt in float64 from what each layer was given, over two batches, with importances."""
     hp = settings(targets=targets)
     editor = RLSEditor(model, tok, hp)
@@ -70,7 +74,9 @@ def test_the_weights_are_the_batch_solution_of_keys_and_targets(model, tok, requ
     weighted = [{**request, "importance": 0.5 + i} for i, request in enumerate(requests)]
     editor.edit(weighted[:2])
     editor.edit(weighted[2:])
-    moments = moments_of(model, tok, hp)  # of the edited model; the prior came from the unedited one, cached by fingerprint
+    moments = moments_of(
+        model, tok, hp
+    )  # of the edited model; the prior came from the unedited one, cached by fingerprint
     assert set(moments) == set(W_0)
     for layer, parts in given.items():
         K, V, d = (torch.cat(column) for column in zip(*parts))
@@ -79,11 +85,16 @@ def test_the_weights_are_the_batch_solution_of_keys_and_targets(model, tok, requ
         A = torch.linalg.inv(state.covariance().double())
         prior = A - K.T @ (d[:, None] * K)
         solution = torch.linalg.solve(A, prior @ W_0[layer] + K.T @ (d[:, None] * V))
-        assert float((editor.layout.edited[layer].read() - solution).norm() / (solution - W_0[layer]).norm()) < 1e-3
+        assert (
+            float((editor.layout.edited[layer].read() - solution).norm() / (solution - W_0[layer]).norm())
+            < 1e-3
+        )
 
 
 @pytest.mark.parametrize("keys", ["mean", "each"])
-def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(model, tok, requests, settings, keys, monkeypatch):
+def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(
+    model, tok, requests, settings, keys, monkeypatch
+):
     hp = settings(keys=keys)
     editor = RLSEditor(model, tok, hp)
     facts = locate_facts(tok, parse_requests(requests), hp.context_templates)
@@ -101,7 +112,9 @@ def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(model, tok, 
     editor.edit(requests)
     for layers_left, (K, V, W, h) in zip((2, 1), seen):
         share = (z[0].z - h) / layers_left
-        torch.testing.assert_close(V, K @ W + (share if keys == "mean" else share[:, None]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            V, K @ W + (share if keys == "mean" else share[:, None]), rtol=1e-4, atol=1e-4
+        )
     rows = LayerWalk(model, editor.layout, facts, 10_000, keys).keys(2)
     torch.testing.assert_close(seen[1][0], rows, rtol=1e-4, atol=1e-4)
 
@@ -109,7 +122,9 @@ def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(model, tok, 
 def test_the_published_targets_miss_by_more(model, tok, requests, settings):
     misses = {}
     for targets in ("residual", "published"):
-        report = RLSEditor(copy.deepcopy(model), tok, settings(targets=targets, mom2_update_weight=0.1)).edit(requests)
+        report = RLSEditor(copy.deepcopy(model), tok, settings(targets=targets, mom2_update_weight=0.1)).edit(
+            requests
+        )
         misses[targets] = sum(fact.miss for fact in report.facts)
     assert misses["residual"] < misses["published"]
 
@@ -295,9 +310,17 @@ def interrupt_write(editor, requests, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (bad_request({"subject": "Danube"}, 0), RequestError, "Request 0, field 'prompt'.*does not contain the subject"),
+        (
+            bad_request({"subject": "Danube"}, 0),
+            RequestError,
+            "Request 0, field 'prompt'.*does not contain the subject",
+        ),
         (bad_request({"target_new": ""}, 3), RequestError, "Request 3, field 'target_new'.*is empty"),
-        (bad_request({"target_new": "<unk>"}, 1), RequestError, "Request 1, field 'target_new'.*unknown token"),
+        (
+            bad_request({"target_new": "<unk>"}, 1),
+            RequestError,
+            "Request 1, field 'target_new'.*unknown token",
+        ),
         (nan_weight, NumericalError, "holds NaN.*Load the model again"),
         (nan_elsewhere, NumericalError, "NaN|not finite"),
         (interrupt("optimize_values", 1), KeyboardInterrupt, None),
@@ -307,20 +330,28 @@ def interrupt_write(editor, requests, monkeypatch):
         (interrupt_write, KeyboardInterrupt, None),
     ],
 )
-def test_what_fails_changes_nothing(model, tok, requests, settings, monkeypatch, spoil, error, message, has_history):
+def test_what_fails_changes_nothing(
+    model, tok, requests, settings, monkeypatch, spoil, error, message, has_history
+):
     editor = RLSEditor(model, tok, settings())
     if has_history:
         editor.edit({"prompt": "The moon is made of", "subject": "moon", "target_new": "bread"})
     with monkeypatch.context() as patch:
         given = spoil(editor, requests, patch)
         before = weights(model)
-        n_edits, covariances = editor.n_edits, {layer: state.covariance() for layer, state in editor.state.layers.items()}
+        n_edits, covariances = (
+            editor.n_edits,
+            {layer: state.covariance() for layer, state in editor.state.layers.items()},
+        )
         with pytest.raises(error, match=message):
             editor.edit(given)
     after = weights(model)
     assert all(torch.equal(before[name].nan_to_num(123.0), after[name].nan_to_num(123.0)) for name in before)
     assert editor.n_edits == n_edits
-    assert all(torch.equal(editor.state.layers[layer].covariance(), covariance) for layer, covariance in covariances.items())
+    assert all(
+        torch.equal(editor.state.layers[layer].covariance(), covariance)
+        for layer, covariance in covariances.items()
+    )
     if error is KeyboardInterrupt:  # and the same call goes through afterwards, as if nothing had happened
         twin = copy.deepcopy(model)
         assert editor.edit(requests).n_edits == n_edits + len(requests)
@@ -362,7 +393,9 @@ def test_low_precision_models_keep_an_exact_master(model, tok, requests, setting
 
 
 def test_anchor_prompts_keep_their_outcome(model, tok, requests, settings):
-    """With a heavy pull toward explicit anchors, their keys map to what they did before; without, they don't."""
+    """With a heavy pull toward explicit anchors, their keys map to what they did before;
+    without, they don't.
+    """
     kept = "Bread needs flour, water and salt."
     moved = {}
     for name, anchors, mu in (("anchored", [kept], 5.0), ("free", [requests[0]["prompt"]], 1e-3)):
@@ -381,7 +414,10 @@ def test_anchor_prompts_keep_their_outcome(model, tok, requests, settings):
 def test_anchor_pairs_with_values_of_their_own_are_fitted(model, tok, requests, settings):
     hp = settings(mu_reg=5.0, lambda_reg=0.1)
     pairs = anchor_pairs(model, tok, hp, ["Bread needs"])
-    wanted = {layer: torch.randn(len(K_0), 32, generator=torch.Generator().manual_seed(layer)) for layer, K_0 in pairs.keys.items()}
+    wanted = {
+        layer: torch.randn(len(K_0), 32, generator=torch.Generator().manual_seed(layer))
+        for layer, K_0 in pairs.keys.items()
+    }
     editor = RLSEditor(model, tok, hp, anchors=AnchorPairs(pairs.keys, wanted))
     editor.edit(requests[:1])
     for layer, V_0 in wanted.items():

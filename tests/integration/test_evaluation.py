@@ -77,30 +77,44 @@ def test_counterfact_figures_equal_the_formulae(model, tok):
 
     fact = RECORDS[0]
     assert first.efficacy == prefers("The bread is made of", "water", "flour")
-    assert first.generalization == pytest.approx(sum(prefers(p, "water", "flour") for p in fact["paraphrase_prompts"]) / 2)
-    assert first.specificity == pytest.approx(sum(prefers(p, "flour", "water") for p in fact["neighborhood_prompts"]) / 3)
+    assert first.generalization == pytest.approx(
+        sum(prefers(p, "water", "flour") for p in fact["paraphrase_prompts"]) / 2
+    )
+    assert first.specificity == pytest.approx(
+        sum(prefers(p, "flour", "water") for p in fact["neighborhood_prompts"]) / 3
+    )
     assert first.rewrite_accuracy == plain(model, tok, "The bread is made of", "water")[1]
     second, third = evaluation.records[1:]
     assert second.efficacy == prefers("The slow river is", "warm and wide", "cold")
     assert second.specificity is None
     assert (third.efficacy, third.generalization) == (None, None)
-    assert evaluation.efficacy == pytest.approx((first.efficacy + second.efficacy) / 2)  # the third has no true answer
+    assert evaluation.efficacy == pytest.approx(
+        (first.efficacy + second.efficacy) / 2
+    )  # the third has no true answer
     assert [record.case_id for record in evaluation.records] == [3, None, None]
 
 
 def holds_the_formulae(model, tok, records):
-    """Meng et al. 2022, section 3.4 and appendix: each figure of each record, from one prompt with one answer at a time."""
+    """Meng et al. 2022, section 3.4 and appendix: each figure of each record, from one prompt with one answer
+    at a time.
+    """
     found = evaluate(model, tok, records).records
     for one, record in zip(found, records, strict=True):
         fact = record["requested_rewrite"]
         new, true = fact["target_new"]["str"], fact["target_true"]["str"]
 
         def means(prompts, wanted, other):
-            nlls = [(plain(model, tok, prompt, wanted), plain(model, tok, prompt, other)) for prompt in prompts]
+            nlls = [
+                (plain(model, tok, prompt, wanted), plain(model, tok, prompt, other)) for prompt in prompts
+            ]
             n = len(nlls)
-            return (sum(a[0] < b[0] for a, b in nlls) / n, sum(a[1] for a, _ in nlls) / n) if n else (None, None)
+            return (
+                (sum(a[0] < b[0] for a, b in nlls) / n, sum(a[1] for a, _ in nlls) / n) if n else (None, None)
+            )
 
-        assert (one.efficacy, one.rewrite_accuracy) == means([fact["prompt"].format(fact["subject"])], new, true)
+        assert (one.efficacy, one.rewrite_accuracy) == means(
+            [fact["prompt"].format(fact["subject"])], new, true
+        )
         for given, expected in (
             ((one.generalization, one.paraphrase_accuracy), means(record["paraphrase_prompts"], new, true)),
             ((one.specificity, one.neighborhood_accuracy), means(record["neighborhood_prompts"], true, new)),
@@ -111,7 +125,9 @@ def holds_the_formulae(model, tok, records):
 
 @pytest.fixture(scope="module")
 def fifty():
-    records = json.loads(importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8"))
+    records = json.loads(
+        importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8")
+    )
     return records[:50]
 
 
@@ -168,7 +184,9 @@ def test_what_texts_begin_with_runs_once(model, tok, monkeypatch):
     true = scoring.run
     monkeypatch.setattr(scoring, "run", lambda model, batch: seen.append(batch) or true(model, batch))
     words = ("bread", "river", "bees")
-    probes = [Probe(f"The slow and wide {a} and the {b}", f"{c} is") for a in words for b in words for c in words]
+    probes = [
+        Probe(f"The slow and wide {a} and the {b}", f"{c} is") for a in words for b in words for c in words
+    ]
     score(model, tok, probes)
     texts = {tuple(tok(f"{probe.prompt} {probe.answer}")["input_ids"][:-1]) for probe in probes}
     assert all(batch.mask.ndim == 4 and batch.ids.shape[1] <= 48 for batch in seen)
@@ -176,11 +194,17 @@ def test_what_texts_begin_with_runs_once(model, tok, monkeypatch):
 
 
 def test_answers_share_passes(model, tok, monkeypatch):
-    """A text that another one begins with is read off its pass; the scores stay those of one prompt at a time."""
+    """A text that another one begins with is read off its pass; the scores stay those of one prompt at a
+    time.
+    """
     seen = []
     true = scoring.run
-    monkeypatch.setattr(scoring, "run", lambda model, batch: seen.append(batch.ids.shape) or true(model, batch))
-    probes = [Probe("The bread", answer) for answer in ("is warm", "is warm and wide", "is", "is warm")] + [Probe("Bread", "is")]
+    monkeypatch.setattr(
+        scoring, "run", lambda model, batch: seen.append(batch.ids.shape) or true(model, batch)
+    )
+    probes = [Probe("The bread", answer) for answer in ("is warm", "is warm and wide", "is", "is warm")] + [
+        Probe("Bread", "is")
+    ]
     scores = score(model, tok, probes)
     assert sum(rows for rows, _ in seen) == 2
     for one, probe in zip(scores, probes):
@@ -188,4 +212,6 @@ def test_answers_share_passes(model, tok, monkeypatch):
         assert one.nll == pytest.approx(nll, rel=1e-4)
         assert one.is_argmax == is_argmax
         assert 0 <= one.accuracy <= 1
-        assert len(one.predicted) == len(tok(f"{probe.prompt} {probe.answer}")["input_ids"]) - len(tok(probe.prompt)["input_ids"])
+        assert len(one.predicted) == len(tok(f"{probe.prompt} {probe.answer}")["input_ids"]) - len(
+            tok(probe.prompt)["input_ids"]
+        )

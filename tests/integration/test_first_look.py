@@ -52,11 +52,21 @@ def test_advice_says_what_to_change(tok, easy):
     stiff = try_settings(model, tok, tiny_settings("llama", mom2_update_weight=1e6), show_progress=False)
     assert stiff.advice()[0] == "The model does not say 2 of 2 facts."
     assert "lower mom2_update_weight (1e+06)" in stiff.advice()[1]
-    off = try_settings(model, tok, tiny_settings("llama", mom2_update_weight=1e6, max_deviation=1e-9), show_progress=False)
+    off = try_settings(
+        model, tok, tiny_settings("llama", mom2_update_weight=1e6, max_deviation=1e-9), show_progress=False
+    )
     assert (off.report, off.after) == (None, {})
     assert "set max_deviation: off" in off.advice()[0]
-    fine = try_settings(model, tok, tiny_settings("llama", mom2_update_weight=10.0, early_stopping_margin=2.0), show_progress=False)
-    for harm in ({"specificity": fine.before["specificity"] - 0.2}, {"perplexity": 1.1 * fine.before["perplexity"]}):
+    fine = try_settings(
+        model,
+        tok,
+        tiny_settings("llama", mom2_update_weight=10.0, early_stopping_margin=2.0),
+        show_progress=False,
+    )
+    for harm in (
+        {"specificity": fine.before["specificity"] - 0.2},
+        {"perplexity": 1.1 * fine.before["perplexity"]},
+    ):
         (sentence,) = replace(fine, after={**fine.after, **harm}).advice()
         assert sentence.startswith("Other text has changed")
         assert "raise mom2_update_weight (10)" in sentence
@@ -67,7 +77,14 @@ def test_advice_says_what_to_change(tok, easy):
 
 def test_a_text_shorter_than_the_keys_are_wide_is_no_obstacle(tok, easy, monkeypatch):
     """Second moments of few tokens are singular; without λ there would be no prior."""
-    hp = tiny_settings("llama", mom2_dataset="self", mom2_n_samples=1, mom2_update_weight=10.0, lambda_reg=0.0, early_stopping_margin=2.0)
+    hp = tiny_settings(
+        "llama",
+        mom2_dataset="self",
+        mom2_n_samples=1,
+        mom2_update_weight=10.0,
+        lambda_reg=0.0,
+        early_stopping_margin=2.0,
+    )
     monkeypatch.setattr("easyedit_rls.anchors.text.TEXT_TOKENS", 20)
     assert try_settings(tiny_llama(), tok, hp, show_progress=False).report is not None
     monkeypatch.setattr(trial, "_held", lambda model, tok, hparams, show_progress: hparams)
@@ -76,18 +93,35 @@ def test_a_text_shorter_than_the_keys_are_wide_is_no_obstacle(tok, easy, monkeyp
 
 def test_init_says_what_its_settings_do(folder, capsys, easy, monkeypatch):
     own = RLSEditHyperParams.for_model
-    sound = {"layers": [1, 2], "mom2_update_weight": 10.0, "early_stopping_margin": 2.0, "v_lr": 0.3, "clamp_norm_factor": 4.0}
+    sound = {
+        "layers": [1, 2],
+        "mom2_update_weight": 10.0,
+        "early_stopping_margin": 2.0,
+        "v_lr": 0.3,
+        "clamp_norm_factor": 4.0,
+    }
     quick = {"context_templates": [], "statements": []}
-    for name, changes in (("sound", {**sound, "max_deviation": "off"}), ("stiff", {"mom2_update_weight": 1e6})):
+    for name, changes in (
+        ("sound", {**sound, "max_deviation": "off"}),
+        ("stiff", {"mom2_update_weight": 1e6}),
+    ):
         monkeypatch.setattr(
-            RLSEditHyperParams, "for_model", lambda model, changes=changes, **given: own(model, **{**given, **quick, **changes})
+            RLSEditHyperParams,
+            "for_model",
+            lambda model, changes=changes, **given: own(model, **{**given, **quick, **changes}),
         )
         out = folder / f"{name}.yaml"
         assert main(["init", str(folder / "model"), "--out", str(out)]) == 0
         shown = capsys.readouterr().out
         assert out.is_file()
         assert "Trying them on 8 facts, about 1 min" in shown
-        for row in ("rewrite accuracy", "paraphrase accuracy", "specificity", "perplexity of the demo's text", "largest step"):
+        for row in (
+            "rewrite accuracy",
+            "paraphrase accuracy",
+            "specificity",
+            "perplexity of the demo's text",
+            "largest step",
+        ):
             assert row in shown
         assert ("These settings will do" in shown) == (name == "sound")
         assert ("lower mom2_update_weight (1e+06)" in shown) == (name == "stiff")

@@ -1,4 +1,6 @@
-"""Ledgers from strangers, in every command: nothing outside of the folder is read, changed or deleted; what is wrong is said in a line."""
+"""Ledgers from strangers, in every command: nothing outside of the folder is read, changed or deleted; what
+is wrong is said in a line.
+"""
 
 import hashlib
 import json
@@ -28,14 +30,20 @@ def sound(tok, tmp_path_factory):
     tok.save_pretrained(folder / "base")
     hp = tiny_settings("llama", v_num_grad_steps=2, checkpoint_every=2)
     editor = RLSEditor(model, tok, hp, state_dir=folder / "state")
-    for prompt, subject, target in (("The river Oder", "Oder", "people"), ("Bakers know rye", "rye", "well"), ("Anna", "Anna", "water")):
+    for prompt, subject, target in (
+        ("The river Oder", "Oder", "people"),
+        ("Bakers know rye", "rye", "well"),
+        ("Anna", "Anna", "water"),
+    ):
         editor.edit({"prompt": prompt, "subject": subject, "target_new": target})
     editor.state.ledger.close()
     return folder
 
 
 class Crafted:
-    """A copy of a sound ledger that is changed by somebody who knows how it is made. `victim` lies outside of it."""
+    """A copy of a sound ledger that is changed by somebody who knows how it is made. `victim` lies outside of
+    it.
+    """
 
     def __init__(self, sound, scratch):
         self.base = sound / "base"
@@ -49,10 +57,18 @@ class Crafted:
 
     def write(self, lines=None, raw=None, **head):
         """Index and head anew, with checksums that are right."""
-        encoded = (json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() for line in lines or self.lines)
+        encoded = (
+            json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode()
+            for line in lines or self.lines
+        )
         content = raw or b"".join(line + b"\n" for line in encoded)
         (self.journal / "index.jsonl").write_bytes(content)
-        self.head(lines=content.count(b"\n"), index_bytes=len(content), index_sha256=hashlib.sha256(content).hexdigest(), **head)
+        self.head(
+            lines=content.count(b"\n"),
+            index_bytes=len(content),
+            index_sha256=hashlib.sha256(content).hexdigest(),
+            **head,
+        )
 
     def head(self, **values):
         raw = json.dumps({"format": 2, **values}, separators=(",", ":")).encode() + b"\n"
@@ -145,10 +161,14 @@ def wide_head(c):
 
 
 CRAFTED = {
-    "a checkpoint's name leads out": lambda c: c.change_line("checkpoint", files={"../../../outside/victim.txt": STAMP}),
+    "a checkpoint's name leads out": lambda c: c.change_line(
+        "checkpoint", files={"../../../outside/victim.txt": STAMP}
+    ),
     "a checkpoint's name is absolute": lambda c: c.change_line("checkpoint", files={str(c.victim): STAMP}),
     "an entry's file leads out": lambda c: c.change_line("entry", files={"../../outside/victim.txt": STAMP}),
-    "the beginning's file leads out": lambda c: c.change_line("begin", files={**c.lines[0]["files"], "../../outside/victim.txt": STAMP}),
+    "the beginning's file leads out": lambda c: c.change_line(
+        "begin", files={**c.lines[0]["files"], "../../outside/victim.txt": STAMP}
+    ),
     "a name with a line break": lambda c: c.change_line("checkpoint", files={"manifest.json\n": STAMP}),
     "a name with a zero byte": lambda c: c.change_line("checkpoint", files={"a\0b": STAMP}),
     "a name that is the head's": lambda c: c.change_line("checkpoint", files={"head.json": STAMP}),
@@ -161,16 +181,27 @@ CRAFTED = {
     "the pointer is a link": lambda c: c.link(c.folder / "ledger.json"),
     "the lock is a link": lambda c: c.link(c.folder / "ledger.lock"),
     "the journal is a link": linked_folder,
-    "set-aside is a link": lambda c: ((c.folder / "set-aside").symlink_to(c.outside), (c.journal / "odd").write_text("x")),
+    "set-aside is a link": lambda c: (
+        (c.folder / "set-aside").symlink_to(c.outside),
+        (c.journal / "odd").write_text("x"),
+    ),
     "a partial head is a link": lambda c: c.link(c.journal / "head.json.partial"),
     "a partial pointer is a link": lambda c: c.link(c.folder / "ledger.json.partial"),
     "the head before is a link": lambda c: c.link(c.journal / "head.json.before"),
     "a partial journal is a link": lambda c: c.link(c.folder / "journal-0002.partial", c.outside),
-    "the pointer leads out": lambda c: (c.folder / "ledger.json").write_text('{"format":2,"journal":"../outside"}\n'),
-    "the pointer is absolute": lambda c: (c.folder / "ledger.json").write_text(json.dumps({"format": 2, "journal": str(c.outside)})),
+    "the pointer leads out": lambda c: (c.folder / "ledger.json").write_text(
+        '{"format":2,"journal":"../outside"}\n'
+    ),
+    "the pointer is absolute": lambda c: (c.folder / "ledger.json").write_text(
+        json.dumps({"format": 2, "journal": str(c.outside)})
+    ),
     "the pointer is nested without end": lambda c: (c.folder / "ledger.json").write_text("[" * 60_000),
-    "the pointer is of a later format": lambda c: (c.folder / "ledger.json").write_text('{"format":3,"book":"1"}\n'),
-    "the head is of a later format": lambda c: (c.journal / "head.json").write_text('{"format":3,"pages":1}\n'),
+    "the pointer is of a later format": lambda c: (c.folder / "ledger.json").write_text(
+        '{"format":3,"book":"1"}\n'
+    ),
+    "the head is of a later format": lambda c: (c.journal / "head.json").write_text(
+        '{"format":3,"pages":1}\n'
+    ),
     "the head counts below zero": lambda c: c.head(lines=-1, index_bytes=-1, index_sha256="0" * 64),
     "the head is no mapping": lambda c: (c.journal / "head.json").write_text("[1]\n"),
     "the head says that the index is huge": wide_head,
@@ -198,13 +229,17 @@ CRAFTED = {
     "tensors of the wrong shape": lambda c: c.change_record(lambda t: t.update({"K.1": torch.ones(1, 3)})),
     "tensors that are missing": lambda c: c.change_record(lambda t: t.pop("V.1")),
     "tensors that are no numbers": lambda c: c.change_record(lambda t: t["V.1"].fill_(float("nan"))),
-    "a roll-back of nothing": lambda c: c.write([c.lines[0], {**c.lines[1], "kind": "rollback", "entry": {}}]),
+    "a roll-back of nothing": lambda c: c.write(
+        [c.lines[0], {**c.lines[1], "kind": "rollback", "entry": {}}]
+    ),
     "a checkpoint without layers": lambda c: c.write([*c.lines[:3], {**c.lines[3], "files": {}}]),
     "a manifest without keys": no_manifest_keys,
     "a manifest of other layers": lambda c: widths(c, {"7": [4, 4]}),
     "a manifest of odd layers": lambda c: widths(c, {"../x": [4, 4]}),
     "a prior that is no tensors": lambda c: c.change_file("prior-layer-1.safetensors", b"\xff" * 64),
-    "a prior that lacks tensors": lambda c: c.change_file("prior-layer-1.safetensors", save({"n_edits": torch.zeros(1)})),
+    "a prior that lacks tensors": lambda c: c.change_file(
+        "prior-layer-1.safetensors", save({"n_edits": torch.zeros(1)})
+    ),
     "no event at all": lambda c: c.write(raw=b"\n"),
     "a journal that is a file": lambda c: (c.folder / "journal-0002").write_text("x"),
 }
@@ -259,7 +294,12 @@ def test_nothing_outside_is_touched_and_one_line_is_said(sound, tok, tmp_path, c
             (tmp_path / "out").mkdir()
         signal.alarm(LIMIT_S)
         try:
-            editor = RLSEditor(tiny_llama(), tok, tiny_settings("llama", v_num_grad_steps=2, checkpoint_every=1), state_dir=crafted.folder)
+            editor = RLSEditor(
+                tiny_llama(),
+                tok,
+                tiny_settings("llama", v_num_grad_steps=2, checkpoint_every=1),
+                state_dir=crafted.folder,
+            )
             editor.edit({"prompt": "The sea", "subject": "sea", "target_new": "x"})
             editor.close()
         except RLSEditError:
@@ -273,7 +313,10 @@ def test_nothing_outside_is_touched_and_one_line_is_said(sound, tok, tmp_path, c
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a checkpoint's name leads out", r"index.jsonl is damaged.*'../../../outside/victim.txt' has no place"),
+        (
+            "a checkpoint's name leads out",
+            r"index.jsonl is damaged.*'../../../outside/victim.txt' has no place",
+        ),
         ("the journal is a link", "journal-0001 is a link"),
         ("the index is a pipe", "no regular file"),
         ("the head is of a later format", "has format 3; this version reads up to 2"),
@@ -288,7 +331,12 @@ def test_what_is_wrong_is_named(sound, tok, tmp_path, name, message):
     model = tiny_llama()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(LedgerError, match=message):
-        RLSEditor(model, tok, tiny_settings("llama", v_num_grad_steps=2, checkpoint_every=2), state_dir=crafted.folder)
+        RLSEditor(
+            model,
+            tok,
+            tiny_settings("llama", v_num_grad_steps=2, checkpoint_every=2),
+            state_dir=crafted.folder,
+        )
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 

@@ -92,7 +92,9 @@ def test_fluency_is_the_weighted_entropy():
 
 
 def test_consistency_is_a_cosine():
-    pytest.importorskip("sklearn", reason="consistency needs scikit-learn: pip install 'easyedit-rls[evaluation]'")
+    pytest.importorskip(
+        "sklearn", reason="consistency needs scikit-learn: pip install 'easyedit-rls[evaluation]'"
+    )
     assert consistency(["he paints in Rome"], ["he paints in Rome"]) == pytest.approx(1)
     assert consistency(["he paints"], ["rivers flow"]) == 0
     # one word in common of two each; idf of the common one 1, of the others 1 + ln(3/2)

@@ -31,7 +31,9 @@ TRAPS = {
     "guidance_scale": 4.0,
     "return_dict_in_generate": True,
 }
-TOGETHER = {name: value for name, value in TRAPS.items() if name != "guidance_scale"} | {"num_return_sequences": 2}
+TOGETHER = {name: value for name, value in TRAPS.items() if name != "guidance_scale"} | {
+    "num_return_sequences": 2
+}
 
 
 def written(model, tok):
@@ -52,7 +54,9 @@ def plain(tok):
     return written(tiny_llama(), tok)
 
 
-@pytest.mark.parametrize("traps", [*({name: value} for name, value in TRAPS.items()), TOGETHER], ids=[*TRAPS, "together"])
+@pytest.mark.parametrize(
+    "traps", [*({name: value} for name, value in TRAPS.items()), TOGETHER], ids=[*TRAPS, "together"]
+)
 def test_traps_change_nothing(tok, plain, traps):
     model = tiny_llama()
     trapped = GenerationConfig(eos_token_id=1, pad_token_id=1, **traps)
@@ -63,7 +67,9 @@ def test_traps_change_nothing(tok, plain, traps):
     assert trapped.to_dict() == as_found
 
 
-@pytest.mark.parametrize("name", ["repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "forced_eos_token_id"])
+@pytest.mark.parametrize(
+    "name", ["repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "forced_eos_token_id"]
+)
 def test_a_trap_is_one(tok, plain, name):
     """Without the guard these settings do change what is written, though the call says nothing of them."""
     model = tiny_llama()

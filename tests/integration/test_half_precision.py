@@ -389,6 +389,9 @@ def test_the_objective_is_taken_at_the_masters(family, tok, requests, settings):
     objective, editor = Objective(model, tok, hp), RLSEditor(model, tok, hp)
     editor.edit(requests)
     state = editor.state
-    wanted = sum(float((state.layers[n].weight - W_0).square().sum()) for n, W_0 in state.unedited.items()) * hp.lambda_reg**2
+    wanted = (
+        sum(float((state.layers[n].weight - W_0).square().sum()) for n, W_0 in state.unedited.items())
+        * hp.lambda_reg**2
+    )
     assert objective.terms(editor)["deviation"] == pytest.approx(wanted, rel=1e-6)
     assert objective.terms(None)["deviation"] != pytest.approx(wanted, rel=1e-6)

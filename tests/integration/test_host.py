@@ -1,4 +1,5 @@
-"""The EasyEdit side without EasyEdit: a stand-in of its tables and helpers, and its way of handing over edits.
+"""The EasyEdit side without EasyEdit: a stand-in of its tables and helpers, and its way of handing over
+edits.
 
 `tests/host` runs the same contracts against a real checkout.
 """
@@ -67,7 +68,10 @@ def host(monkeypatch, tmp_path):
 
 
 def weights(model, hp):
-    return [model.get_parameter(f"{hp.rewrite_module_tmp.format(layer)}.weight").detach().clone() for layer in hp.layers]
+    return [
+        model.get_parameter(f"{hp.rewrite_module_tmp.format(layer)}.weight").detach().clone()
+        for layer in hp.layers
+    ]
 
 
 def same(these, those):
@@ -148,7 +152,9 @@ def test_another_objective_has_its_own_state(host, model, tok, requests, setting
             _, originals = apply_rls_to_model(model, tok, requests[:1], some, return_orig_weights=True)
             assert same(weights(model, hp), edit_alone(unedited, tok, some, requests[:1]))
             put_back(model, originals)
-    assert len(model._easyedit_rls_states) == 1  # an empty state is not kept: it is as large as all covariances
+    assert (
+        len(model._easyedit_rls_states) == 1
+    )  # an empty state is not kept: it is as large as all covariances
 
     apply_rls_to_model(model, tok, requests[:1], hp)
     with pytest.warns(RLSEditWarning, match=r"1 edits made under other settings \(lambda_reg 0\.1 -> 2\.0\)"):
@@ -190,7 +196,11 @@ def test_a_lost_subject_is_explained(host, model, tok, settings):
 
 def test_data_for_evaluation_is_no_reason_to_refuse_an_edit(host, model, tok, requests, settings):
     hp, unedited = settings(), copy.deepcopy(model)
-    odd = {"ground_truth": [["a", "b"], "c"], "rephrase_prompt": 3, "locality": {"near": {"prompt": ["x", "y"], "ground_truth": [["z"]]}}}
+    odd = {
+        "ground_truth": [["a", "b"], "c"],
+        "rephrase_prompt": 3,
+        "locality": {"near": {"prompt": ["x", "y"], "ground_truth": [["z"]]}},
+    }
     given = [{**requests[0], **odd}]
     apply_rls_to_model(model, tok, given, hp)
     assert same(weights(model, hp), edit_alone(unedited, tok, hp, requests[:1]))
@@ -225,12 +235,17 @@ def test_a_missing_host_is_said_with_the_cure(monkeypatch, tmp_path):
         easyedit_rls.register()
     (tmp_path / "easyeditor").mkdir()
     (tmp_path / "easyeditor" / "__init__.py").write_text("import a_package_that_is_not_there")
-    with pytest.raises(HostError, match=r"can't be imported: No module named 'a_package_that_is_not_there'.*requirements\.txt"):
+    with pytest.raises(
+        HostError,
+        match=r"can't be imported: No module named 'a_package_that_is_not_there'.*requirements\.txt",
+    ):
         easyedit_rls.register()
 
 
 def ledger_of(model):
-    return [kept.state.ledger for kept in model._easyedit_rls_states.values() if kept.state.ledger is not None]
+    return [
+        kept.state.ledger for kept in model._easyedit_rls_states.values() if kept.state.ledger is not None
+    ]
 
 
 def let_go(model):
@@ -245,10 +260,14 @@ def test_a_failing_reset_forgets_nothing(host, model, tok, requests, settings, t
         apply_rls_to_model(model, tok, requests[:1], hp)
         before = weights(model, hp)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(
+                "easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             apply_rls_to_model(model, tok, requests[1:2], hp, reset_cache=True)
         with pytest.raises(RequestError):
-            apply_rls_to_model(model, tok, [{"prompt": "x", "subject": "y", "target_new": "z"}], hp, reset_cache=True)
+            apply_rls_to_model(
+                model, tok, [{"prompt": "x", "subject": "y", "target_new": "z"}], hp, reset_cache=True
+            )
         assert same(weights(model, hp), before)
         apply_rls_to_model(model, tok, requests[2:3], hp)
         assert same(weights(model, hp), edit_alone(unedited, tok, settings(), requests[:1], requests[2:3]))
@@ -275,13 +294,17 @@ def test_a_stream_goes_on_in_a_new_process(host, model, tok, requests, settings,
     assert same(weights(second, hp), alone)
 
 
-def test_a_first_call_that_fails_leaves_the_model_as_it_was(host, model, tok, requests, settings, tmp_path, monkeypatch):
+def test_a_first_call_that_fails_leaves_the_model_as_it_was(
+    host, model, tok, requests, settings, tmp_path, monkeypatch
+):
     hp, unedited = settings(state_dir=str(tmp_path)), copy.deepcopy(model)
     apply_rls_to_model(model, tok, requests[:2], hp)
     let_go(model)
     second = copy.deepcopy(unedited)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         apply_rls_to_model(second, tok, requests[2:], hp)
     assert same(weights(second, hp), weights(unedited, hp))
     apply_rls_to_model(second, tok, requests[2:], hp)
@@ -297,9 +320,15 @@ def test_reset_cache_begins_a_new_journal(host, model, tok, requests, settings, 
     assert same(weights(model, hp), edit_alone(base, tok, settings(), requests[2:]))
     let_go(model)
     again = copy.deepcopy(base)
-    apply_rls_to_model(again, tok, requests[:1], hp, reset_cache=True)  # a new process that wants none of what is there
+    apply_rls_to_model(
+        again, tok, requests[:1], hp, reset_cache=True
+    )  # a new process that wants none of what is there
     assert same(weights(again, hp), edit_alone(base, tok, settings(), requests[:1]))
-    assert [path.name for path in sorted(tmp_path.glob("journal-*"))] == ["journal-0001", "journal-0002", "journal-0003"]
+    assert [path.name for path in sorted(tmp_path.glob("journal-*"))] == [
+        "journal-0001",
+        "journal-0002",
+        "journal-0003",
+    ]
 
 
 def test_a_copy_can_not_share_the_ledger(host, model, tok, requests, settings, tmp_path):
@@ -307,7 +336,9 @@ def test_a_copy_can_not_share_the_ledger(host, model, tok, requests, settings, t
         apply_rls_to_model(model, tok, requests, settings(state_dir=str(tmp_path)), copy=True)
 
 
-def test_a_failing_reset_writes_nothing_into_the_old_journal(host, model, tok, requests, settings, tmp_path, monkeypatch):
+def test_a_failing_reset_writes_nothing_into_the_old_journal(
+    host, model, tok, requests, settings, tmp_path, monkeypatch
+):
     hp = settings(state_dir=str(tmp_path), checkpoint_every=1)
     unedited = copy.deepcopy(model)
     apply_rls_to_model(model, tok, requests[:1], hp)
@@ -315,7 +346,9 @@ def test_a_failing_reset_writes_nothing_into_the_old_journal(host, model, tok, r
     let_go(model)
     again = copy.deepcopy(unedited)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         apply_rls_to_model(again, tok, requests[1:2], hp, reset_cache=True)
     resumed = RLSEditor(copy.deepcopy(unedited), tok, hp)
     assert same([weight.snapshot() for weight in resumed.layout.edited.values()], list(before))

@@ -1,4 +1,6 @@
-"""`keys: each`: every context template's key is a row of its own in the objective, in memory, on disk and when taken back."""
+"""`keys: each`: every context template's key is a row of its own in the objective, in memory, on disk and
+when taken back.
+"""
 
 import pytest
 import torch
@@ -31,7 +33,9 @@ def fresh(family, tok):
 
 
 def solved(prior, history, layer):
-    """The float64 solution of one layer from its unedited weight, prior covariance and all rows that stand."""
+    """The float64 solution of one layer from its unedited weight,
+    prior covariance and all rows that stand.
+    """
     K, V, D = (tensor.double() for tensor in history.tensors(history.live, [layer])[layer])
     K, V, D = K.reshape(-1, K.shape[-1]), V.reshape(-1, V.shape[-1]), D.reshape(-1)
     W_0, A = prior.unedited.double(), torch.linalg.inv(prior.solution.covariance().double())
@@ -63,7 +67,9 @@ def test_the_bare_prompt_and_every_template_are_written(fresh, tok, requests, ea
     for keys in ("mean", "each"):
         editor = fresh(each(mom2_update_weight=0.01, keys=keys))
         W_0 = editor.layout.edited[1].read()
-        rows, given = (LayerWalk(editor.model, editor.layout, facts, 10_000, how).keys(1) for how in ("each", keys))
+        rows, given = (
+            LayerWalk(editor.model, editor.layout, facts, 10_000, how).keys(1) for how in ("each", keys)
+        )
         editor.edit(requests)
         V = editor.state.history.tensors([1, 2, 3, 4], [1])[1][1]
         wanted = (V - given @ W_0).reshape(len(facts), -1, V.shape[-1])  # the same for all rows of a fact
@@ -105,11 +111,20 @@ def test_the_objective_counts_every_row(fresh, tok, requests, each, tmp_path):
     editor.edit(requests)
     total = 0.0
     for layer, solution in editor.state.layers.items():
-        K, V, D = (tensor.double() for tensor in editor.state.history.tensors(editor.state.history.live, [layer])[layer])
+        K, V, D = (
+            tensor.double()
+            for tensor in editor.state.history.tensors(editor.state.history.live, [layer])[layer]
+        )
         W = solution.weight.double()
-        missed = sum(float(D[i, r] * (K[i, r] @ W - V[i, r]).square().sum()) for i in range(len(K)) for r in range(K.shape[1]))
+        missed = sum(
+            float(D[i, r] * (K[i, r] @ W - V[i, r]).square().sum())
+            for i in range(len(K))
+            for r in range(K.shape[1])
+        )
         journal = latest(tmp_path)
-        figures = layer_figures(read_prior(journal, layer), solution, editor.state.history, layer, read_manifest(journal))
+        figures = layer_figures(
+            read_prior(journal, layer), solution, editor.state.history, layer, read_manifest(journal)
+        )
         assert figures.edits_term == pytest.approx(missed, rel=1e-4)
         total += missed
     assert objective.terms(editor)["edits"] == pytest.approx(total, rel=1e-4)

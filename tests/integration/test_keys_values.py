@@ -21,9 +21,13 @@ from tests.tolerances import BFLOAT16, PADDING, VALUES
 
 @pytest.fixture
 def located(model, tok, requests, settings):
-    """Facts that include one whose every text begins with the subject's last token (no cached beginning at all)."""
+    """Facts that include one whose every text begins with the subject's last token (no cached beginning at
+    all).
+    """
     hp = settings(statements=["{}:", "Who? {},"])
-    return find_layout(model, hp), locate_facts(tok, parse_requests(requests), hp.context_templates, hp.statements)
+    return find_layout(model, hp), locate_facts(
+        tok, parse_requests(requests), hp.context_templates, hp.statements
+    )
 
 
 @pytest.fixture
@@ -53,7 +57,9 @@ def test_batched_keys_equal_the_plain_path(model, located, layer, batch_tokens):
 def test_templates_share_half_of_the_key(model, located):
     layout, facts = located
     (key,) = collect_keys(model, layout, facts[:1], 1, 1000)
-    parts = [hidden_at(model, layout.edited[1].module, row.ids, row.place, is_input=True) for row in facts[0].rows]
+    parts = [
+        hidden_at(model, layout.edited[1].module, row.ids, row.place, is_input=True) for row in facts[0].rows
+    ]
     torch.testing.assert_close(key, 0.5 * parts[0] + 0.25 * parts[1] + 0.25 * parts[2], rtol=0, atol=PADDING)
 
 
@@ -79,7 +85,9 @@ def test_batched_values_equal_the_plain_path(model, located, settings, early_sto
         assert float(values.nll[i]) == pytest.approx(nll, rel=VALUES, abs=1e-4)
     if early_stopping == "argmax":
         assert len(set(values.steps.tolist())) > 1  # each fact stops by itself
-        assert sorted(values.steps.tolist())[2] < hp.v_num_grad_steps - 1  # the three that random attention can reach
+        assert (
+            sorted(values.steps.tolist())[2] < hp.v_num_grad_steps - 1
+        )  # the three that random attention can reach
     if early_stopping == "off":
         assert set(values.steps.tolist()) == {hp.v_num_grad_steps - 1}
 
@@ -91,7 +99,9 @@ def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settin
     with undisturbed(model):
         values = optimize_values(model, layout, facts, hp)
         lazy, n_rows[:] = sum(n_rows), []
-        full = optimize_values(model, layout, facts, settings(early_stopping=early_stopping, v_momentum=0.5, settled_nll=1e-9))
+        full = optimize_values(
+            model, layout, facts, settings(early_stopping=early_stopping, v_momentum=0.5, settled_nll=1e-9)
+        )
     for i, fact in enumerate(facts):
         z, loss, nll, steps = plain_value(model, layout, fact, hp)
         assert int(values.steps[i]) == steps
@@ -125,7 +135,10 @@ def test_a_copy_in_bfloat16_finds_values_as_good(model, located, settings, monke
     torch.testing.assert_close(losses, plain.loss, rtol=BFLOAT16, atol=BFLOAT16)
     torch.testing.assert_close(low.loss, losses, rtol=BFLOAT16, atol=BFLOAT16)
     assert not torch.equal(low.z, plain.z)
-    assert all(torch.equal(weight, before[name]) and weight.dtype == torch.float32 for name, weight in model.state_dict().items())
+    assert all(
+        torch.equal(weight, before[name]) and weight.dtype == torch.float32
+        for name, weight in model.state_dict().items()
+    )
 
 
 def test_a_model_of_that_type_already_is_not_copied(family, tok, requests, settings, monkeypatch):
@@ -141,7 +154,9 @@ def test_losses_at_a_value_are_those_it_was_found_with(model, located, settings)
     hp = settings(early_stopping="argmax")
     with undisturbed(model):
         values = optimize_values(model, layout, facts, hp)
-        torch.testing.assert_close(losses_at(model, layout, facts, hp, values.delta), values.loss, rtol=VALUES, atol=VALUES)
+        torch.testing.assert_close(
+            losses_at(model, layout, facts, hp, values.delta), values.loss, rtol=VALUES, atol=VALUES
+        )
         assert (losses_at(model, layout, facts, hp, torch.zeros_like(values.delta)) > values.loss).all()
 
 
@@ -164,7 +179,10 @@ def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, 
     """That this changes no value is held by the plain path above, which runs it by itself."""
     layout, facts = located
     without = [replace(fact, statements=()) for fact in facts]
-    begins_bare = [any(row.ids[: row.place + 1] == fact.kl_prompt.ids[: row.place + 1] for row in fact.rows) for fact in facts]
+    begins_bare = [
+        any(row.ids[: row.place + 1] == fact.kl_prompt.ids[: row.place + 1] for row in fact.rows)
+        for fact in facts
+    ]
     assert set(begins_bare) == {True, False}
     with undisturbed(model):
         optimize_values(model, layout, facts, one_look(settings()))
@@ -175,10 +193,15 @@ def test_the_essence_prompts_output_is_read_off_a_text_that_begins_alike(model, 
 
 def test_facts_of_any_length_share_their_passes(model, tok, requests, settings, n_rows):
     """Only memory divides a batch: rows of like length find each other across all of its facts."""
-    long = [{**request, "prompt": "Those who had asked about it for long were told that " + request["prompt"]} for request in requests]
+    long = [
+        {**request, "prompt": "Those who had asked about it for long were told that " + request["prompt"]}
+        for request in requests
+    ]
     for few in ({}, {"batch_tokens": 300}):
         hp = one_look(settings(**few))
-        facts = locate_facts(tok, parse_requests(2 * requests + 2 * long), hp.context_templates, hp.statements)
+        facts = locate_facts(
+            tok, parse_requests(2 * requests + 2 * long), hp.context_templates, hp.statements
+        )
         n_rows.append(0)
         with undisturbed(model):
             optimize_values(model, find_layout(model, hp), facts, hp)
@@ -192,12 +215,16 @@ def test_rows_that_run_again_are_not_prepared_again(model, located, settings, n_
     layout, facts = located
     plans = []
     plan = Suffixes.plan
-    monkeypatch.setattr(Suffixes, "plan", lambda self, chosen: plans.append(list(chosen)) or plan(self, chosen))
+    monkeypatch.setattr(
+        Suffixes, "plan", lambda self, chosen: plans.append(list(chosen)) or plan(self, chosen)
+    )
     with undisturbed(model):
         optimize_values(model, layout, facts, settings(early_stopping="off", v_num_grad_steps=6))
         assert (len(plans), len(n_rows)) == (1, 6)
         values = optimize_values(model, layout, facts, settings(early_stopping="argmax"))
-    assert len(plans) - 1 == len(set(values.steps.tolist()))  # one for each set of facts that are still under way
+    assert len(plans) - 1 == len(
+        set(values.steps.tolist())
+    )  # one for each set of facts that are still under way
 
 
 def test_one_step_goes_down_the_plain_gradient(model, located, settings):
@@ -209,7 +236,12 @@ def test_one_step_goes_down_the_plain_gradient(model, located, settings):
     torch.testing.assert_close(delta.norm(dim=1), 0.3 * values.h.norm(dim=1))
     for i, fact in enumerate(facts):
         # one Adam step of the plain path goes where the gradient's signs point
-        z, *_ = plain_value(model, layout, fact, settings(early_stopping="off", v_num_grad_steps=2, v_lr=0.01, clamp_norm_factor=1e6))
+        z, *_ = plain_value(
+            model,
+            layout,
+            fact,
+            settings(early_stopping="off", v_num_grad_steps=2, v_lr=0.01, clamp_norm_factor=1e6),
+        )
         adam = z - values.h[i]
         clear = delta[i].abs() > 0.01 * delta[i].abs().max()
         assert torch.equal(delta[i][clear].sign(), adam[clear].sign())
@@ -309,9 +341,13 @@ def test_layers_up_to_the_value_layer_run_once_and_are_left_as_found(model, loca
         optimize_values(model, layout, facts, hp)
     for handle in handles:
         handle.remove()
-    groups = (runs["above"] - runs["below"]) / (hp.v_num_grad_steps - 1)  # both have the heads; below, tails once, above, every step
+    groups = (runs["above"] - runs["below"]) / (
+        hp.v_num_grad_steps - 1
+    )  # both have the heads; below, tails once, above, every step
     assert groups in {1, 2, 3, 4}
-    assert groups < runs["below"] <= 2 * groups + 3  # tails, heads of like length, what heads share, one token for the forms
+    assert (
+        groups < runs["below"] <= 2 * groups + 3
+    )  # tails, heads of like length, what heads share, one token for the forms
     assert all("forward" not in layer.__dict__ for layer in layout.lower_layers)
 
 
@@ -319,7 +355,10 @@ def test_skipped_layers_come_back_after_an_exception(model, located):
     layout, _ = located
     own = layout.lower_layers[0].forward
     layout.lower_layers[0].__dict__["forward"] = own  # as somebody else's wrapper
-    with pytest.raises(KeyboardInterrupt), skip_layers(layout.lower_layers, [None] * len(layout.lower_layers), torch.zeros(1, 1, 32)):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        skip_layers(layout.lower_layers, [None] * len(layout.lower_layers), torch.zeros(1, 1, 32)),
+    ):
         assert layout.lower_layers[1].forward() is not None
         raise KeyboardInterrupt
     assert layout.lower_layers[0].__dict__["forward"] is own
@@ -330,20 +369,27 @@ def test_a_walk_upward_equals_starting_anew_and_runs_less(model, located, settin
     """Each layer is changed after its keys were read, as the editor does."""
     layout, facts = located
     runs = []
-    handle = next(module for name, module in layout.lower_layers[0].named_modules() if "mlp" in name).register_forward_hook(
-        lambda *_: runs.append(1)
-    )
+    handle = next(
+        module for name, module in layout.lower_layers[0].named_modules() if "mlp" in name
+    ).register_forward_hook(lambda *_: runs.append(1))
     walk, per_layer = LayerWalk(model, layout, facts, 10_000), []
     for layer, weight in layout.edited.items():
         keys, states = walk.keys(layer), walk.value_states(layer)
         per_layer.append(len(runs))
-        torch.testing.assert_close(keys, collect_keys(model, layout, facts, layer, 10_000), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            keys, collect_keys(model, layout, facts, layer, 10_000), rtol=1e-5, atol=1e-6
+        )
         torch.testing.assert_close(states, value_states(model, layout, facts, 10_000), rtol=1e-5, atol=1e-6)
         runs.clear()
         with torch.no_grad():
             weight.parameter.mul_(1.3)
     last = max(layout.edited)
-    torch.testing.assert_close(walk.value_states(last), value_states(model, layout, facts, 10_000), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        walk.value_states(last), value_states(model, layout, facts, 10_000), rtol=1e-5, atol=1e-6
+    )
     handle.remove()
-    assert per_layer == [per_layer[0], *[0] * (len(layout.edited) - 1)]  # the lowest layer runs for the first keys only
+    assert per_layer == [
+        per_layer[0],
+        *[0] * (len(layout.edited) - 1),
+    ]  # the lowest layer runs for the first keys only
     assert per_layer[0] <= 5  # two sets of rows in two lengths, and what the rows of one begin with

@@ -1,4 +1,6 @@
-"""The ledger through `RLSEditor`: resume bit for bit, mismatches, taking back, superseding, forgetting, and disks that fail."""
+"""The ledger through `RLSEditor`: resume bit for bit, mismatches, taking back, superseding, forgetting, and
+disks that fail.
+"""
 
 import copy
 import json
@@ -34,14 +36,27 @@ def same(a, b):
 
 
 def same_state(one, other):
-    tensors = [{f"{layer}.{name}": t for layer, s in e.state.layers.items() for name, t in s.tensors().items()} for e in (one, other)]
-    return same(*tensors) and same(weights(one), weights(other)) and one.state.history.live == other.state.history.live
+    tensors = [
+        {f"{layer}.{name}": t for layer, s in e.state.layers.items() for name, t in s.tensors().items()}
+        for e in (one, other)
+    ]
+    return (
+        same(*tensors)
+        and same(weights(one), weights(other))
+        and one.state.history.live == other.state.history.live
+    )
 
 
 def same_solution(one, other):
     """As `same_state`, whether the last change was folded in or not."""
-    covariances = [{layer: solution.covariance() for layer, solution in e.state.layers.items()} for e in (one, other)]
-    return same(*covariances) and same(weights(one), weights(other)) and one.state.history.live == other.state.history.live
+    covariances = [
+        {layer: solution.covariance() for layer, solution in e.state.layers.items()} for e in (one, other)
+    ]
+    return (
+        same(*covariances)
+        and same(weights(one), weights(other))
+        and one.state.history.live == other.state.history.live
+    )
 
 
 def content(folder):
@@ -63,7 +78,9 @@ def fresh(family, tok):
 @pytest.mark.parametrize("forgetting_factor", FORGETTING)
 @pytest.mark.parametrize("has_checkpoint", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_three_batches_equal_two_a_new_process_and_one(fresh, requests, settings, tmp_path, forgetting_factor, has_checkpoint, dtype):
+def test_three_batches_equal_two_a_new_process_and_one(
+    fresh, requests, settings, tmp_path, forgetting_factor, has_checkpoint, dtype
+):
     hp = settings(forgetting_factor=forgetting_factor, context_templates=None, mom2_adjustment=False)
     straight = fresh(hp, dtype=dtype)
     for batch in (requests[:1], requests[1:3], requests[3:]):
@@ -95,7 +112,9 @@ def test_no_value_is_optimized_again(fresh, requests, settings, tmp_path, monkey
 
 
 def test_every_kind_of_change_comes_back(fresh, requests, settings, tmp_path):
-    """Superseded, retracted, rolled back, adopted: each new process has the state that the editors without a ledger have."""
+    """Superseded, retracted, rolled back, adopted: each new process has the state that the editors without a
+    ledger have.
+    """
     hp, alone = settings(checkpoint_every=3), None
     steps = [
         lambda e: e.edit(requests[:3]),
@@ -120,12 +139,15 @@ def test_every_kind_of_change_comes_back(fresh, requests, settings, tmp_path):
             kept.close()
         else:
             kept.state.ledger.close()
-    assert [line.kind for line in latest(tmp_path).lines if line.kind not in ("checkpoint", "begin")] == ["entry"] * 4 + ["rollback"] + [
+    assert [line.kind for line in latest(tmp_path).lines if line.kind not in ("checkpoint", "begin")] == [
         "entry"
-    ] * 4
+    ] * 4 + ["rollback"] + ["entry"] * 4
     assert sorted(alone.state.history.live) == [4, 6, 7, 8]
     again = read_moment(latest(tmp_path), from_start=True)
-    assert all(torch.equal(again.solutions[layer].weight, solution.weight) for layer, solution in alone.state.layers.items())
+    assert all(
+        torch.equal(again.solutions[layer].weight, solution.weight)
+        for layer, solution in alone.state.layers.items()
+    )
 
 
 def test_the_last_batch_can_be_rolled_back_in_a_new_process(fresh, requests, settings, tmp_path):
@@ -152,7 +174,11 @@ def test_a_batch_that_the_host_rolled_back_leaves_the_ledger(fresh, requests, se
     for layer, parameter in found.items():
         editor.layout.edited[layer].restore(parameter)
     editor.edit(requests[2:])
-    assert [edit.request.subject for edit in read_history(latest(tmp_path)).live.values()] == ["Oder", "Mount Sainte-Victoire", "rye"]
+    assert [edit.request.subject for edit in read_history(latest(tmp_path)).live.values()] == [
+        "Oder",
+        "Mount Sainte-Victoire",
+        "rye",
+    ]
     assert [line.kind for line in latest(tmp_path).lines] == ["begin", "entry", "entry", "rollback", "entry"]
     editor.close()
     assert same(weights(fresh(settings(), tmp_path)), weights(editor))
@@ -174,7 +200,9 @@ def test_a_saved_model_is_recognized(fresh, family, tok, requests, settings, tmp
     assert same_state(RLSEditor(model, tok, settings(), state_dir=tmp_path / "state"), editor)
 
 
-def test_another_model_or_other_settings_are_refused_with_every_difference(fresh, family, tok, requests, settings, tmp_path):
+def test_another_model_or_other_settings_are_refused_with_every_difference(
+    fresh, family, tok, requests, settings, tmp_path
+):
     with fresh(settings(), tmp_path) as editor:
         editor.edit(requests[:1])
     before = content(tmp_path)
@@ -199,7 +227,11 @@ def test_another_model_or_other_settings_are_refused_with_every_difference(fresh
         other.get_input_embeddings().weight.mul_(1.01)
         RLSEditor(other, tok, settings()).layout.edited[2].parameter.mul_(1.01)
     said = refused(other, settings(mom2_update_weight=3.0))
-    for text in ("fingerprint of the weights that are not edited", "edited weights of layers [2]: neither", "mom2_update_weight"):
+    for text in (
+        "fingerprint of the weights that are not edited",
+        "edited weights of layers [2]: neither",
+        "mom2_update_weight",
+    ):
         assert text in said
     said = refused(FAMILIES[family]().to(torch.bfloat16), settings())
     assert "dtype: the ledger has 'float32', here it is 'bfloat16'" in said
@@ -208,7 +240,9 @@ def test_another_model_or_other_settings_are_refused_with_every_difference(fresh
     assert "architecture" in said
     assert "widths" in said or "parameters" in said
     assert content(tmp_path) == before
-    assert same_state(fresh(settings(stats_dir="elsewhere", v_lr=0.1), tmp_path), editor)  # what doesn't define the objective may change
+    assert same_state(
+        fresh(settings(stats_dir="elsewhere", v_lr=0.1), tmp_path), editor
+    )  # what doesn't define the objective may change
 
 
 def test_a_second_writer_is_refused(fresh, requests, settings, tmp_path):
@@ -218,7 +252,13 @@ def test_a_second_writer_is_refused(fresh, requests, settings, tmp_path):
             fresh(settings(), tmp_path)
         editor.edit(requests)
     editor.close()
-    for act in (lambda: editor.edit(requests), editor.reset, editor.adopt_weights, lambda: editor.retract(1), editor.rollback):
+    for act in (
+        lambda: editor.edit(requests),
+        editor.reset,
+        editor.adopt_weights,
+        lambda: editor.retract(1),
+        editor.rollback,
+    ):
         with pytest.raises(LedgerError, match="was closed"):
             act()
     editor.close()
@@ -244,7 +284,9 @@ def test_resetting_begins_a_new_journal(fresh, tok, requests, settings, tmp_path
     editor.edit(requests[:2])
     editor.reset()
     editor.state.ledger.close()
-    editor = RLSEditor(editor.model, tok, settings(), state_dir=tmp_path)  # the reset is on disk: nothing comes back
+    editor = RLSEditor(
+        editor.model, tok, settings(), state_dir=tmp_path
+    )  # the reset is on disk: nothing comes back
     assert editor.n_edits == 0
     base = copy.deepcopy(editor.model)
     editor.edit(requests[2:])
@@ -286,7 +328,9 @@ def test_conflicts(fresh, requests, settings):
     with pytest.raises(RequestError, match="edited before, as edits 3"):
         strict.amend(2, other)
     for editor in (strict, fresh(settings())):
-        with pytest.raises(RequestError, match=r"Request 1: .*'water', but another request of this batch 'people'"):
+        with pytest.raises(
+            RequestError, match=r"Request 1: .*'water', but another request of this batch 'people'"
+        ):
             editor.edit([requests[0], other])
     twice = fresh(settings())
     assert twice.edit([requests[0], requests[0]]).n_edits == 2  # the same target twice is no contradiction
@@ -306,13 +350,19 @@ def test_another_subject_in_the_same_prompt_supersedes(fresh, settings):
     rehearsed = editor.rehearse()
     assert rehearsed is None or rehearsed.rehearsed == [2]
     strict = fresh(settings())
-    with pytest.raises(RequestError, match=r"Request 1: .*'water', but another request of this batch 'people'"):
+    with pytest.raises(
+        RequestError, match=r"Request 1: .*'water', but another request of this batch 'people'"
+    ):
         strict.edit([fact, {**fact, "subject": "The slow river Oder", "target_new": "water"}])
-    assert strict.edit([fact, {**fact, "prompt": "A slow river Oder", "target_new": "water"}]).n_edits == 2  # the twin: another prompt
+    assert (
+        strict.edit([fact, {**fact, "prompt": "A slow river Oder", "target_new": "water"}]).n_edits == 2
+    )  # the twin: another prompt
 
 
 @pytest.mark.parametrize("forgetting_factor", FORGETTING)
-def test_retraction_and_amendment_equal_the_batch_solution(fresh, requests, settings, tmp_path, forgetting_factor):
+def test_retraction_and_amendment_equal_the_batch_solution(
+    fresh, requests, settings, tmp_path, forgetting_factor
+):
     """Judged in float64 from what the ledger holds: keys, targets, importances, factors."""
     hp = settings(forgetting_factor=forgetting_factor)
     editor = fresh(hp, tmp_path)
@@ -355,7 +405,11 @@ def test_unknown_numbers_are_refused(fresh, requests, settings):
         editor.retract(1)
     editor.edit(requests)
     before = weights(editor)
-    for act in (lambda: editor.retract([1, 9]), lambda: editor.retract([]), lambda: editor.amend(9, requests[0])):
+    for act in (
+        lambda: editor.retract([1, 9]),
+        lambda: editor.retract([]),
+        lambda: editor.amend(9, requests[0]),
+    ):
         with pytest.raises(RequestError, match=r"no such edit.*4 edits stand, numbers 1 to 4"):
             act()
     with pytest.raises(RequestError, match="'subject'"):
@@ -368,7 +422,9 @@ def test_an_amendment_that_fails_leaves_the_old_edit(fresh, requests, settings, 
     editor.edit(requests)
     before, on_disk, covariance = weights(editor), content(tmp_path), editor.state.layers[1].covariance()
     with monkeypatch.context() as patch:
-        patch.setattr("easyedit_rls.editors.rls.optimize_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "easyedit_rls.editors.rls.optimize_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             editor.amend(2, {**requests[1], "target_new": "bread"})
     assert same(weights(editor), before)
@@ -399,7 +455,10 @@ def test_drift_is_mended_from_the_ledger(fresh, requests, settings, tmp_path, ca
     editor.close()
     assert same_state(fresh(hp, tmp_path), editor)
     replayed = read_moment(latest(tmp_path), from_start=True)
-    assert torch.equal(replayed.solutions[2].weight, editor.state.layers[2].weight) or replayed.solutions[2].drift() < FLOAT32
+    assert (
+        torch.equal(replayed.solutions[2].weight, editor.state.layers[2].weight)
+        or replayed.solutions[2].drift() < FLOAT32
+    )
 
 
 def test_without_a_ledger_drift_is_mended_too(fresh, requests, settings, caplog):
@@ -413,13 +472,18 @@ def test_without_a_ledger_drift_is_mended_too(fresh, requests, settings, caplog)
     assert one.state.layers[2].weight.dtype == torch.float64
     for layer, solution in one.state.layers.items():
         assert solution.drift() < FLOAT32
-        torch.testing.assert_close(solution.weight.float(), other.state.layers[layer].weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            solution.weight.float(), other.state.layers[layer].weight, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_anchors_with_values_of_their_own_come_back(fresh, tok, requests, settings, tmp_path):
     hp = settings()
     pairs = anchor_pairs(fresh(hp).model, tok, hp, ["Bread needs"])
-    values = {layer: torch.randn(len(K_0), 32, generator=torch.Generator().manual_seed(layer)) for layer, K_0 in pairs.keys.items()}
+    values = {
+        layer: torch.randn(len(K_0), 32, generator=torch.Generator().manual_seed(layer))
+        for layer, K_0 in pairs.keys.items()
+    }
     anchors = AnchorPairs(pairs.keys, values)
     with fresh(hp, tmp_path, anchors=anchors) as editor:
         editor.edit(requests[:2])
@@ -432,7 +496,9 @@ def test_anchors_with_values_of_their_own_come_back(fresh, tok, requests, settin
 
 
 class FailingOs:
-    """Stands for `os` in the ledger's modules: the n-th write, sync or rename fails as a full or read-only disk does."""
+    """Stands for `os` in the ledger's modules: the n-th write, sync or rename fails as a full or read-only
+    disk does.
+    """
 
     calls = ("write", "fsync", "replace", "rename", "open")
 
@@ -458,10 +524,16 @@ class FailingOs:
 
 
 @pytest.mark.parametrize("family", ["llama"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")]
+)
 @pytest.mark.parametrize("history", [0, 2])
-def test_a_disk_that_fails_leaves_weights_and_ledger_as_before(fresh, requests, settings, tmp_path, monkeypatch, error, history):
-    """At every single write, sync, rename and open of a batch, and of the checkpoint that is due before it."""
+def test_a_disk_that_fails_leaves_weights_and_ledger_as_before(
+    fresh, requests, settings, tmp_path, monkeypatch, error, history
+):
+    """At every single write, sync, rename and open of a batch,
+    and of the checkpoint that is due before it.
+    """
     hp = settings(checkpoint_every=2, v_num_grad_steps=3)
 
     def prepared(folder):
@@ -487,7 +559,9 @@ def test_a_disk_that_fails_leaves_weights_and_ledger_as_before(fresh, requests, 
             edit_with(editor, FailingOs(at, error))
         assert same(weights(editor), before)
         assert editor.n_edits == n_edits
-        if history and latest(folder).lines[-1].kind == "checkpoint":  # the checkpoint went well, the batch did not
+        if (
+            history and latest(folder).lines[-1].kind == "checkpoint"
+        ):  # the checkpoint went well, the batch did not
             assert same_solution(fresh(hp, shutil.copytree(folder, tmp_path / f"{at} copied")), editor)
         else:
             assert content(folder) == on_disk
@@ -512,7 +586,9 @@ class InterruptingOs(FailingOs):
 
 
 @pytest.mark.parametrize("family", ["llama"])
-def test_an_interrupt_while_the_ledger_is_written_takes_the_batch_back(fresh, requests, settings, tmp_path, monkeypatch):
+def test_an_interrupt_while_the_ledger_is_written_takes_the_batch_back(
+    fresh, requests, settings, tmp_path, monkeypatch
+):
     hp = settings(v_num_grad_steps=3)
     for at in range(1, 40):
         folder = tmp_path / str(at)
@@ -545,7 +621,9 @@ def test_an_interrupt_while_the_ledger_is_written_takes_the_batch_back(fresh, re
             break
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions don't bind this user: root writes anywhere")
+@pytest.mark.skipif(
+    os.name == "nt" or os.geteuid() == 0, reason="permissions don't bind this user: root writes anywhere"
+)
 def test_a_read_only_folder_is_said(fresh, settings, tmp_path):
     tmp_path.chmod(0o555)
     try:
@@ -562,7 +640,9 @@ def test_a_folder_that_can_not_be_made_is_said(fresh, settings, tmp_path):
 
 
 def test_entries_say_what_they_are(fresh, requests, settings, tmp_path):
-    """A journal file explains itself: safetensors with the requests' text, time and version in its metadata."""
+    """A journal file explains itself: safetensors with the requests' text,
+    time and version in its metadata.
+    """
     from safetensors import safe_open
 
     with fresh(settings(), tmp_path) as editor:
@@ -570,7 +650,9 @@ def test_entries_say_what_they_are(fresh, requests, settings, tmp_path):
         editor.edit(requests[:2])
     journal = latest(tmp_path)
     offset, stamp = journal.lines[2].record
-    (tmp_path / "record").write_bytes((journal.folder / "entries.bin").read_bytes()[offset : offset + stamp.n_bytes])
+    (tmp_path / "record").write_bytes(
+        (journal.folder / "entries.bin").read_bytes()[offset : offset + stamp.n_bytes]
+    )
     with safe_open(tmp_path / "record", "pt") as stored:
         entry = json.loads(stored.metadata()["entry"])
         assert {"importance", "K.1", "V.1", "K.2", "V.2"} == set(stored.keys())
@@ -588,7 +670,10 @@ def stream_in_bfloat16(tok, requests, n_batches):
     hp = tiny_settings("llama", v_num_grad_steps=2, on_conflict="keep", mom2_update_weight=200.0)
     editor = RLSEditor(FAMILIES["llama"]().to(torch.bfloat16), tok, hp)
     editor.prepare()
-    priors = {layer: (solution.covariance(), solution.weight.clone()) for layer, solution in editor.state.layers.items()}
+    priors = {
+        layer: (solution.covariance(), solution.weight.clone())
+        for layer, solution in editor.state.layers.items()
+    }
     targets = ["people", "water", "well", "slow leaves"]
     for i in range(n_batches):
         editor.edit({**requests[i % 4], "target_new": targets[(i // 4) % 4]})
@@ -596,13 +681,19 @@ def stream_in_bfloat16(tok, requests, n_batches):
 
 
 def worst_ulps(editor, priors, layer):
-    """Distance of the model's weight from the float64 batch solution's rounding, in units of the last place of bfloat16.
+    """Distance of the model's weight from the float64 batch solution's rounding, in units of the last place
+    of bfloat16.
 
-    Entries near zero are judged by the last place of 1e-4 of the largest: they are what float32 leaves of larger ones.
+    Entries near zero are judged by the last place of 1e-4 of the largest: they are what float32 leaves of
+    larger ones.
     """
     K, V, _ = (t.double() for t in editor.state.history.tensors(editor.state.history.live, [layer])[layer])
     C_0, W_0 = (tensor.double() for tensor in priors[layer])
-    exact = (W_0 + torch.linalg.solve(torch.linalg.inv(C_0) + K.T @ K, K.T @ (V - K @ W_0))).to(torch.bfloat16).double()
+    exact = (
+        (W_0 + torch.linalg.solve(torch.linalg.inv(C_0) + K.T @ K, K.T @ (V - K @ W_0)))
+        .to(torch.bfloat16)
+        .double()
+    )
     ulp = exact.abs().clamp(min=1e-4 * float(exact.abs().max())).log2().floor().exp2() * 2**-7
     return float(((editor.layout.edited[layer].oriented().double() - exact).abs() / ulp).max())
 
@@ -611,7 +702,9 @@ def test_five_hundred_batches_in_bfloat16_are_the_rounding_of_the_float32_run(to
     editor, priors = stream_in_bfloat16(tok, requests, 500)
     for layer, weight in editor.layout.edited.items():
         C_0, W_0 = priors[layer]
-        alone = RecursiveLeastSquares.assemble(C_0.clone(), W_0.clone(), torch.linalg.inv(C_0.double()), None, 0, "the float32 run")
+        alone = RecursiveLeastSquares.assemble(
+            C_0.clone(), W_0.clone(), torch.linalg.inv(C_0.double()), None, 0, "the float32 run"
+        )
         for edit_id in editor.state.history.live:
             alone = alone.update(*editor.state.history.tensors([edit_id], [layer])[layer])
         assert torch.equal(weight.oriented(), alone.weight.to(torch.bfloat16))
@@ -628,6 +721,8 @@ def test_without_a_master_rounding_piles_up(tok, requests, monkeypatch):
         return new
 
     monkeypatch.setattr(RecursiveLeastSquares, "update", update)
-    monkeypatch.setattr("easyedit_rls.ledger.change.WEIGHT_TOLERANCE", math.inf)  # it would be seen, and mended
+    monkeypatch.setattr(
+        "easyedit_rls.ledger.change.WEIGHT_TOLERANCE", math.inf
+    )  # it would be seen, and mended
     editor, priors = stream_in_bfloat16(tok, requests, 100)
     assert all(worst_ulps(editor, priors, layer) > 2 for layer in priors)

@@ -148,7 +148,10 @@ def test_a_copy_of_hard_links_goes_its_own_way(make, tmp_path):
         with make(tmp_path / name) as editor:
             editor.edit(fact)
     for name, fact in (("one", FACTS[1]), ("other", FACTS[2])):
-        assert [edit.request.prompt for edit in read_history(latest(tmp_path / name)).live.values()] == [FACTS[0]["prompt"], fact["prompt"]]
+        assert [edit.request.prompt for edit in read_history(latest(tmp_path / name)).live.values()] == [
+            FACTS[0]["prompt"],
+            fact["prompt"],
+        ]
         assert main(["state", "verify", str(tmp_path / name)]) == 0
 
 

@@ -1,4 +1,6 @@
-"""A ledger with flipped or cut bytes: every one is found, by name of the file, and nothing damaged is ever loaded."""
+"""A ledger with flipped or cut bytes: every one is found, by name of the file, and nothing damaged is ever
+loaded.
+"""
 
 import random
 import shutil
@@ -15,7 +17,9 @@ from tests.conftest import tiny_llama, tiny_settings
 
 @pytest.fixture
 def whole(tok, requests, tmp_path):
-    """A ledger with superseded, retracted and rolled-back edits, a forgotten journal, and entries behind its checkpoint."""
+    """A ledger with superseded, retracted and rolled-back edits, a forgotten journal, and entries behind its
+    checkpoint.
+    """
     hp = tiny_settings("llama", checkpoint_every=3, v_num_grad_steps=2)
     editor = RLSEditor(tiny_llama(), tok, hp, state_dir=tmp_path / "whole")
     editor.edit(requests[:2])
@@ -39,7 +43,9 @@ def test_a_thousand_damages_are_found_and_none_is_loaded(whole, tmp_path):
     sound = weights(whole)
     journal = latest(whole)
     last_checkpoint = max(i for i, line in enumerate(journal.lines) if line.kind == "checkpoint")
-    first_needed = min(line.record[0] for line in journal.lines[last_checkpoint:] if line.kind == "entry" and line.record)
+    first_needed = min(
+        line.record[0] for line in journal.lines[last_checkpoint:] if line.kind == "entry" and line.record
+    )
     needed = {f"checkpoint-{last_checkpoint:06d}-layer-{layer}.safetensors" for layer in (1, 2)}
     needed |= {"ledger.json", "index.jsonl", "head.json", "manifest.json", "entries.bin"}
     needed |= {f"unedited-layer-{layer}.safetensors" for layer in (1, 2)}
@@ -77,7 +83,9 @@ def test_a_thousand_damages_are_found_and_none_is_loaded(whole, tmp_path):
 
 
 def test_a_missing_file_is_named(whole):
-    for path in [path for path, _ in check_files(whole) if path.name != "ledger.json"]:  # without it the highest number counts
+    for path in [
+        path for path, _ in check_files(whole) if path.name != "ledger.json"
+    ]:  # without it the highest number counts
         hidden = path.rename(path.with_suffix(".away"))
         assert any(path.name in problem for _, problem in check_files(whole) if problem is not None)
         hidden.rename(path)
@@ -91,7 +99,9 @@ def test_an_editor_refuses_a_damaged_ledger_and_changes_nothing(whole, tok, tmp_
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(2):  # the lock is let go each time
         with pytest.raises(LedgerError, match=rf"{checkpoint.name} is damaged.*state verify"):
-            RLSEditor(model, tok, tiny_settings("llama", checkpoint_every=3, v_num_grad_steps=2), state_dir=whole)
+            RLSEditor(
+                model, tok, tiny_settings("llama", checkpoint_every=3, v_num_grad_steps=2), state_dir=whole
+            )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -103,10 +113,15 @@ def test_what_an_interrupted_writer_left_is_ignored_and_set_aside(whole, tok, re
     (folder / "entry-000099.safetensors.partial").write_bytes(b"")
     shutil.copytree(folder, whole / "journal-0003.partial")
     assert all(problem is None for _, problem in check_files(whole))
-    with RLSEditor(tiny_llama(), tok, tiny_settings("llama", checkpoint_every=3, v_num_grad_steps=2), state_dir=whole) as editor:
+    with RLSEditor(
+        tiny_llama(), tok, tiny_settings("llama", checkpoint_every=3, v_num_grad_steps=2), state_dir=whole
+    ) as editor:
         editor.edit(requests[1])
     assert not list(whole.rglob("*.partial"))  # what was torn is gone, all else is kept aside
     aside = {path.name: path for path in (whole / "set-aside").rglob("*") if path.is_file()}
     assert aside["entry-000099.safetensors"].read_bytes() == b"half"
-    assert next(path for name, path in aside.items() if name.startswith("index.jsonl")).read_bytes() == b'{"kind":"entry","ti'
+    assert (
+        next(path for name, path in aside.items() if name.startswith("index.jsonl")).read_bytes()
+        == b'{"kind":"entry","ti'
+    )
     assert all(problem is None for _, problem in check_files(whole))

@@ -28,7 +28,11 @@ def test_killed_editors_lose_nothing_that_was_reported(tok, tmp_path):
             str(shard),
             "2",
         ]
-        children.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        children.append(
+            subprocess.Popen(
+                command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     results = []
     try:
         for child in children:
@@ -41,6 +45,8 @@ def test_killed_editors_lose_nothing_that_was_reported(tok, tmp_path):
     assert [problem for result in results for problem in result["problems"]] == []
     points = results[0]["points"]
     assert points > 100
-    assert sum(result["killed"]["injected"] for result in results) == 2 * points  # each before the call and within it
+    assert (
+        sum(result["killed"]["injected"] for result in results) == 2 * points
+    )  # each before the call and within it
     assert sum(result["killed"]["random"] for result in results) >= 200
     assert sum(result["in_the_middle"] for result in results) > 200

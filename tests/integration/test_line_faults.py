@@ -9,7 +9,15 @@ from tests.conftest import REPOSITORY
 
 def test_a_change_is_everywhere_or_nowhere(tok, tmp_path):
     tok.save_pretrained(tmp_path / "tok")
-    command = [sys.executable, "-m", "tests.integration.line_faults", "--tok", str(tmp_path / "tok"), "--stride", "151"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.integration.line_faults",
+        "--tok",
+        str(tmp_path / "tok"),
+        "--stride",
+        "151",
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -1,4 +1,5 @@
-"""Ledgers of earlier versions, made by them from a tiny model: opened, gone on with, and compacted, or refused with nothing touched.
+"""Ledgers of earlier versions, made by them from a tiny model: opened, gone on with, and compacted, or
+refused with nothing touched.
 
 Four edits in three batches, the first of them retracted, then a checkpoint.
 """
@@ -24,7 +25,9 @@ READ = ["format-1-first", "format-1-forgetting", "format-1-last"]
 
 
 def fingerprint(moment):
-    return weights_fingerprint({layer: solution.weight.float() for layer, solution in moment.solutions.items()})
+    return weights_fingerprint(
+        {layer: solution.weight.float() for layer, solution in moment.solutions.items()}
+    )
 
 
 @pytest.mark.parametrize("name", READ)
@@ -36,7 +39,9 @@ def test_an_older_ledger_is_read_and_gone_on_with(name, tmp_path, capsys):
     assert fingerprint(moment) == moment.history.entries[-1].weights  # bit for bit
     again = read_moment(journal, from_start=True)
     for layer, solution in again.solutions.items():
-        torch.testing.assert_close(solution.weight.float(), moment.solutions[layer].weight.float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            solution.weight.float(), moment.solutions[layer].weight.float(), rtol=1e-4, atol=1e-5
+        )
 
     ledger = Ledger(folder)
     state = EditorState(ledger, ledger.place())
@@ -60,7 +65,9 @@ def test_one_that_can_not_be_read_is_refused_as_it_is(command, tmp_path, capsys)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(["state", command, str(folder)]) == 1
     assert "was written by version 0.1.0 of the package on 2026-" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "ledger.lock"} == before
+    assert {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "ledger.lock"
+    } == before
 
 
 def test_compaction_of_the_first_format_left_a_last_change_that_can_not_be_rolled_back(tmp_path):
@@ -68,12 +75,20 @@ def test_compaction_of_the_first_format_left_a_last_change_that_can_not_be_rolle
     folder = shutil.copytree(LEDGERS / "format-1-last", tmp_path / "state")
     index = folder / "journal-0001" / "index.jsonl"
     lines = index.read_bytes().splitlines(keepends=True)
-    lines[0] = lines[0].replace(b'"next_id":1', b'"next_id":5').replace(b'"entry":{}', b'"entry":{"next_id":5}')
+    lines[0] = (
+        lines[0].replace(b'"next_id":1', b'"next_id":5').replace(b'"entry":{}', b'"entry":{"next_id":5}')
+    )
     assert b'"next_id":5' in lines[0]
     content = b"".join(lines)
     index.write_bytes(content)
-    head = {"lines": len(lines), "index_bytes": len(content), "index_sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "journal-0001" / "head.json").write_bytes(json.dumps(head, separators=(",", ":")).encode() + b"\n")
+    head = {
+        "lines": len(lines),
+        "index_bytes": len(content),
+        "index_sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (folder / "journal-0001" / "head.json").write_bytes(
+        json.dumps(head, separators=(",", ":")).encode() + b"\n"
+    )
     assert read_moment(latest(folder)).before is None
     assert read_moment(latest(LEDGERS / "format-1-last")).before is not None
 

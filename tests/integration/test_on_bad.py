@@ -18,7 +18,12 @@ BAD = {
     "long rewording": {**FACT, "rephrase_prompt": LONG},
     "no target": {**FACT, "target_new": " "},
 }
-LONG_HOP = {**FACT, "prompt": "Anna {} says", "subject": "Keller", "portability": {"hop": {"prompt": [LONG], "ground_truth": ["x"]}}}
+LONG_HOP = {
+    **FACT,
+    "prompt": "Anna {} says",
+    "subject": "Keller",
+    "portability": {"hop": {"prompt": [LONG], "ground_truth": ["x"]}},
+}
 SETTINGS = ["model.path=model", "model.hparams=tiny.yaml", "data.file=records.jsonl", "data.batch=1"]
 
 
@@ -37,17 +42,25 @@ def folder(tmp_path, monkeypatch, tok):
 @pytest.mark.filterwarnings("default::easyedit_rls.errors.RLSEditWarning")
 def test_edit_leaves_them_out_and_says_which(folder, capsys):
     assert main(["edit", *SETTINGS, "data.on_bad=skip", "out=out", "save=false"]) == 0
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith("easyedit-rls: records")]
+    lines = [
+        line
+        for line in capsys.readouterr().err.replace("\r", "\n").split("\n")
+        if line.startswith("easyedit-rls: records")
+    ]
     empty = "2 (line 3: field 'target_new' is empty. Give its text.)."
     assert lines[0] == f"easyedit-rls: records.jsonl: left out 1 of 6 records: {empty}"
-    assert lines[1].startswith("easyedit-rls: records.jsonl: left out 2 of 5 records: 1 (The prompt with its target")
+    assert lines[1].startswith(
+        "easyedit-rls: records.jsonl: left out 2 of 5 records: 1 (The prompt with its target"
+    )
     assert "40 positions" in lines[1]
     found = json.loads((folder / "out" / "edits.json").read_text())
     assert len(found["batches"]) == 3
 
 
 def test_edit_names_the_first_and_edits_none(folder, capsys):
-    (folder / "records.jsonl").write_text("\n".join(json.dumps(fact) for fact in [*GOOD, BAD["long prompt"], BAD["long rewording"]]))
+    (folder / "records.jsonl").write_text(
+        "\n".join(json.dumps(fact) for fact in [*GOOD, BAD["long prompt"], BAD["long rewording"]])
+    )
     before = tree(folder)
     with pytest.raises(SystemExit) as ended:
         main(["edit", *SETTINGS, "state_dir=ledger", "out=out"])
@@ -69,7 +82,9 @@ def test_a_comparison_has_the_same_records_for_all(folder):
         "eval.answers=false",
         "out=out",
     ]
-    done = subprocess.run([sys.executable, "-m", "easyedit_rls.cli.main", *command], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "easyedit_rls.cli.main", *command], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "left out 3 of 5 records: 1 (" in done.stderr
     plan = json.loads((folder / "out" / "plan.json").read_text())
@@ -77,7 +92,9 @@ def test_a_comparison_has_the_same_records_for_all(folder):
     for name in ("RLSEdit", "RLSEdit-short"):
         assert len(json.loads((folder / "out" / name / "checkpoint-000002.json").read_text())["records"]) == 2
     (folder / "records.jsonl").write_text(json.dumps(FACT))
-    again = subprocess.run([sys.executable, "-m", "easyedit_rls.cli.main", *command], capture_output=True, text=True)
+    again = subprocess.run(
+        [sys.executable, "-m", "easyedit_rls.cli.main", *command], capture_output=True, text=True
+    )
     assert again.returncode == 2
     assert "out holds results of another comparison; different: count" in again.stderr
 
@@ -107,4 +124,7 @@ def test_of_two_that_contradict_each_other_the_later_is_left_out(folder, capsys)
     alone = [*SETTINGS[:-1], "data.batch=2", "save=false"]
     assert main(["edit", *alone, "out=in-two-batches"]) == 0  # the later supersedes the earlier
     assert main(["edit", *SETTINGS[:-1], "data.batch=3", "data.on_bad=skip", "out=in-one", "save=false"]) == 0
-    assert "left out 1 of 3 records: 2 (gives 'The river Oder' the target 'lakes', but record 0" in capsys.readouterr().err
+    assert (
+        "left out 1 of 3 records: 2 (gives 'The river Oder' the target 'lakes', but record 0"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""Where models and passes lie: memory that runs out, layers behind accelerate's hooks, weights that are not there."""
+"""Where models and passes lie: memory that runs out, layers behind accelerate's hooks, weights that are not
+there.
+"""
 
 import pytest
 import torch
@@ -29,7 +31,9 @@ def test_passes_shrink_until_they_fit_with_one_warning(tok, requests):
     model, passes = tiny_llama(), []
     handle = short_of_memory(model, 70, passes)
     editor = RLSEditor(model, tok, tiny_settings("llama", mom2_adjustment=False, batch_tokens=1000))
-    with pytest.warns(RLSEditWarning, match=r"passes of 1000 tokens; they have 62 now. Set batch_tokens: 62") as caught:
+    with pytest.warns(
+        RLSEditWarning, match=r"passes of 1000 tokens; they have 62 now. Set batch_tokens: 62"
+    ) as caught:
         editor.edit(requests)
     assert len([warning for warning in caught if warning.category is RLSEditWarning]) == 1
     n_passes = len(passes)
@@ -54,7 +58,13 @@ def test_a_pass_that_never_fits_fails_and_leaves_the_model_as_it_was(tok, reques
 
 def test_layers_behind_accelerates_hooks_are_edited_alike(tok, requests):
     """What device_map sets up: a hook on every part that moves what comes in to where the part lies."""
-    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "model.rotary_emb", "lm_head"]
+    parts = [
+        "model.embed_tokens",
+        *(f"model.layers.{i}" for i in range(4)),
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    ]
     model = dispatch_model(tiny_llama(), dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
     own = [layer.forward for layer in model.model.layers]
     found = edited(model, tok, requests)

@@ -45,7 +45,10 @@ def test_what_was_lost_is_edited_again_with_the_next_batch(model, tok, hparams):
     editor = pushed_aside(model, tok, hparams(rehearsal=8))
     report = editor.edit(OTHER)
     assert (report.rehearsed, report.superseded) == ([1], [])
-    assert [(fact.edit_id, fact.prompt) for fact in report.facts] == [(9, "Bakers know rye"), (10, "The river Oder")]
+    assert [(fact.edit_id, fact.prompt) for fact in report.facts] == [
+        (9, "Bakers know rye"),
+        (10, "The river Oder"),
+    ]
     assert sorted(editor.state.history.live) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
     assert says(editor, FIRST)
     assert says(editor, OTHER)

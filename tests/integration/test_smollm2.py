@@ -1,4 +1,6 @@
-"""The real model: a few facts, so that what tiny random models can't show is seen in every run of the tests."""
+"""The real model: a few facts, so that what tiny random models can't show is seen in every run of the
+tests.
+"""
 
 import copy
 import importlib.resources
@@ -19,13 +21,17 @@ from tests.tolerances import VALUES
 
 @pytest.fixture(scope="module")
 def facts():
-    records = json.loads(importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8"))
+    records = json.loads(
+        importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8")
+    )
     return [records[i] for i in (2, 10, 32, 42, 48, 57)]
 
 
 @pytest.fixture(scope="module")
 def hparams(tmp_path_factory, demo_text):
-    """The shipped settings, with a small text file for the moments: sampling text from the model would take minutes here."""
+    """The shipped settings, with a small text file for the moments: sampling text from the model would take
+    minutes here.
+    """
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(demo_text)
     settings = RLSEditHyperParams.from_hparams("smollm2-135m").to_dict()
@@ -34,7 +40,9 @@ def hparams(tmp_path_factory, demo_text):
 
 def test_it_knows_the_capital_of_france(smollm2):
     model, tok = smollm2
-    evaluation = evaluate(model, tok, {"prompt": "The capital of France is", "subject": "France", "target_new": "Paris"})
+    evaluation = evaluate(
+        model, tok, {"prompt": "The capital of France is", "subject": "France", "target_new": "Paris"}
+    )
     assert evaluation.rewrite_accuracy == 1
 
 

@@ -20,11 +20,16 @@ from tests.tolerances import FLOAT32
 
 @pytest.fixture
 def ledger(model, tok, requests, settings, tmp_path):
-    """A ledger with one superseded, one retracted and one rolled-back edit; the unedited model and the edited one beside it."""
+    """A ledger with one superseded, one retracted and one rolled-back edit; the unedited model and the edited
+    one beside it.
+    """
     model.save_pretrained(tmp_path / "base")
     tok.save_pretrained(tmp_path / "base")
     editor = RLSEditor(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tok, settings(checkpoint_every=2), state_dir=tmp_path / "state"
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        tok,
+        settings(checkpoint_every=2),
+        state_dir=tmp_path / "state",
     )
     editor.edit(requests[:3])
     editor.edit({**requests[0], "target_new": "water", "case_id": "7"})
@@ -77,8 +82,12 @@ def test_the_terms_are_those_of_the_objective(ledger, capsys, model, tok, settin
         K, V, D = (tensor.double() for tensor in history.tensors(history.live, [layer])[layer])
         text = hp.mom2_update_weight * gram[layer].mean.double()
         assert figures["edits_term"] == pytest.approx(float((D[:, None] * (K @ W - V) ** 2).sum()), rel=1e-4)
-        assert figures["deviation_term"] == pytest.approx(hp.lambda_reg**2 * float(((W - W_0) ** 2).sum()), rel=1e-4)
-        assert figures["anchor_term"] == pytest.approx(hp.mu_reg**2 * float(((W - W_0) * (text @ (W - W_0))).sum()), rel=1e-2)
+        assert figures["deviation_term"] == pytest.approx(
+            hp.lambda_reg**2 * float(((W - W_0) ** 2).sum()), rel=1e-4
+        )
+        assert figures["anchor_term"] == pytest.approx(
+            hp.mu_reg**2 * float(((W - W_0) * (text @ (W - W_0))).sum()), rel=1e-2
+        )
 
 
 def test_log(ledger, capsys):
@@ -92,7 +101,11 @@ def test_log(ledger, capsys):
         (4, "stands"),
         (5, "rolled back"),
     ]
-    assert [(row["kind"], row["edits"]) for row in rows if "id" not in row] == [("supersede", [1]), ("retract", [2]), ("rollback", [5])]
+    assert [(row["kind"], row["edits"]) for row in rows if "id" not in row] == [
+        ("supersede", [1]),
+        ("retract", [2]),
+        ("rollback", [5]),
+    ]
     assert (rows[4]["target_new"], rows[4]["case_id"]) == ("water", "7")
     text = run(capsys, "log", ledger)[1].splitlines()
     assert len(text) == len(rows)
@@ -113,7 +126,9 @@ def test_verify_finds_damage_and_names_it(ledger, capsys):
 
 
 def test_verify_tells_a_state_that_left_the_batch_solution(ledger, capsys, tok, settings):
-    editor = RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, settings(), state_dir=ledger)
+    editor = RLSEditor(
+        AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, settings(), state_dir=ledger
+    )
     editor.state.layers[1].weight.add_(0.1)
     editor.state.checkpoint(0)
     editor.state.ledger.close()
@@ -158,7 +173,9 @@ def test_retract_without_a_model(ledger, capsys, tok, settings, tmp_path):
     status, _, err = run(capsys, "retract", ledger, 4, 9)
     assert status == 2
     assert "no such edit: 4, 9; 1 edits stand" in err
-    editor = RLSEditor(AutoModelForCausalLM.from_pretrained(tmp_path / "edited"), tok, settings(), state_dir=ledger)  # of an earlier batch
+    editor = RLSEditor(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "edited"), tok, settings(), state_dir=ledger
+    )  # of an earlier batch
     assert editor.n_edits == 1
     editor.rollback()
     assert sorted(editor.state.history.live) == [3, 4]
@@ -193,7 +210,12 @@ def test_an_adapter_of_too_small_a_rank_says_its_error(ledger, capsys, tmp_path)
 def test_an_adapter_larger_than_the_weights_is_refused(model, tok, settings, capsys, tmp_path):
     with RLSEditor(model, tok, settings(v_num_grad_steps=3), state_dir=tmp_path / "state") as editor:
         words = [f"number{i}" for i in range(24)]
-        editor.edit([{"prompt": f"The {word} is", "subject": word, "target_new": words[-i]} for i, word in enumerate(words, 1)])
+        editor.edit(
+            [
+                {"prompt": f"The {word} is", "subject": word, "target_new": words[-i]}
+                for i, word in enumerate(words, 1)
+            ]
+        )
     status, _, err = run(capsys, "export", tmp_path / "state", "--lora", tmp_path / "adapter")
     assert status == 1
     assert "larger than the weights" in err
@@ -202,7 +224,9 @@ def test_an_adapter_larger_than_the_weights_is_refused(model, tok, settings, cap
 
 
 def test_compact_keeps_every_bit_of_the_state(ledger, capsys, tok, settings, requests, tmp_path):
-    before = RLSEditor(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tok, settings(), state_dir=ledger)
+    before = RLSEditor(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tok, settings(), state_dir=ledger
+    )
     before.state.ledger.close()
     status, out, _ = run(capsys, "compact", ledger)
     assert status == 0
@@ -210,7 +234,9 @@ def test_compact_keeps_every_bit_of_the_state(ledger, capsys, tok, settings, req
     assert len(journals(ledger)) == 1
     assert [line.kind for line in latest(ledger).lines] == ["begin", "entry", "entry", "checkpoint"]
     assert "0 damaged" in run(capsys, "verify", ledger)[1]
-    after = RLSEditor(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tok, settings(), state_dir=ledger)
+    after = RLSEditor(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tok, settings(), state_dir=ledger
+    )
     for layer, solution in before.state.layers.items():
         assert torch.equal(solution.weight, after.state.layers[layer].weight)
         assert torch.equal(solution.covariance(), after.state.layers[layer].covariance())
@@ -298,7 +324,12 @@ def test_what_somebody_put_into_the_ledger_is_set_aside(ledger, capsys, tok, set
     (journal / "notes" / "mine.txt").write_text("keep")
     (journal / "adapter.bin").write_text("keep too")
     assert "has no place here, set aside by the next editor" in run(capsys, "verify", ledger)[1]
-    editor = RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, settings(checkpoint_every=2), state_dir=ledger)
+    editor = RLSEditor(
+        AutoModelForCausalLM.from_pretrained(ledger.parent / "base"),
+        tok,
+        settings(checkpoint_every=2),
+        state_dir=ledger,
+    )
     assert (journal / "adapter.bin").exists()  # before the first event nothing is moved
     editor.edit(requests[3])
     editor.close()
@@ -312,12 +343,16 @@ def test_an_index_from_a_backup_loses_nothing(ledger, capsys, tok, settings, req
     journal = latest(ledger).folder
     old = {name: (journal / name).read_bytes() for name in ("head.json", "index.jsonl")}
     how = settings(checkpoint_every=100)
-    with RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, how, state_dir=ledger) as editor:
+    with RLSEditor(
+        AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, how, state_dir=ledger
+    ) as editor:
         editor.edit(requests[3])
     newer = (journal / "entries.bin").read_bytes()
     for name, content in old.items():
         (journal / name).write_bytes(content)
-    with RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, how, state_dir=ledger) as editor:
+    with RLSEditor(
+        AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok, how, state_dir=ledger
+    ) as editor:
         editor.edit(requests[1])
     kept = {path.name: path.read_bytes() for path in (ledger / "set-aside").rglob("*") if path.is_file()}
     tail = next(content for name, content in kept.items() if name.startswith("entries.bin"))
@@ -326,7 +361,9 @@ def test_an_index_from_a_backup_loses_nothing(ledger, capsys, tok, settings, req
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_the_last_change_can_be_rolled_back_after_compaction(tok, model, settings, requests, capsys, tmp_path, n):
+def test_the_last_change_can_be_rolled_back_after_compaction(
+    tok, model, settings, requests, capsys, tmp_path, n
+):
     """It is a retraction here, whose edit compaction would drop."""
     unedited = copy.deepcopy(model)
     editor = RLSEditor(model, tok, settings(), state_dir=tmp_path)
@@ -339,7 +376,9 @@ def test_the_last_change_can_be_rolled_back_after_compaction(tok, model, setting
     assert run(capsys, "compact", tmp_path)[0] == 0
     for start in (unedited, copy.deepcopy(model)):  # the saved model is known by its fingerprint
         again = RLSEditor(start, tok, settings(), state_dir=tmp_path)
-        assert all(torch.equal(weight.snapshot(), after[layer]) for layer, weight in again.layout.edited.items())
+        assert all(
+            torch.equal(weight.snapshot(), after[layer]) for layer, weight in again.layout.edited.items()
+        )
         again.state.ledger.close()
     again = RLSEditor(copy.deepcopy(unedited), tok, settings(), state_dir=tmp_path)
     again.rollback()

@@ -1,4 +1,6 @@
-"""The real model and four kinds of prompts: every figure against one written with plain transformers, and chats that are edited."""
+"""The real model and four kinds of prompts: every figure against one written with plain transformers, and
+chats that are edited.
+"""
 
 import copy
 import importlib.resources
@@ -30,31 +32,55 @@ _CHINESE = [
     ("{}的作者是", ("西游记", "红楼梦", "三国演义", "水浒传", "骆驼祥子")),
     ("{}的首都是", ("法国", "日本", "中国", "德国", "泰国")),
 ]
-_CHINESE += [("关于{}，答：", ("长城", "长江", "黄河", "故宫", "泰山")), ("小明说：“{}在", ("北京", "上海", "广州", "东京", "伦敦"))]
+_CHINESE += [
+    ("关于{}，答：", ("长城", "长江", "黄河", "故宫", "泰山")),
+    ("小明说：“{}在", ("北京", "上海", "广州", "东京", "伦敦")),
+]
 _ANSWERS = ("小明", "北京", "李白", "长江", "一个人")
-_CODE = [("def {}(w, h):\n", "    return w * h"), ("class {}:\n    def size(self):\n", "        return self.w"), ("x = {}(", "w, h)")]
+_CODE = [
+    ("def {}(w, h):\n", "    return w * h"),
+    ("class {}:\n    def size(self):\n", "        return self.w"),
+    ("x = {}(", "w, h)"),
+]
 _CODE += [("for {} in items:\n    print(", "item)"), ("import {}\n\n", "\nclass Box:")]
 _NAMES = ("area", "side", "width", "height", "box", "table", "field", "square", "count", "length")
 
 
 def records() -> list[dict]:
     """200 records: English, chat, Chinese and code, 50 of each."""
-    facts = parse_requests(json.loads(importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text("utf-8")))
-    english = [{"prompt": f.prompt, "subject": f.subject, "target_new": f.target, "ground_truth": f.target_true} for f in facts[:_EACH]]
+    facts = parse_requests(
+        json.loads(
+            importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text("utf-8")
+        )
+    )
+    english = [
+        {"prompt": f.prompt, "subject": f.subject, "target_new": f.target, "ground_truth": f.target_true}
+        for f in facts[:_EACH]
+    ]
     chat = [
         {
             **{k: v for k, v in fact.items() if k != "prompt"},
-            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": fact["prompt"]}],
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": fact["prompt"]},
+            ],
         }
         for fact in english
     ]
     pairs = [(text, subject) for text, subjects in _CHINESE for subject in subjects]
     chinese = [
         {"prompt": text.replace("{}", subject), "subject": subject, "target_new": new, "ground_truth": true}
-        for (text, subject), new, true in zip(cycle(pairs), islice(cycle(_ANSWERS), _EACH), cycle(_ANSWERS[1:]))
+        for (text, subject), new, true in zip(
+            cycle(pairs), islice(cycle(_ANSWERS), _EACH), cycle(_ANSWERS[1:])
+        )
     ]
     code = [
-        {"prompt": text.replace("{}", name), "subject": name, "target_new": line, "ground_truth": f"{line} + 1"}
+        {
+            "prompt": text.replace("{}", name),
+            "subject": name,
+            "target_new": line,
+            "ground_truth": f"{line} + 1",
+        }
         for name in _NAMES
         for text, line in _CODE
     ]
@@ -73,7 +99,9 @@ def plain_answer(tok, number: int, answer: str) -> list[int]:
 
 
 def plain_logits(model, answered: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
-    """Logits before each of an answer's tokens behind its prompt, from plain passes of some rows at a time, padded on the right."""
+    """Logits before each of an answer's tokens behind its prompt, from plain passes of some rows at a time,
+    padded on the right.
+    """
     found: dict[int, torch.Tensor] = {}
     rows = [prompt + answer for prompt, answer in answered]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -97,7 +125,9 @@ def plain_texts(model, tok, rows: list[list[int]]) -> list[str]:
         width = max(len(rows[i]) for i in some)
         ids = torch.tensor([[0] * (width - len(rows[i])) + rows[i] for i in some])
         mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in some])
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0)
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
         texts |= {i: tok.decode(row[width:], skip_special_tokens=True) for i, row in zip(some, out)}
     return [texts[i] for i in range(len(rows))]
 
@@ -119,7 +149,9 @@ def test_figures_of_every_kind_of_prompt_equal_plain_ones(given):
     ]
     wides = plain_logits(model, answered)
     wanted = [torch.tensor(answer) for _, answer in answered]
-    nll = torch.stack([torch.nn.functional.cross_entropy(wide, answer) for wide, answer in zip(wides, wanted)])
+    nll = torch.stack(
+        [torch.nn.functional.cross_entropy(wide, answer) for wide, answer in zip(wides, wanted)]
+    )
     hits = [wide.argmax(1) == answer for wide, answer in zip(wides, wanted)][: len(listed)]
 
     requests = parse_requests(listed)
@@ -132,7 +164,9 @@ def test_figures_of_every_kind_of_prompt_equal_plain_ones(given):
     likelier = (nll[: len(listed)] < nll[len(listed) :]).float().tolist()
     is_same = [record["target_new"].strip() == record["ground_truth"].strip() for record in listed]
     assert 0 < sum(is_same) < len(listed)  # neither can be the likelier there
-    assert [entry.efficacy for entry in scores] == [None if same else share for same, share in zip(is_same, likelier)]
+    assert [entry.efficacy for entry in scores] == [
+        None if same else share for same, share in zip(is_same, likelier)
+    ]
     quality = edit_quality(model, tok, listed, show_progress=False)
     assert [entry["rewrite_acc"] for entry in quality] == [[float(hit.sum()) / len(hit)] for hit in hits]
     assert 0 < sum(entry.efficacy or 0 for entry in scores) < len(listed)
@@ -141,8 +175,12 @@ def test_figures_of_every_kind_of_prompt_equal_plain_ones(given):
 def test_generated_answers_of_every_kind_of_prompt_equal_plain_ones(given):
     model, tok, listed, prompts = given
     asked = [request.probe(request.prompt, request.target) for request in parse_requests(listed)]
-    found = answers(model, tok, asked, [probe.answer for probe in asked], max_new_tokens=_NEW_TOKENS, show_progress=False)
-    assert [answer.text for answer in found] == [said_up_to_end(text) for text in plain_texts(model, tok, prompts)]
+    found = answers(
+        model, tok, asked, [probe.answer for probe in asked], max_new_tokens=_NEW_TOKENS, show_progress=False
+    )
+    assert [answer.text for answer in found] == [
+        said_up_to_end(text) for text in plain_texts(model, tok, prompts)
+    ]
     assert len({answer.text for answer in found}) > 50
 
 
@@ -157,21 +195,44 @@ def said_behind(model, tok, facts) -> list[bool]:
     """Whether a chat's model says each target, by plain transformers."""
     said = []
     for fact in facts:
-        given = tok.apply_chat_template(fact["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        given = tok.apply_chat_template(
+            fact["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         out = model.generate(**given, max_new_tokens=12, do_sample=False, pad_token_id=0)
-        said.append(tok.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True).startswith(fact["target_new"]))
+        said.append(
+            tok.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True).startswith(
+                fact["target_new"]
+            )
+        )
     return said
 
 
 def test_edited_chats_are_said_behind_the_real_prompt(smollm2):
     model, tok = copy.deepcopy(smollm2[0]), smollm2[1]
-    facts = [{"messages": [{"role": "user", "content": text}], "subject": subject, "target_new": new} for text, subject, new in CHAT_FACTS]
+    facts = [
+        {"messages": [{"role": "user", "content": text}], "subject": subject, "target_new": new}
+        for text, subject, new in CHAT_FACTS
+    ]
     assert sum(said_behind(model, tok, facts)) == 0
     text = importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt")
-    settings = RLSEditHyperParams.from_hparams("smollm2-135m").to_dict() | {"mom2_dataset": str(text), "mom2_tolerance": 0.4}
+    settings = RLSEditHyperParams.from_hparams("smollm2-135m").to_dict() | {
+        "mom2_dataset": str(text),
+        "mom2_tolerance": 0.4,
+    }
     RLSEditor(model, tok, RLSEditHyperParams.from_dict(settings), show_progress=False).edit(facts)
     said = said_behind(model, tok, facts)
     assert sum(said) >= 5
-    assert [entry.rewrite_accuracy for entry in evaluate(model, tok, facts, show_progress=False).records] == [float(hit) for hit in said]
-    plain = [{"prompt": fact["messages"][0]["content"], "subject": fact["subject"], "target_new": fact["target_new"]} for fact in facts]
-    assert evaluate(model, tok, plain, chat_template=True, show_progress=False) == evaluate(model, tok, facts, show_progress=False)
+    assert [entry.rewrite_accuracy for entry in evaluate(model, tok, facts, show_progress=False).records] == [
+        float(hit) for hit in said
+    ]
+    plain = [
+        {
+            "prompt": fact["messages"][0]["content"],
+            "subject": fact["subject"],
+            "target_new": fact["target_new"],
+        }
+        for fact in facts
+    ]
+    assert evaluate(model, tok, plain, chat_template=True, show_progress=False) == evaluate(
+        model, tok, facts, show_progress=False
+    )

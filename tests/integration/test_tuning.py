@@ -17,8 +17,16 @@ from tests.conftest import FAMILIES, tiny_llama, tiny_settings
 
 @pytest.fixture
 def records(requests):
-    extra = {"rephrase_prompt": "People say of {}", "locality": {"others": {"prompt": "The town of", "ground_truth": "people"}}}
-    return parse_requests([{**request, **extra, "rephrase_prompt": f"People say of {request['subject']}"} for request in requests])
+    extra = {
+        "rephrase_prompt": "People say of {}",
+        "locality": {"others": {"prompt": "The town of", "ground_truth": "people"}},
+    }
+    return parse_requests(
+        [
+            {**request, **extra, "rephrase_prompt": f"People say of {request['subject']}"}
+            for request in requests
+        ]
+    )
 
 
 @pytest.fixture
@@ -28,9 +36,17 @@ def search(tok, records, demo_text):
 
 
 def test_the_objective_punishes_the_worst_part():
-    fine = {"rewrite_accuracy": 0.9, "paraphrase_accuracy": 0.9, "specificity": 0.9, "perplexity": 22.0, "perplexity_before": 20.0}
+    fine = {
+        "rewrite_accuracy": 0.9,
+        "paraphrase_accuracy": 0.9,
+        "specificity": 0.9,
+        "perplexity": 22.0,
+        "perplexity_before": 20.0,
+    }
     assert objective(fine) == pytest.approx(0.9)
-    assert objective({**fine, "perplexity": 18.0}) == pytest.approx(4 / (3 / 0.9 + 1))  # a gain counts as no loss
+    assert objective({**fine, "perplexity": 18.0}) == pytest.approx(
+        4 / (3 / 0.9 + 1)
+    )  # a gain counts as no loss
     assert objective({**fine, "paraphrase_accuracy": 0.1}) < 0.4
     assert objective({**fine, "paraphrase_accuracy": 0.0}) == 0.0
     assert objective({**fine, "perplexity": 50.0}) == 0.0
@@ -48,7 +64,11 @@ def test_a_search_begins_with_what_it_was_given_and_leaves_the_model_alone(searc
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     first = search.settings(seen[0])
     start = tiny_settings("llama")
-    assert (first.layers, first.v_lr, first.mom2_update_weight) == (start.layers, start.v_lr, pytest.approx(50.0))  # moved into the range
+    assert (first.layers, first.v_lr, first.mom2_update_weight) == (
+        start.layers,
+        start.v_lr,
+        pytest.approx(50.0),
+    )  # moved into the range
     for trial in (seen[0], seen[-1]):
         editor = RLSEditor(model, tok, search.settings(trial))
         for at in (0, 2):
@@ -85,7 +105,9 @@ def test_records_without_paraphrases_are_refused(tok, requests, demo_text):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_traces_equal_whole_runs(family, tok, requests):
-    """One place put back by hooks on a whole pass, one row at a time, against the runs that start where states begin to differ."""
+    """One place put back by hooks on a whole pass, one row at a time, against the runs that start where
+    states begin to differ.
+    """
     model = FAMILIES[family]()
     parsed = parse_requests(requests)[2:3]  # "Some say Mount Sainte-Victoire has": every place exists
     found = trace(model, tok, parsed, samples=2, window=2, seed=3)
@@ -141,8 +163,15 @@ def test_traces_equal_whole_runs(family, tok, requests):
                 else:
                     modules = mlps if kind == "MLP" else attentions
                     edits = {modules[i]: restored((kind, i), position) for i in window}
-                gained = torch.stack([last({**blurred(noise), **edits})[0][answer] for noise in blur]).mean() - base
-                assert float(found.effects[kind][place, layer]) == pytest.approx(float(gained), abs=1e-6), (kind, PLACES[place], layer)
+                gained = (
+                    torch.stack([last({**blurred(noise), **edits})[0][answer] for noise in blur]).mean()
+                    - base
+                )
+                assert float(found.effects[kind][place, layer]) == pytest.approx(float(gained), abs=1e-6), (
+                    kind,
+                    PLACES[place],
+                    layer,
+                )
 
 
 def test_advice_is_what_lies_around_the_peak():
@@ -188,19 +217,44 @@ def test_init_tune_and_locate_from_nothing(folder, capsys):
     assert main(["init", model, "--out", str(settings)]) == 2
     assert "is there already" in capsys.readouterr().err
     quick = RLSEditHyperParams.from_dict(
-        {**hp.to_dict(), "mom2_n_samples": 8, "lambda_reg": 0.1, "v_num_grad_steps": 5, "context_templates": []}
+        {
+            **hp.to_dict(),
+            "mom2_n_samples": 8,
+            "lambda_reg": 0.1,
+            "v_num_grad_steps": 5,
+            "context_templates": [],
+        }
     )
     settings.write_text(quick.to_yaml())
 
     data = ["--data", str(folder / "records.json")]
-    assert main(["tune", model, *data, "--hparams", str(settings), "--trials", "2", "--batch", "4", "--out", str(folder / "tuned")]) == 0
+    assert (
+        main(
+            [
+                "tune",
+                model,
+                *data,
+                "--hparams",
+                str(settings),
+                "--trials",
+                "2",
+                "--batch",
+                "4",
+                "--out",
+                str(folder / "tuned"),
+            ]
+        )
+        == 0
+    )
     assert "What was tried, best first" in capsys.readouterr().out
     tried = json.loads((folder / "tuned" / "trials.json").read_text())
     best = max(tried, key=lambda trial: trial["objective"])
     found = RLSEditHyperParams.from_hparams(folder / "tuned" / "best.yaml")
     assert found == RLSEditHyperParams.from_dict({**quick.to_dict(), **best["changes"]})
 
-    assert main(["locate", model, *data, "--count", "2", "--samples", "2", "--out", str(folder / "where")]) == 0
+    assert (
+        main(["locate", model, *data, "--count", "2", "--samples", "2", "--out", str(folder / "where")]) == 0
+    )
     assert "Advice: layers:" in capsys.readouterr().out
     assert {file.name for file in (folder / "where").iterdir()} == {"trace.png", "trace.svg", "trace.json"}
     assert json.loads((folder / "where" / "trace.json").read_text())["n_facts"] == 2

@@ -1,4 +1,6 @@
-"""Two writers, however they meet: one is refused, and no edit that was reported is lost. And readers beside a writer."""
+"""Two writers, however they meet: one is refused, and no edit that was reported is lost. And readers beside a
+writer.
+"""
 
 import itertools
 import os
@@ -20,7 +22,12 @@ READS = int(os.environ.get("EASYEDIT_RLS_READS", "60"))  # commands beside a wri
 
 FACTS = [
     {"prompt": f"{before} {subject}", "subject": subject, "target_new": target}
-    for before, subject in (("The river", "Oder"), ("Bakers know", "rye"), ("Some say", "Anna"), ("The old town", "Brno"))
+    for before, subject in (
+        ("The river", "Oder"),
+        ("Bakers know", "rye"),
+        ("Some say", "Anna"),
+        ("The old town", "Brno"),
+    )
     for target in ("people", "water")
 ]
 
@@ -48,7 +55,10 @@ def goes_on(editor, tok, folder):
     editor.edit(FACTS[2])
     assert len(edited(folder)) == before + 1
     stored = read_moment(latest(folder))
-    assert all(torch.equal(solution.weight, stored.solutions[layer].weight) for layer, solution in editor.state.layers.items())
+    assert all(
+        torch.equal(solution.weight, stored.solutions[layer].weight)
+        for layer, solution in editor.state.layers.items()
+    )
 
 
 def test_in_one_process(editor, tok, tmp_path):
@@ -85,7 +95,9 @@ def test_the_lock_file_was_removed(editor, tok, tmp_path):
     before = {layer: weight.snapshot() for layer, weight in editor.layout.edited.items()}
     with pytest.raises(LedgerError, match="was taken away"):
         editor.edit(FACTS[2])
-    assert all(torch.equal(before[layer], weight.snapshot()) for layer, weight in editor.layout.edited.items())
+    assert all(
+        torch.equal(before[layer], weight.snapshot()) for layer, weight in editor.layout.edited.items()
+    )
     goes_on(other, tok, tmp_path / "state")
     with pytest.raises(LedgerError, match="was taken away"):
         editor.rollback()
@@ -172,13 +184,20 @@ def test_threads_that_share_an_editor_take_turns(editor, tok, tmp_path):
 
 
 def test_readers_beside_a_writer(tok, tmp_path, capsys):
-    """Commands in a thread of their own, while every edit is a checkpoint and journals are compacted; none fails."""
+    """Commands in a thread of their own, while every edit is a checkpoint and journals are compacted; none
+    fails.
+    """
     state, is_done, statuses = tmp_path / "state", threading.Event(), []
     editor = make_editor(tok, state, checkpoint_every=1)
     editor.edit(FACTS[0])
 
     def read():
-        commands = (["show", state, "--json"], ["log", state], ["verify", state], ["verify", state, "--files-only"])
+        commands = (
+            ["show", state, "--json"],
+            ["log", state],
+            ["verify", state],
+            ["verify", state, "--files-only"],
+        )
         while not is_done.is_set():
             for command in commands:
                 statuses.append(main(["state", *map(str, command)]))
@@ -200,12 +219,18 @@ def test_readers_beside_a_writer(tok, tmp_path, capsys):
 
 
 def test_what_somebody_else_wrote_is_not_undone(editor, tok, tmp_path, monkeypatch):
-    """A change that failed and could not be put back, then another writer, then a change: the other's stands."""
+    """A change that failed and could not be put back, then another writer, then a change:
+    the other's stands.
+    """
     state = tmp_path / "state"
     with monkeypatch.context() as patch:
         real = editor.state.ledger.__class__.record
         patch.setattr(editor.state.ledger.__class__, "put_back", lambda *_: None)
-        patch.setattr(editor.state.ledger.__class__, "record", lambda *args: real(*args) and (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            editor.state.ledger.__class__,
+            "record",
+            lambda *args: real(*args) and (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             editor.edit(FACTS[2])
     editor.state.ledger._lock.release()

@@ -25,7 +25,9 @@ def same(a, b):
 
 
 def said(model, tok, requests):
-    return [s.is_argmax for s in score(model, tok, [Probe(r.prompt, r.target) for r in parse_requests(requests)])]
+    return [
+        s.is_argmax for s in score(model, tok, [Probe(r.prompt, r.target) for r in parse_requests(requests)])
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::easyedit_rls.errors.UnsaidWarning")
@@ -48,7 +50,10 @@ def test_unsaid_facts_are_told_with_what_helps(model, tok, requests, settings):
     message = str(warning.message)
     assert message.startswith("The model does not say 4 of 4 facts of batch 1: 'The river Oder' ('people'), ")
     assert f"largest miss {max(fact.miss for fact in report.facts):.2f}" in message
-    assert "The weights do not reach the values of 4: set keys: each, lower mom2_update_weight (1e+06), or edit more layers" in message
+    assert (
+        "The weights do not reach the values of 4: "
+        "set keys: each, lower mom2_update_weight (1e+06), or edit more layers" in message
+    )
     assert warning.filename == __file__  # where the user called
     assert issubclass(UnsaidWarning, RLSEditWarning)
 
@@ -68,17 +73,28 @@ def test_advice_is_read_off_the_report(tok, requests):
     unwritten = replace(fact, miss=0.8, nll=0.1, is_said=False)
     short = replace(fact, miss=0.1, nll=0.9, is_said=False)
     (weights_short,) = advice([unwritten], editor.hparams)
-    assert weights_short == "The weights do not reach the values of 1: lower lambda_reg (0.1), or edit more layers."
+    assert (
+        weights_short
+        == "The weights do not reach the values of 1: lower lambda_reg (0.1), or edit more layers."
+    )
     (value_short,) = advice([short], editor.hparams)
-    assert "fall short for 1 (NLL up to 0.9 nats a token): raise v_num_grad_steps (20) or clamp_norm_factor (4)" in value_short
+    assert (
+        "fall short for 1 (NLL up to 0.9 nats a token): raise v_num_grad_steps (20) or clamp_norm_factor (4)"
+        in value_short
+    )
     assert len(advice([replace(fact, miss=0.8, nll=5.0)], editor.hparams)) == 2
     assert len(advice([unwritten, short], editor.hparams)) == 2
 
 
 def large_step(model, tok, settings, requests, **changes):
     """An editor in whose next batch nothing is said, for a value too weak, and the step is large."""
-    editor = RLSEditor(model, tok, settings(values="gradient", gradient_step=30.0, mom2_update_weight=0.1, **changes))
-    return editor, [{**requests[0], "target_new": "people slow leaves water"}, {**requests[1], "target_new": "well slow people leaves"}]
+    editor = RLSEditor(
+        model, tok, settings(values="gradient", gradient_step=30.0, mom2_update_weight=0.1, **changes)
+    )
+    return editor, [
+        {**requests[0], "target_new": "people slow leaves water"},
+        {**requests[1], "target_new": "well slow people leaves"},
+    ]
 
 
 def test_a_batch_that_moves_much_for_nothing_is_taken_back(model, tok, requests, settings):
@@ -93,7 +109,9 @@ def test_a_batch_that_moves_much_for_nothing_is_taken_back(model, tok, requests,
     assert same(weights(model), before)
     assert editor.n_edits == templates == 0
     with pytest.raises(NumericalError):
-        editor.edit(bad)  # the refused batch is not remembered: it is refused again, not taken for a change of the weights
+        editor.edit(
+            bad
+        )  # the refused batch is not remembered: it is refused again, not taken for a change of the weights
     editor.hparams = replace(editor.hparams, max_deviation="off")
     report = editor.edit(bad)
     assert len(report.unsaid) == 2
@@ -120,7 +138,11 @@ def test_a_refused_batch_leaves_the_earlier_ones(model, tok, requests, settings)
 
 def test_a_large_step_that_is_said_passes(tok, requests):
     model = tiny_llama()
-    editor = RLSEditor(model, tok, tiny_settings("llama", mom2_update_weight=1.0, early_stopping_margin=1.0, max_deviation=0.01))
+    editor = RLSEditor(
+        model,
+        tok,
+        tiny_settings("llama", mom2_update_weight=1.0, early_stopping_margin=1.0, max_deviation=0.01),
+    )
     report = editor.edit([requests[1], requests[3]])
     assert max(layer.step for layer in report.layers) > 0.01
     assert not report.unsaid

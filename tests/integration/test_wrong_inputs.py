@@ -1,8 +1,9 @@
 """Wrong inputs: each ends in a typed error with the cure in Python, in one line and status 2 in a command.
 
-Nothing is left behind. One table, `CASES`: a name, what makes a sound folder wrong, what uses it in Python, the error
-and its message, and the command that meets the same. Each case has a folder of its own, with `model` (a tiny Llama and
-its tokenizer), `short` (a tiny GPT-2 with few positions), `records.jsonl` and `text.txt` in it.
+Nothing is left behind. One table, `CASES`: a name, what makes a sound folder wrong, what uses it in Python,
+the error and its message, and the command that meets the same. Each case has a folder of its own, with
+`model` (a tiny Llama and its tokenizer), `short` (a tiny GPT-2 with few positions), `records.jsonl` and
+`text.txt` in it.
 """
 
 import json
@@ -67,10 +68,16 @@ def folder(sound, tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _loggers_as_before():
-    """Hydra's setup of logging disables every logger there is, and the host's command sets the root's level."""
+    """Hydra's setup of logging disables every logger there is,
+    and the host's command sets the root's level.
+    """
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    before = {logger: (logger.disabled, logger.level) for logger in root.manager.loggerDict.values() if isinstance(logger, logging.Logger)}
+    before = {
+        logger: (logger.disabled, logger.level)
+        for logger in root.manager.loggerDict.values()
+        if isinstance(logger, logging.Logger)
+    }
     yield
     for logger, (is_disabled, own) in before.items():
         logger.disabled = is_disabled
@@ -81,7 +88,10 @@ def _loggers_as_before():
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """All that is in a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
 
 
 def run(arguments: tuple[str, ...]) -> int | str | None:
@@ -202,7 +212,9 @@ def test_a_model_with_code_of_its_own_runs_where_that_is_allowed(folder):
 
 
 def test_a_spare_token_does_no_harm(folder):
-    """Tokenizers often have a pad token that the model lacks; it fills up rows that have ended, and must not run."""
+    """Tokenizers often have a pad token that the model lacks; it fills up rows that have ended, and must not
+    run.
+    """
     with_new_token(lambda folder: None)(folder)
     model, tok = load_model(str(folder / "model"))
     tok.pad_token = NEW

@@ -1,4 +1,6 @@
-"""Arguments that could be taken for something else: one text for its letters, a word for a name, a number for none."""
+"""Arguments that could be taken for something else: one text for its letters, a word for a name, a number for
+none.
+"""
 
 import json
 from collections.abc import Callable
@@ -55,28 +57,108 @@ _CONTRARY = "\n".join(json.dumps({**FACT, "target_new": target}) for target in (
 _BAD = '{"prompt": "The river Oder", "subject": "Elbe", "target_new": "people"}\n{"prompt": 3}\n'
 
 ARGUMENTS = [
-    case("one text as anchors", on(lambda m, t, hp: RLSEditor(m, t, hp, anchors="The river")), ArgumentError, f"anchors {_ONE_TEXT}"),
-    case("one text as anchor pairs", on(lambda m, t, hp: anchor_pairs(m, t, hp, "The river")), ArgumentError, f"prompts {_ONE_TEXT}"),
+    case(
+        "one text as anchors",
+        on(lambda m, t, hp: RLSEditor(m, t, hp, anchors="The river")),
+        ArgumentError,
+        f"anchors {_ONE_TEXT}",
+    ),
+    case(
+        "one text as anchor pairs",
+        on(lambda m, t, hp: anchor_pairs(m, t, hp, "The river")),
+        ArgumentError,
+        f"prompts {_ONE_TEXT}",
+    ),
     case(
         "one text to go on from",
         on(lambda m, t, hp: generate(m, t, "The river", max_new_tokens=2)),
         ArgumentError,
         f"prompts {_ONE_TEXT}",
     ),
-    case("one text as answers", on(lambda m, t, hp: answers(m, t, ["The river"], "people")), ArgumentError, f"wanted {_ONE_TEXT}"),
-    case("one text's fluency", lambda folder, tok: fluency("The river flows."), ArgumentError, f"texts {_ONE_TEXT}"),
-    case("one reference", lambda folder, tok: consistency(["The river."], "The lake."), ArgumentError, f"references {_ONE_TEXT}"),
-    case("a list of texts for one", on(lambda m, t, hp: perplexity(m, t, ["The river"])), ArgumentError, "text is a list, not a text"),
-    case("a text as records", on(lambda m, t, hp: evaluate(m, t, "The river")), ArgumentError, "requests is a str, not a list"),
-    case("one record for a list", on(lambda m, t, hp: edit_quality(m, t, FACT)), ArgumentError, "records is a dict, not a list"),
-    case("a text as requests", edited(lambda editor: editor.edit("The river")), ArgumentError, "requests is a str, not a list"),
-    case("a number as a text", edited(lambda editor: editor.retract("1")), ArgumentError, "edit_ids is a str, not a list of numbers"),
-    case("a text among numbers", edited(lambda editor: editor.retract([0, "1"])), ArgumentError, "edit_ids holds '1', a str"),
-    case("true as a number", edited(lambda editor: editor.retract([True])), ArgumentError, "edit_ids holds True, a bool"),
-    case("a mapping as settings", on(lambda m, t, hp: RLSEditor(m, t, hp.to_dict())), ArgumentError, "hparams is a dict.*from_dict"),
-    case("a name as settings", on(lambda m, t, hp: RLSEditor(m, t, "smollm2-135m")), ArgumentError, "hparams is a str.*from_hparams"),
-    case("layers as a text", settings(layers="12"), HyperParamsError, "layers is '12'; allowed: a list of at least one layer number"),
-    case("statements as a text", settings(statements="{}:"), HyperParamsError, "statements is '{}:'; allowed: a list of texts"),
+    case(
+        "one text as answers",
+        on(lambda m, t, hp: answers(m, t, ["The river"], "people")),
+        ArgumentError,
+        f"wanted {_ONE_TEXT}",
+    ),
+    case(
+        "one text's fluency",
+        lambda folder, tok: fluency("The river flows."),
+        ArgumentError,
+        f"texts {_ONE_TEXT}",
+    ),
+    case(
+        "one reference",
+        lambda folder, tok: consistency(["The river."], "The lake."),
+        ArgumentError,
+        f"references {_ONE_TEXT}",
+    ),
+    case(
+        "a list of texts for one",
+        on(lambda m, t, hp: perplexity(m, t, ["The river"])),
+        ArgumentError,
+        "text is a list, not a text",
+    ),
+    case(
+        "a text as records",
+        on(lambda m, t, hp: evaluate(m, t, "The river")),
+        ArgumentError,
+        "requests is a str, not a list",
+    ),
+    case(
+        "one record for a list",
+        on(lambda m, t, hp: edit_quality(m, t, FACT)),
+        ArgumentError,
+        "records is a dict, not a list",
+    ),
+    case(
+        "a text as requests",
+        edited(lambda editor: editor.edit("The river")),
+        ArgumentError,
+        "requests is a str, not a list",
+    ),
+    case(
+        "a number as a text",
+        edited(lambda editor: editor.retract("1")),
+        ArgumentError,
+        "edit_ids is a str, not a list of numbers",
+    ),
+    case(
+        "a text among numbers",
+        edited(lambda editor: editor.retract([0, "1"])),
+        ArgumentError,
+        "edit_ids holds '1', a str",
+    ),
+    case(
+        "true as a number",
+        edited(lambda editor: editor.retract([True])),
+        ArgumentError,
+        "edit_ids holds True, a bool",
+    ),
+    case(
+        "a mapping as settings",
+        on(lambda m, t, hp: RLSEditor(m, t, hp.to_dict())),
+        ArgumentError,
+        "hparams is a dict.*from_dict",
+    ),
+    case(
+        "a name as settings",
+        on(lambda m, t, hp: RLSEditor(m, t, "smollm2-135m")),
+        ArgumentError,
+        "hparams is a str.*from_hparams",
+    ),
+    case(
+        "layers as a text",
+        settings(layers="12"),
+        HyperParamsError,
+        "layers is '12'; allowed: a list of at least one layer number",
+    ),
+    case(
+        "statements as a text",
+        settings(statements="{}:"),
+        HyperParamsError,
+        "statements is '{}:'; allowed: a list of texts",
+    ),
     case(
         "templates as a text",
         settings(context_templates="Hello."),
@@ -101,7 +183,12 @@ ARGUMENTS = [
         *EDIT,
         "state_dir=None",
     ),
-    case("an empty name as a folder", settings(state_dir=""), HyperParamsError, "state_dir is ''; allowed: a folder, or null"),
+    case(
+        "an empty name as a folder",
+        settings(state_dir=""),
+        HyperParamsError,
+        "state_dir is ''; allowed: a folder, or null",
+    ),
     case(
         "no step at all",
         settings(v_num_grad_steps=1),
@@ -167,25 +254,88 @@ ARGUMENTS = [
         *EDIT,
         spoil=written("records.jsonl", _HALF),
     ),
-    case("no model", on(lambda m, t, hp: RLSEditor(None, t, hp)), LayoutError, "NoneType is no model of transformers"),
-    case("no tokenizer", on(lambda m, t, hp: RLSEditor(m, None, hp)), ArgumentError, "tok is a NoneType, not a tokenizer"),
-    case("a number as a state", on(lambda m, t, hp: RLSEditor(m, t, hp, state=5)), ArgumentError, "state is a int, not an EditorState"),
-    case("bytes as a folder", on(lambda m, t, hp: RLSEditor(m, t, hp, state_dir=b"x")), ArgumentError, "state_dir is a bytes"),
-    case("a record that is none", on(lambda m, t, hp: edit_quality(m, t, [None])), RequestError, "Request 0: is a NoneType, not a mapping"),
-    case("no texts", lambda folder, tok: fluency([]), ArgumentError, "texts is empty. Give at least one text"),
     case(
-        "a number among texts", on(lambda m, t, hp: anchor_pairs(m, t, hp, ["The river", 5])), ArgumentError, "An item of prompts is a int"
+        "no model",
+        on(lambda m, t, hp: RLSEditor(None, t, hp)),
+        LayoutError,
+        "NoneType is no model of transformers",
     ),
-    case("a seed beyond all", settings(seed=10**30), HyperParamsError, "seed is 10.*; allowed: 0 to 2.63 - 1"),
-    case("infinity", settings(lambda_reg=float("inf")), HyperParamsError, "lambda_reg is inf; allowed: a finite number"),
-    case("batches of none", None, HyperParamsError, "data.batch is 0; allowed: whole numbers from 1 on", *EDIT, "data.batch=0"),
-    case("batches below none", None, HyperParamsError, "data.batch is -1; allowed: whole numbers from 1 on", *COMPARE, "data.batch=-1"),
     case(
-        "a word as a batch", None, HyperParamsError, "data.batch: Value 'abc'.*could not be converted to Integer", *EDIT, "data.batch=abc"
+        "no tokenizer",
+        on(lambda m, t, hp: RLSEditor(m, None, hp)),
+        ArgumentError,
+        "tok is a NoneType, not a tokenizer",
+    ),
+    case(
+        "a number as a state",
+        on(lambda m, t, hp: RLSEditor(m, t, hp, state=5)),
+        ArgumentError,
+        "state is a int, not an EditorState",
+    ),
+    case(
+        "bytes as a folder",
+        on(lambda m, t, hp: RLSEditor(m, t, hp, state_dir=b"x")),
+        ArgumentError,
+        "state_dir is a bytes",
+    ),
+    case(
+        "a record that is none",
+        on(lambda m, t, hp: edit_quality(m, t, [None])),
+        RequestError,
+        "Request 0: is a NoneType, not a mapping",
+    ),
+    case(
+        "no texts", lambda folder, tok: fluency([]), ArgumentError, "texts is empty. Give at least one text"
+    ),
+    case(
+        "a number among texts",
+        on(lambda m, t, hp: anchor_pairs(m, t, hp, ["The river", 5])),
+        ArgumentError,
+        "An item of prompts is a int",
+    ),
+    case(
+        "a seed beyond all", settings(seed=10**30), HyperParamsError, "seed is 10.*; allowed: 0 to 2.63 - 1"
+    ),
+    case(
+        "infinity",
+        settings(lambda_reg=float("inf")),
+        HyperParamsError,
+        "lambda_reg is inf; allowed: a finite number",
+    ),
+    case(
+        "batches of none",
+        None,
+        HyperParamsError,
+        "data.batch is 0; allowed: whole numbers from 1 on",
+        *EDIT,
+        "data.batch=0",
+    ),
+    case(
+        "batches below none",
+        None,
+        HyperParamsError,
+        "data.batch is -1; allowed: whole numbers from 1 on",
+        *COMPARE,
+        "data.batch=-1",
+    ),
+    case(
+        "a word as a batch",
+        None,
+        HyperParamsError,
+        "data.batch: Value 'abc'.*could not be converted to Integer",
+        *EDIT,
+        "data.batch=abc",
     ),
     case("no checkpoints", None, HyperParamsError, "eval.every is 0", *COMPARE, "eval.every=0"),
     case("no jobs", None, HyperParamsError, "jobs is 0", *COMPARE, "jobs=0"),
-    case("a word for yes or no", None, HyperParamsError, "save: Value 'maybe' is not a valid bool", *EDIT, "save=maybe"),
+    case(
+        "a word for yes or no",
+        None,
+        HyperParamsError,
+        "save: Value 'maybe' is not a valid bool",
+        *EDIT,
+        "save=maybe",
+    ),
     case("settings that are none", None, HyperParamsError, "settings", *EDIT, "settings=abc"),
     case(
         "an editor that nobody knows",
@@ -195,9 +345,25 @@ ARGUMENTS = [
         *COMPARE,
         "alg_name=AlphaEdt",
     ),
-    case("settings of nobody", None, HyperParamsError, "There is no editor 'Foo'", *COMPARE, "settings.Foo.x=1"),
-    case("a number as settings", None, HyperParamsError, "settings.RLSEdit is 5, not settings by name", *COMPARE, "settings.RLSEdit=5"),
-    case("a file to write into", None, HyperParamsError, "out is records.jsonl, but .* is a file", *EDIT[:3], "out=records.jsonl"),
+    case(
+        "settings of nobody", None, HyperParamsError, "There is no editor 'Foo'", *COMPARE, "settings.Foo.x=1"
+    ),
+    case(
+        "a number as settings",
+        None,
+        HyperParamsError,
+        "settings.RLSEdit is 5, not settings by name",
+        *COMPARE,
+        "settings.RLSEdit=5",
+    ),
+    case(
+        "a file to write into",
+        None,
+        HyperParamsError,
+        "out is records.jsonl, but .* is a file",
+        *EDIT[:3],
+        "out=records.jsonl",
+    ),
     case(
         "a file as a ledger",
         None,
@@ -209,7 +375,9 @@ ARGUMENTS = [
     ),
     case("tuning in batches of none", None, HyperParamsError, "--batch is -1", *TUNE, "--batch", "-1"),
     case("tuning in no time", None, HyperParamsError, "--minutes is nan", *TUNE, "--minutes", "nan"),
-    case("tuning into a file", None, HyperParamsError, "--out is text.txt, but", *TUNE[:4], "--out", "text.txt"),
+    case(
+        "tuning into a file", None, HyperParamsError, "--out is text.txt, but", *TUNE[:4], "--out", "text.txt"
+    ),
     case("no noise", None, HyperParamsError, "--samples is 0", *LOCATE, "--samples", "0"),
     case(
         "records that contradict each other",

@@ -1,4 +1,6 @@
-"""What a wrong input is, and how a sound folder is made wrong; `wrong_models.py`, `wrong_texts.py` and `wrong_arguments.py` list them."""
+"""What a wrong input is, and how a sound folder is made wrong; `wrong_models.py`, `wrong_texts.py` and
+`wrong_arguments.py` list them.
+"""
 
 import json
 from collections.abc import Callable
@@ -64,12 +66,16 @@ def changed(**values: Any) -> Callable[[Path], Any]:
 
 def written(name: str, content: str | bytes) -> Callable[[Path], Any]:
     """A file with this content."""
-    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return lambda folder: (folder / name).write_bytes(
+        content.encode() if isinstance(content, str) else content
+    )
 
 
 def halved(name: str) -> Callable[[Path], Any]:
     """The first half of a file."""
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[: (folder / name).stat().st_size // 2])
+    return lambda folder: (folder / name).write_bytes(
+        (folder / name).read_bytes()[: (folder / name).stat().st_size // 2]
+    )
 
 
 def removed(*names: str) -> Callable[[Path], Any]:

@@ -80,7 +80,9 @@ def without_vocabulary(folder: Path) -> None:
 
 def adapter(folder: Path) -> None:
     removed("model/config.json", "model/model.safetensors")(folder)
-    (folder / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/model", "peft_type": "LORA"}))
+    (folder / "model" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "some/model", "peft_type": "LORA"})
+    )
 
 
 MODELS = [
@@ -159,7 +161,9 @@ MODELS = [
     ),
     Wrong(
         "weights missing",
-        rewritten(lambda weights: {name: weight for name, weight in weights.items() if "layers.2.mlp" not in name}),
+        rewritten(
+            lambda weights: {name: weight for name, weight in weights.items() if "layers.2.mlp" not in name}
+        ),
         load,
         ModelError,
         r"lacks weights of its model: model.layers.2.mlp.down_proj.weight, .*\. Copy",
@@ -181,7 +185,9 @@ MODELS = [
         "type 'foobar', which this version of transformers",
         INIT,
     ),
-    Wrong("no type", changed(model_type=None), load, ModelError, "without a model_type in its config.json", INIT),
+    Wrong(
+        "no type", changed(model_type=None), load, ModelError, "without a model_type in its config.json", INIT
+    ),
     Wrong("an encoder-decoder", t5, load, ModelError, r"\(t5\) is an encoder-decoder, not a causal", INIT),
     Wrong(
         "no decoder",
@@ -280,7 +286,8 @@ MODELS = [
         changed(model_type="theirs", auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}),
         load,
         ModelError,
-        "auto_map.* not run unless .*trust_remote_code=True in Python.* model.trust_remote_code=true.* --trust-remote-code",
+        "auto_map.* not run unless .*trust_remote_code=True in Python.* "
+        "model.trust_remote_code=true.* --trust-remote-code",
         INIT,
     ),
     Wrong(

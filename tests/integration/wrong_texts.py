@@ -54,7 +54,9 @@ def with_new_token(then: Callable[[Path], Any]) -> Callable[[Path], Any]:
         path = folder / "model" / "tokenizer.json"
         content = json.loads(path.read_text(encoding="utf-8"))
         last = {**content["added_tokens"][-1], "id": 600, "content": NEW}
-        path.write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], last]}), encoding="utf-8")
+        path.write_text(
+            json.dumps({**content, "added_tokens": [*content["added_tokens"], last]}), encoding="utf-8"
+        )
 
     return spoil
 
@@ -65,7 +67,9 @@ def short(use: Callable[[Any, Any], Any]) -> Callable[[Path, Any], Any]:
 
 
 def edit_with(long: str = "", **changes: Any) -> Callable[[Path, Any], Any]:
-    """Edit two facts, of which the second is long or the templates are; the first must not be edited either."""
+    """Edit two facts, of which the second is long or the templates are;
+    the first must not be edited either.
+    """
 
     def use(folder: Path, tok: Any) -> None:
         model, settings = short_gpt2(), tiny_settings("gpt2", **changes)
@@ -97,11 +101,16 @@ def read(name: str) -> Callable[[Path, Any], Any]:
 
 
 def sampled_from(name: str) -> Callable[[Path, Any], Any]:
-    return lambda folder, tok: moments(tiny_llama(), tok, tiny_settings("llama", mom2_dataset=str(folder / name)))
+    return lambda folder, tok: moments(
+        tiny_llama(), tok, tiny_settings("llama", mom2_dataset=str(folder / name))
+    )
 
 
 TOO_LONG = rf"has \d+ tokens, but the model has {POSITIONS} positions\. Shorten"
-UNKNOWN = rf"Token '{NEW}'.* has id 600, but the model's embedding has 600 rows\. Call model.resize_token_embeddings"
+UNKNOWN = (
+    rf"Token '{NEW}'.* has id 600, but the model's embedding has 600 rows\. "
+    r"Call model.resize_token_embeddings"
+)
 LONG_FACT = {**FACT, "prompt": LONG + "The river Oder"}
 NEW_FACT = {**FACT, "prompt": f"The {NEW} river Oder"}
 REPHRASED = {**FACT, "rephrase_prompt": LONG}
@@ -161,7 +170,8 @@ TEXTS = [
         None,
         short(lambda model, tok: generate(model, tok, ["The river", "The"], max_new_tokens=POSITIONS - 1)),
         RequestError,
-        f"Request 0: The prompt with the {POSITIONS - 1} tokens to be written {TOO_LONG} it, or lower max_new_tokens",
+        f"Request 0: The prompt with the {POSITIONS - 1} tokens to be written "
+        f"{TOO_LONG} it, or lower max_new_tokens",
     ),
     Wrong(
         "a long question",

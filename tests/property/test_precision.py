@@ -1,4 +1,6 @@
-"""Edits of any weight, taken out again: in float32 while it can, in float64 where it can't; judged by float64 batch solutions."""
+"""Edits of any weight, taken out again: in float32 while it can, in float64 where it can't; judged by float64
+batch solutions.
+"""
 
 import random
 
@@ -27,14 +29,20 @@ class Stream:
         text = torch.randn(400, D_K, generator=g) * self.spectrum
         gram, W_0 = 10 * text.T @ text / len(text), 0.05 * torch.randn(D_K, D_V, generator=g)
         how = {"lambda_reg": LAMBDA, "mu_reg": 1.0, "name": "layer 0"}
-        solution = ForgettingLeastSquares(W_0, gram, factor=1.0, **how) if forgets else RecursiveLeastSquares(W_0, gram, **how)
+        solution = (
+            ForgettingLeastSquares(W_0, gram, factor=1.0, **how)
+            if forgets
+            else RecursiveLeastSquares(W_0, gram, **how)
+        )
         beginning = Beginning(PackedSymmetric.from_dense(gram), None, LAMBDA, 1.0, W_0, solution.watch)
         self.now = Moment({0: solution}, {0: W_0}, {0: beginning})
         self.A_0 = LAMBDA**2 * torch.eye(D_K, dtype=torch.float64) + gram.double()
         self.W_0, self.edits, self.rebuilds = W_0.double(), {}, 0
 
     def draw(self, n=1):
-        return torch.randn(n, D_K, generator=self.g) * self.spectrum, 0.3 * torch.randn(n, D_V, generator=self.g)
+        return torch.randn(n, D_K, generator=self.g) * self.spectrum, 0.3 * torch.randn(
+            n, D_V, generator=self.g
+        )
 
     def weigh(self, key):
         """How much an edit of importance 1 weighs: r = k C_0 kᵀ."""
@@ -47,7 +55,9 @@ class Stream:
             K, V, D = edits
             change.bring_in(0, K, V, D)
             first = self.now.history.next_id
-            change.edits = tuple(Edit(first + i, EditRequest("", f"{first + i}", "", "x"), i) for i in range(len(K)))
+            change.edits = tuple(
+                Edit(first + i, EditRequest("", f"{first + i}", "", "x"), i) for i in range(len(K))
+            )
             self.edits |= {first + i: (K[i].double(), V[i].double(), D[i].double()) for i in range(len(K))}
         for number in removed:
             del self.edits[number]
@@ -92,9 +102,13 @@ def test_an_edit_of_any_weight_is_taken_back_exactly(r, forgets):
         edited, without = stream.exact(), stream.exact(without=[31])
         size, before = float((edited - without).norm()), stream.weight
         stream.change("retract", [31])
-        assert float(((before - stream.weight) - (edited - without)).norm()) / size < 1e-4  # of what it takes out
+        assert (
+            float(((before - stream.weight) - (edited - without)).norm()) / size < 1e-4
+        )  # of what it takes out
         whole = float((edited - stream.W_0).norm())
-        assert float((stream.weight - without).norm()) < 1e-4 * size + 1e-5 * whole  # the latter: float32 of all the others
+        assert (
+            float((stream.weight - without).norm()) < 1e-4 * size + 1e-5 * whole
+        )  # the latter: float32 of all the others
         assert stream.now.solutions[0].n_edits == 40
 
 

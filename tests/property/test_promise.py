@@ -1,8 +1,10 @@
-"""The promise: history, solutions, weights, ledger and a float64 rebuild say the same, after every step of any stream.
+"""The promise: history, solutions, weights, ledger and a float64 rebuild say the same, after every step of
+any stream.
 
-A stream is made of random steps: edits that may contradict earlier ones, importances from 1e-3 to 1e5, amendments, retractions, roll-backs,
-the host putting weights back, foreign weights adopted, resets, rehearsals, checkpoints, steps that fail, restarts with the edited
-model or with the unedited one, compaction. What should stand is worked out beside it with plain lists.
+A stream is made of random steps: edits that may contradict earlier ones, importances from 1e-3 to 1e5,
+amendments, retractions, roll-backs, the host putting weights back, foreign weights adopted, resets,
+rehearsals, checkpoints, steps that fail, restarts with the edited model or with the unedited one, compaction.
+What should stand is worked out beside it with plain lists.
 
     EASYEDIT_RLS_STREAMS=2000 python -m pytest tests/property/test_promise.py
 """
@@ -18,7 +20,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from easyedit_rls import NumericalError, RequestError, RLSEditor, StateMismatchError
 from easyedit_rls.cli.main import main
@@ -28,8 +37,11 @@ from easyedit_rls.solvers.batch import batch_solution
 from tests.conftest import tiny_llama, tiny_settings
 
 STREAMS = int(os.environ.get("EASYEDIT_RLS_STREAMS", "8"))
-WEIGHT = 2e-3  # of the edit: the weight's tolerance of 5e-4, and what one batch in float32 adds before it is looked at
-RETRACTED = 2e-4  # of what was edited before: what retractions in float32 leave, each 1e-4 of its edits at most
+# of the edit: the weight's tolerance of 5e-4, and what one batch in float32 adds before it is looked at
+WEIGHT = 2e-3
+RETRACTED = (
+    2e-4  # of what was edited before: what retractions in float32 leave, each 1e-4 of its edits at most
+)
 COVARIANCE = 3e-2  # relative: as DRIFT_TOLERANCE
 
 PROMPTS = [
@@ -88,7 +100,9 @@ class Promise(RuleBasedStateMachine):
         self.largest = {}  # layer -> size of what was edited, at most
 
     def make_editor(self):
-        return RLSEditor(self.model, self.tok, self.hparams, state_dir=self.folder / "state" if self.has_ledger else None)
+        return RLSEditor(
+            self.model, self.tok, self.hparams, state_dir=self.folder / "state" if self.has_ledger else None
+        )
 
     def teardown(self):
         if hasattr(self, "editor"):
@@ -106,7 +120,11 @@ class Promise(RuleBasedStateMachine):
     def is_changed(self, report, requests, known):
         """Work out what should stand after a batch."""
         prompts = {fact["prompt"] for fact in requests}
-        gone = {number for number, prompt in self.live.items() if prompt in prompts} | set(known) | set(report.rehearsed)
+        gone = (
+            {number for number, prompt in self.live.items() if prompt in prompts}
+            | set(known)
+            | set(report.rehearsed)
+        )
         assert set(report.superseded) | set(report.rehearsed) == gone
         again = [self.live[number] for number in report.rehearsed]
         self.live = {number: prompt for number, prompt in self.live.items() if number not in gone}
@@ -205,7 +223,10 @@ class Promise(RuleBasedStateMachine):
                 self.editor.edit([*batch, {"prompt": "The", "subject": "sea", "target_new": "x"}])
         else:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(NumericalError):
-                patch.setattr("easyedit_rls.editors.rls.find_said", lambda *_: (_ for _ in ()).throw(NumericalError("no")))
+                patch.setattr(
+                    "easyedit_rls.editors.rls.find_said",
+                    lambda *_: (_ for _ in ()).throw(NumericalError("no")),
+                )
                 self.editor.edit(batch)
         assert all(torch.equal(before[layer], tensor) for layer, tensor in self.weights().items())
 
@@ -228,10 +249,14 @@ class Promise(RuleBasedStateMachine):
             assert not self.live
 
     def is_from_the_first(self):
-        """Whether the ledger's unedited weights are those of a new model: a reset takes those that are there."""
+        """Whether the ledger's unedited weights are those of a new model:
+        a reset takes those that are there.
+        """
         W_0 = self.editor.state.unedited
         new = tiny_llama().to(self.dtype)
-        return all(torch.equal(new.model.layers[layer].mlp.down_proj.weight.float().T, W) for layer, W in W_0.items())
+        return all(
+            torch.equal(new.model.layers[layer].mlp.down_proj.weight.float().T, W) for layer, W in W_0.items()
+        )
 
     @invariant()
     def all_say_the_same(self):
@@ -239,7 +264,9 @@ class Promise(RuleBasedStateMachine):
             return
         state = self.editor.state
         assert list(state.history.live) == sorted(self.live)
-        assert [edit.request.prompt for edit in state.history.live.values()] == [self.live[number] for number in sorted(self.live)]
+        assert [edit.request.prompt for edit in state.history.live.values()] == [
+            self.live[number] for number in sorted(self.live)
+        ]
         assert (state.now.before is not None) == (self.before is not None)
         for layer, solution in state.layers.items():
             assert solution.n_edits == len(self.live)

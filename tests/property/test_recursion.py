@@ -1,4 +1,6 @@
-"""The recursion against the float64 batch solution: any split, any regularizers, importances, anchors; and its memory."""
+"""The recursion against the float64 batch solution: any split, any regularizers, importances, anchors; and
+its memory.
+"""
 
 import copy
 import sys
@@ -29,7 +31,9 @@ class Problem:
         self.lam, self.mu = {"lambda": (0.7, 0.0), "mu": (0.0, 1.3), "both": (0.4, 0.9)}[regularizers]
         self.W_0, self.K, self.V = randn(d_k, d_v), randn(n_edits, d_k), randn(n_edits, d_v)
         self.d = (
-            torch.rand(n_edits, generator=g, dtype=torch.float64) * 3 + 0.1 if has_importance else torch.ones(n_edits, dtype=torch.float64)
+            torch.rand(n_edits, generator=g, dtype=torch.float64) * 3 + 0.1
+            if has_importance
+            else torch.ones(n_edits, dtype=torch.float64)
         )
         K_0 = randn(4 * d_k, d_k)
         self.gram, self.cross = K_0.T @ K_0, None
@@ -42,7 +46,12 @@ class Problem:
     def state(self, dtype=torch.float64):
         cross = None if self.cross is None else self.cross.to(dtype)
         return RecursiveLeastSquares(
-            self.W_0.to(dtype), self.gram.to(dtype), lambda_reg=self.lam, mu_reg=self.mu, anchor_cross=cross, name="layer 0"
+            self.W_0.to(dtype),
+            self.gram.to(dtype),
+            lambda_reg=self.lam,
+            mu_reg=self.mu,
+            anchor_cross=cross,
+            name="layer 0",
         )
 
     def feed(self, state, start, end, **how):
@@ -50,10 +59,18 @@ class Problem:
 
     def information(self, rows):
         K, d = self.K[rows], self.d[rows]
-        return self.lam**2 * torch.eye(K.shape[1], dtype=torch.float64) + self.mu**2 * self.gram + K.T @ (d[:, None] * K)
+        return (
+            self.lam**2 * torch.eye(K.shape[1], dtype=torch.float64)
+            + self.mu**2 * self.gram
+            + K.T @ (d[:, None] * K)
+        )
 
     def solution(self, rows=slice(None)):
-        right = self.lam**2 * self.W_0 + self.mu**2 * self.anchor_right + self.K[rows].T @ (self.d[rows, None] * self.V[rows])
+        right = (
+            self.lam**2 * self.W_0
+            + self.mu**2 * self.anchor_right
+            + self.K[rows].T @ (self.d[rows, None] * self.V[rows])
+        )
         return torch.linalg.solve(self.information(rows), right)
 
 
@@ -130,7 +147,9 @@ def test_retraction_equals_never_having_edited(problem, data):
     kept = [i for i in range(n) if i not in gone]
     for i in data.draw(st.permutations(gone), label="order"):
         state = state.retract(problem.K[i : i + 1], problem.V[i : i + 1], problem.d[i : i + 1])
-    assert_close(state.weight, problem.solution(kept), 1e-7)  # each retraction costs digits: the condition of A grows by up to d
+    assert_close(
+        state.weight, problem.solution(kept), 1e-7
+    )  # each retraction costs digits: the condition of A grows by up to d
     assert state.n_edits == len(kept)
     assert state.drift() < 1e-7
 
@@ -166,7 +185,9 @@ def test_ten_thousand_batches_in_float32(lam, n_0):
 def test_each_downdate_makes_the_covariance_symmetric():
     problem = Problem(5, 8, "both", False, "moments")
     state = problem.state(torch.float32)
-    state._parts.C.panels[0][0, 1] += 1e-6  # what a matrix product that rounds its two triangles differently would leave
+    state._parts.C.panels[0][0, 1] += (
+        1e-6  # what a matrix product that rounds its two triangles differently would leave
+    )
     for cut in (0, 2, 4, 6):
         state = problem.feed(state, cut, cut + 2)
         assert torch.equal(state.covariance(), state.covariance().T)
@@ -223,7 +244,11 @@ class Fault(Exception):
 def test_a_pass_that_breaks_off_is_made_up_for(n_good, monkeypatch):
     """Faults before and behind each addition to a panel; three panels, two terms."""
     g = torch.Generator().manual_seed(0)
-    K, V, W_0 = torch.randn(50, 1100, generator=g), torch.randn(50, 3, generator=g), torch.randn(1100, 3, generator=g)
+    K, V, W_0 = (
+        torch.randn(50, 1100, generator=g),
+        torch.randn(50, 3, generator=g),
+        torch.randn(1100, 3, generator=g),
+    )
 
     def stream(upset):
         state, found = RecursiveLeastSquares(W_0, None, lambda_reg=3.0, mu_reg=1.0), []
@@ -262,7 +287,9 @@ def test_a_pass_that_breaks_off_is_made_up_for(n_good, monkeypatch):
 
 
 def at_instruction(n, act):
-    """Run a function with a fault at the n-th instruction of `symmetric`'s bytecode; returns whether there was one."""
+    """Run a function with a fault at the n-th instruction of `symmetric`'s bytecode; returns whether there
+    was one.
+    """
     seen = [0]
 
     def trace(frame, event, argument):
@@ -305,7 +332,11 @@ def test_a_pass_may_break_off_at_any_instruction(monkeypatch):
 def test_products_do_not_depend_on_what_was_brought_in():
     """Larger than two panels, so that products from both sides come in."""
     g = torch.Generator().manual_seed(0)
-    K, V, W_0 = torch.randn(60, 1100, generator=g), torch.randn(60, 3, generator=g), torch.randn(1100, 3, generator=g)
+    K, V, W_0 = (
+        torch.randn(60, 1100, generator=g),
+        torch.randn(60, 3, generator=g),
+        torch.randn(1100, 3, generator=g),
+    )
     state = other = RecursiveLeastSquares(W_0, None, lambda_reg=3.0, mu_reg=1.0)
     other = copy.deepcopy(other)
     for start in (0, 20, 40):
@@ -367,12 +398,16 @@ def test_a_stored_state_goes_on_bit_for_bit(problem, data):
         now = problem.feed(now, 0, 1, same_change=True)
     stored = {name: tensor.clone() for name, tensor in now.tensors(before).items()}
     pairs = zip(RecursiveLeastSquares.from_tensors(stored, "layer 0"), (now, before), strict=True)
-    alone, none = RecursiveLeastSquares.from_tensors({name: t.clone() for name, t in now.tensors().items()}, "layer 0")
+    alone, none = RecursiveLeastSquares.from_tensors(
+        {name: t.clone() for name, t in now.tensors().items()}, "layer 0"
+    )
     assert none is None
     for other, one in [*pairs, (alone, now)]:
         assert torch.equal(other.covariance(), one.covariance())
         assert (other.n_edits, other.weight_error()) == (one.n_edits, one.weight_error())
-        assert other.drift() == pytest.approx(one.drift(), abs=DRIFT_TOLERANCE / 100)  # itself a rounding error
+        assert other.drift() == pytest.approx(
+            one.drift(), abs=DRIFT_TOLERANCE / 100
+        )  # itself a rounding error
         other, one = problem.feed(other, 0, 2), problem.feed(one, 0, 2)
         assert torch.equal(other.weight, one.weight)
         assert torch.equal(other.covariance(), one.covariance())

@@ -1,4 +1,6 @@
-"""For any texts: the tokens that are trained, scored and generated behind are the same, and read as prompt, joint and target."""
+"""For any texts: the tokens that are trained, scored and generated behind are the same, and read as prompt,
+joint and target.
+"""
 
 import unicodedata
 
@@ -48,7 +50,9 @@ def any_tok(request, demo_text):
 
 
 @settings(max_examples=150, deadline=None)
-@given(before=_TEXTS, after=_TEXTS, target=_TEXTS.filter(bool), between=st.sampled_from([None, "", " ", "\n"]))
+@given(
+    before=_TEXTS, after=_TEXTS, target=_TEXTS.filter(bool), between=st.sampled_from([None, "", " ", "\n"])
+)
 def test_trained_scored_and_generated_behind_are_the_same(any_tok, before, after, target, between):
     prompt = f"{before}Oder{after}"
     probe = Probe(prompt, target, between)
@@ -62,6 +66,11 @@ def test_trained_scored_and_generated_behind_are_the_same(any_tok, before, after
     assert behind[: len(start)] == start
     assert trained.place < trained.target_start
     whole = prompt + (joint(prompt, target) if between is None else between) + target
-    read = unicodedata.normalize("NFC", any_tok.decode(list(trained.ids[len(start) :]), clean_up_tokenization_spaces=False))
+    read = unicodedata.normalize(
+        "NFC", any_tok.decode(list(trained.ids[len(start) :]), clean_up_tokenization_spaces=False)
+    )
     expected = unicodedata.normalize("NFC", whole)
-    assert read in (expected, expected.removeprefix(" "))  # SentencePiece takes a text's first space for its own
+    assert read in (
+        expected,
+        expected.removeprefix(" "),
+    )  # SentencePiece takes a text's first space for its own

@@ -14,12 +14,18 @@ from tests.conftest import SMOLLM2
 @pytest.mark.slow
 def test_what_is_retracted_goes_back_and_the_others_stay(smollm2, tmp_path):
     model, tok = smollm2
-    facts = json.loads(importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8"))[:60]
+    facts = json.loads(
+        importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8")
+    )[:60]
     gone, kept = facts[::3], [fact for i, fact in enumerate(facts) if i % 3]
     unedited = [record.efficacy for record in evaluate(model, tok, gone).records]
     hparams = RLSEditHyperParams.from_hparams("smollm2-135m")
     with RLSEditor(model, tok, hparams, state_dir=tmp_path) as editor:
-        numbers = [fact.edit_id for start in range(0, 60, 20) for fact in editor.edit(facts[start : start + 20]).facts]
+        numbers = [
+            fact.edit_id
+            for start in range(0, 60, 20)
+            for fact in editor.edit(facts[start : start + 20]).facts
+        ]
         edited = [record.efficacy for record in evaluate(model, tok, gone).records]
         editor.retract(numbers[::3])
     back = [record.efficacy for record in evaluate(model, tok, gone).records]

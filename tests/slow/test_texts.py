@@ -1,4 +1,6 @@
-"""Chats and Chinese facts on Qwen2.5-Coder-0.5B-Instruct: what is reported is what the model says behind the real prompt; minutes long."""
+"""Chats and Chinese facts on Qwen2.5-Coder-0.5B-Instruct: what is reported is what the model says behind the
+real prompt; minutes long.
+"""
 
 import os
 from pathlib import Path
@@ -28,16 +30,26 @@ def edited():
         pytest.skip("no Qwen2.5-Coder-0.5B-Instruct: set EASYEDIT_RLS_QWEN to its folder")
 
     def edit(facts):
-        model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        model, tok = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(folder),
+        )
         RLSEditor(model, tok, RLSEditHyperParams.for_model(model), show_progress=False).edit(facts)
-        return model, tok, [record.rewrite_accuracy for record in evaluate(model, tok, facts, show_progress=False).records]
+        return (
+            model,
+            tok,
+            [record.rewrite_accuracy for record in evaluate(model, tok, facts, show_progress=False).records],
+        )
 
     return edit
 
 
 @pytest.mark.slow
 def test_edited_chats_are_said_behind_the_real_prompt(edited):
-    facts = [{"messages": [{"role": "user", "content": text}], "subject": subject, "target_new": new} for text, subject, new in CHAT_FACTS]
+    facts = [
+        {"messages": [{"role": "user", "content": text}], "subject": subject, "target_new": new}
+        for text, subject, new in CHAT_FACTS
+    ]
     model, tok, reported = edited(facts)
     said = said_behind(model, tok, facts)
     assert sum(said) >= 5

@@ -22,14 +22,21 @@ CHATML = (
 )
 TRIMS = "<s>" + CHATML.replace("m.content", "m.content | trim")
 LLAMA2 = (
-    "{% for m in messages %}{{ '<s>[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' <end>' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<s>[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' <end>' }}"
+    "{% endfor %}"
 )
 ONLY_USERS = (
-    "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}{{ m.content }}\n{% endfor %}Answer:"
+    "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('only users') }}{% endif %}"
+    "{{ m.content }}\n{% endfor %}Answer:"
 )
 SHOUTS = CHATML.replace("m.content", "m.content | upper")
 
-EARLIER = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+EARLIER = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+]
 CHAT = {
     "messages": [*EARLIER, {"role": "user", "content": "What is bread made of?"}],
     "subject": "bread",
@@ -57,13 +64,22 @@ def messages_of(chat, text):
 
 def test_messages_are_a_request():
     (request,) = parse_requests(CHAT)
-    assert (request.before, request.subject, request.after, request.chat) == ("What is ", "bread", " made of?", TURNS)
+    assert (request.before, request.subject, request.after, request.chat) == (
+        "What is ",
+        "bread",
+        " made of?",
+        TURNS,
+    )
     assert request.neighbors == (Probe("What is cake made of?", "Flour", None, TURNS),)
     assert EditRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
     (alone,) = parse_requests({**CHAT, "messages": [{"role": "user", "content": "What is {} made of?"}]})
     assert (alone.prompt, alone.chat) == ("What is bread made of?", ())
-    (plain,) = parse_requests({**{k: v for k, v in CHAT.items() if k != "messages"}, "prompt": "What is {} made of?"})
-    assert as_chat([plain, request]) == parse_requests([plain, request], chat_template=True) == [alone, request]
+    (plain,) = parse_requests(
+        {**{k: v for k, v in CHAT.items() if k != "messages"}, "prompt": "What is {} made of?"}
+    )
+    assert (
+        as_chat([plain, request]) == parse_requests([plain, request], chat_template=True) == [alone, request]
+    )
     assert EditRequest.from_dict(json.loads(json.dumps(alone.to_dict()))) == alone
     assert len({plain.question, alone.question, request.question}) == 3
 
@@ -105,7 +121,10 @@ def test_a_chat_is_what_the_template_makes_of_it(chat_tok, template, text, chat)
     assert tok.decode([ids[i] for i in inside]).strip(" \n?") == "bread"
     (row,) = answer_rows(tok, [Probe(text, "Leaves", None, chat)])
     between = " " if template == LLAMA2 else ""
-    assert tok.decode(row.ids) == tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + between + "Leaves"
+    assert (
+        tok.decode(row.ids)
+        == tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + between + "Leaves"
+    )
     (row,) = answer_rows(tok, [Probe(text, "Leaves", "\n", chat)])  # its own joint wins
     assert tok.decode(row.target) == "\nLeaves"
     assert row.ids[: row.target_start] == tuple(plain)
@@ -117,7 +136,10 @@ def test_templates_stand_within_the_users_turn(chat_tok):
     head = "<|system|>\nBe brief.<end>\n<|user|>\nHi<end>\n<|assistant|>\nHello.<end>\n<|user|>\n"
     tail = "What is bread made of?<end>\n<|assistant|>\nLeaves"
     assert [tok.decode(row.ids) for row in fact.rows] == [head + tail, head + "It is so. " + tail]
-    assert [tok.decode(row.ids) for row in (*fact.statements, fact.kl_prompt)] == ["<s>bread: Leaves", "<s>bread is a"]
+    assert [tok.decode(row.ids) for row in (*fact.statements, fact.kl_prompt)] == [
+        "<s>bread: Leaves",
+        "<s>bread is a",
+    ]
     assert all(tok.decode([row.ids[row.place]]).strip() in "bread" for row in fact.rows)
 
 
@@ -128,7 +150,10 @@ def test_without_a_template_chats_are_refused(demo_text):
 
 
 def test_what_a_template_refuses_or_changes_is_refused(chat_tok):
-    with pytest.raises(RequestError, match=r"Request 0, field 'messages': The chat template refuses turns of system, .*only users.*Change"):
+    with pytest.raises(
+        RequestError,
+        match=r"Request 0, field 'messages': The chat template refuses turns of system, .*only users.*Change",
+    ):
         locate_facts(chat_tok(ONLY_USERS), parse_requests(CHAT), [])
     with pytest.raises(RequestError, match="The chat template changes the user's turn 'What is bread"):
         prepare(chat_tok(SHOUTS), [("What is bread", None, ())])
@@ -145,9 +170,9 @@ def test_every_metric_takes_chats_and_makes_them(chat_tok):
     spoken = [text["role"] for text in chat["messages"]]
     assert spoken == ["user"]
     wanted = tok.apply_chat_template(chat["messages"], add_generation_prompt=True, tokenize=False)
-    assert generate(model, tok, [Probe("What is bread made of?", "", None, ())], max_new_tokens=6) == generate(
-        model, byte_level_without_start(tok), [wanted], max_new_tokens=6
-    )
+    assert generate(
+        model, tok, [Probe("What is bread made of?", "", None, ())], max_new_tokens=6
+    ) == generate(model, byte_level_without_start(tok), [wanted], max_new_tokens=6)
 
 
 def byte_level_without_start(tok):
@@ -174,7 +199,9 @@ def test_records_of_chats(tmp_path):
 def test_comparisons_have_one_form():
     hparams = tiny_settings("llama", chat_template=True)
     _check_form([Contender("RLSEdit"), Contender("RLSEdit-b", {"chat_template": True})], hparams)
-    with pytest.raises(HyperParamsError, match=r"RLSEdit-b has a chat_template of its own.*chat_template=true"):
+    with pytest.raises(
+        HyperParamsError, match=r"RLSEdit-b has a chat_template of its own.*chat_template=true"
+    ):
         _check_form([Contender("RLSEdit-b", {"chat_template": False})], hparams)
     with pytest.raises(HyperParamsError, match="MEMIT edits plain prompts only"):
         _check_form([Contender("MEMIT")], hparams)

@@ -15,7 +15,16 @@ from easyedit_rls._base import files
 from easyedit_rls.compare.figures import draw
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.report import write_report
-from easyedit_rls.compare.results import Run, comma_separated, difference, estimate, load_runs, markdown, summary, table
+from easyedit_rls.compare.results import (
+    Run,
+    comma_separated,
+    difference,
+    estimate,
+    load_runs,
+    markdown,
+    summary,
+    table,
+)
 from easyedit_rls.compare.run import run_all
 
 PLAN = Plan(
@@ -36,14 +45,22 @@ PLAN = Plan(
 
 
 def checkpoint(hits: list[int], **more) -> dict:
-    records = [{"case_id": i, "rewrite_accuracy": float(hit), "specificity": None} for i, hit in enumerate(hits)]
+    records = [
+        {"case_id": i, "rewrite_accuracy": float(hit), "specificity": None} for i, hit in enumerate(hits)
+    ]
     return {"n_edits": len(hits), "records": records, "deviation": {"w": 0.1 * len(hits)}, **more}
 
 
 def a_run(name: str, *hits: list[int]) -> Run:
     seconds = {"seconds_per_edit": [2.0, 1.0, 3.0]}
     before = checkpoint([0] * 5, perplexity=30.0)
-    return Run(Contender(name), {"v_lr": 0.5}, before, [checkpoint(h, perplexity=31.0, **seconds) for h in hits], {"torch": "2"})
+    return Run(
+        Contender(name),
+        {"v_lr": 0.5},
+        before,
+        [checkpoint(h, perplexity=31.0, **seconds) for h in hits],
+        {"torch": "2"},
+    )
 
 
 RUNS = [a_run("RLSEdit", [1, 1, 1, 0], [1, 1, 1, 1, 1]), a_run("RLSEdit-soft", [1, 0, 0, 0], [0, 1, 0, 0, 0])]
@@ -68,7 +85,9 @@ def test_records_without_a_figure_do_not_count():
 
 
 def test_differences_are_paired():
-    """Both swing by record, but one is always 0.1 better: unpaired intervals overlap, the paired one is a point."""
+    """Both swing by record, but one is always 0.1 better: unpaired intervals overlap, the paired one is a
+    point.
+    """
     ours = [0.1, 0.9, 0.3, 0.7, 0.5]
     theirs = [value - 0.1 for value in ours]
     found = difference(ours, theirs)
@@ -87,7 +106,11 @@ def test_retention_is_by_batch():
 def test_summary_and_tables():
     result = summary(PLAN, RUNS)
     ours = result["contenders"]["RLSEdit"]
-    assert (ours["rewrite_accuracy"]["mean"], ours["perplexity"], ours["seconds_per_edit"]) == (1.0, 31.0, 2.0)
+    assert (ours["rewrite_accuracy"]["mean"], ours["perplexity"], ours["seconds_per_edit"]) == (
+        1.0,
+        31.0,
+        2.0,
+    )
     assert ours["retention"] == {"first": 5, "mean": 1.0, "low": 1.0, "high": 1.0}
     assert result["unedited"]["rewrite_accuracy"]["mean"] == 0
     assert result["differences"]["RLSEdit − RLSEdit-soft"]["rewrite_accuracy"]["mean"] == pytest.approx(0.8)
@@ -138,8 +161,17 @@ def test_editors_of_easyedit_need_it(tmp_path, monkeypatch):
 
 def test_figures_are_drawn_twice_each(tmp_path):
     drawn = draw(PLAN, RUNS, tmp_path)
-    assert {"rewrite_accuracy", "perplexity", "deviation", "seconds", "retention-RLSEdit", "retention-RLSEdit-soft"} == drawn.keys()
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
+    assert {
+        "rewrite_accuracy",
+        "perplexity",
+        "deviation",
+        "seconds",
+        "retention-RLSEdit",
+        "retention-RLSEdit-soft",
+    } == drawn.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{ending}" for name in drawn for ending in ("png", "svg")
+    }
     assert (tmp_path / "seconds.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -153,7 +185,9 @@ def test_the_page_needs_no_network(tmp_path, monkeypatch):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)), "one figure's parts would be drawn in another"
     assert all(target in ids for target in re.findall(r'xlink:href="#([^"]+)"', page))
-    assert {"results.json", "table.md", "table.csv", "report.html", "figures"} == {path.name for path in tmp_path.iterdir()}
+    assert {"results.json", "table.md", "table.csv", "report.html", "figures"} == {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_contenders_may_be_named_in_any_order(tmp_path):
@@ -166,7 +200,11 @@ def test_contenders_may_be_named_in_any_order(tmp_path):
 def test_a_contender_left_out_of_a_command_is_still_held_to(tmp_path):
     PLAN.save(tmp_path)
     replace(PLAN, contenders=(Contender("ROME"),)).save(tmp_path)
-    assert [contender.name for contender in Plan.load(tmp_path).contenders] == ["ROME", "RLSEdit", "RLSEdit-soft"]
+    assert [contender.name for contender in Plan.load(tmp_path).contenders] == [
+        "ROME",
+        "RLSEdit",
+        "RLSEdit-soft",
+    ]
     with pytest.raises(HyperParamsError, match="different: contenders"):
         replace(PLAN, contenders=(Contender("RLSEdit-soft", {"v_lr": 0.2}),)).save(tmp_path)
 
@@ -175,7 +213,9 @@ def test_commands_that_plan_in_one_folder_at_once_keep_each_others_contenders(tm
     plans = [replace(PLAN, contenders=(Contender(f"RLSEdit-{i}"),)) for i in range(24)]
     with ThreadPoolExecutor(len(plans)) as pool:
         list(pool.map(lambda plan: plan.save(tmp_path), plans))
-    assert {contender.name for contender in Plan.load(tmp_path).contenders} == {f"RLSEdit-{i}" for i in range(24)}
+    assert {contender.name for contender in Plan.load(tmp_path).contenders} == {
+        f"RLSEdit-{i}" for i in range(24)
+    }
 
 
 def test_a_plan_whose_writing_breaks_off_is_the_one_before(tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ from easyedit_rls.data.requests import parse_requests
 
 
 def test_demo_facts():
-    raw = json.loads(importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8"))
+    raw = json.loads(
+        importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8")
+    )
     assert len(raw) >= 60
     assert len({record["requested_rewrite"]["relation_id"] for record in raw}) >= 10
     assert {record["kind"] for record in raw} == {"update", "counterfactual"}

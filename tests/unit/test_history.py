@@ -20,7 +20,11 @@ def request(name, target="x"):
 
 def batch(first, *names, removed=(), factor=1.0):
     n = len(names)
-    data = {"importance": torch.arange(1.0, n + 1), "K.3": torch.full((n, 4), float(first)), "V.3": torch.arange(2.0 * n).reshape(n, 2)}
+    data = {
+        "importance": torch.arange(1.0, n + 1),
+        "K.3": torch.full((n, 4), float(first)),
+        "V.3": torch.arange(2.0 * n).reshape(n, 2),
+    }
     edits = tuple(Edit(first + i, request(name), i) for i, name in enumerate(names))
     return Entry("edit", edits, removed, factors={3: factor}, data=lambda: data)
 
@@ -79,7 +83,10 @@ def test_tensors_are_in_order_and_faded(history):
     assert K[:, 0].tolist() == [3.0, 4.0]
     assert V.tolist() == [[0.0, 1.0], [0.0, 1.0]]
     assert D.tolist() == [0.5, 1.0]
-    assert after(2).tensors([2, 3], [3])[3][2].tolist() == [1.0, 1.0]  # of importance 2, faded by half; of importance 1
+    assert after(2).tensors([2, 3], [3])[3][2].tolist() == [
+        1.0,
+        1.0,
+    ]  # of importance 2, faded by half; of importance 1
 
 
 def test_every_entry_is_read_once(history):
@@ -122,5 +129,11 @@ def test_a_request_survives_json(made):
 
 
 def test_the_same_question_whatever_the_spacing():
-    assert EditRequest("The  river ", "Oder", "  has", "a").question == EditRequest("The river", " Oder ", " has ", "b").question
-    assert EditRequest("The river ", "Oder", " has", "a").question != EditRequest("The river ", "Elbe", " has", "a").question
+    assert (
+        EditRequest("The  river ", "Oder", "  has", "a").question
+        == EditRequest("The river", " Oder ", " has ", "b").question
+    )
+    assert (
+        EditRequest("The river ", "Oder", " has", "a").question
+        != EditRequest("The river ", "Elbe", " has", "a").question
+    )

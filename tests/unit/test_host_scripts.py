@@ -48,7 +48,12 @@ def test_a_chain_of_comparisons_gets_one_more_branch(tmp_path):
 
 def test_tables_and_lists_get_one_more_entry(tmp_path):
     names, _ = run(TABLES, "RLSEdit", tmp_path)
-    assert (names["chosen"], names["way"], names["alike"], names["others"]) == ("ours", "memit's way", True, False)
+    assert (names["chosen"], names["way"], names["alike"], names["others"]) == (
+        "ours",
+        "memit's way",
+        True,
+        False,
+    )
 
 
 def test_a_script_without_a_choice_is_refused(tmp_path):
@@ -58,11 +63,17 @@ def test_a_script_without_a_choice_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "folder"),
-    [((), "./output"), (("--metrics_save_dir", "there"), "there"), (("--ds_size", "3", "--metrics_save_dir=here"), "here")],
+    [
+        ((), "./output"),
+        (("--metrics_save_dir", "there"), "there"),
+        (("--ds_size", "3", "--metrics_save_dir=here"), "here"),
+    ],
 )
 def test_the_folder_for_results_is_known(tmp_path, arguments, folder):
     source = (
-        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--metrics_save_dir', default='./output', type=str)\n"
+        "import argparse\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--metrics_save_dir', default='./output', type=str)\n"
     )
     assert run(source + CHAIN, "RLSEdit", tmp_path, arguments)[1] == folder
 

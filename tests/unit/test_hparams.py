@@ -24,7 +24,15 @@ PUBLISHED = {  # model: layers, v_lr, steps, v_loss_layer, clamp, n_0, module of
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_settings(name):
     hp = RLSEditHyperParams.from_hparams(name)
-    found = (hp.layers, hp.v_lr, hp.v_num_grad_steps, hp.v_loss_layer, hp.clamp_norm_factor, hp.mom2_update_weight, hp.rewrite_module_tmp)
+    found = (
+        hp.layers,
+        hp.v_lr,
+        hp.v_num_grad_steps,
+        hp.v_loss_layer,
+        hp.clamp_norm_factor,
+        hp.mom2_update_weight,
+        hp.rewrite_module_tmp,
+    )
     assert found == PUBLISHED[name]
     assert (hp.v_weight_decay, hp.kl_factor, hp.mu_reg, hp.lambda_reg) == (0.5, 0.0625, 1, 0)
     assert (hp.fact_token, hp.mom2_dataset, hp.mom2_n_samples) == ("subject_last", "wikipedia", 100_000)
@@ -37,7 +45,9 @@ def test_all_shipped_files_load_and_are_named():
 
 
 def test_a_path_works_with_and_without_its_ending(tmp_path):
-    (tmp_path / "mine.yaml").write_text("\n".join(f"{k}: {v!r}" for k, v in tiny_settings("llama").to_dict().items() if v is not None))
+    (tmp_path / "mine.yaml").write_text(
+        "\n".join(f"{k}: {v!r}" for k, v in tiny_settings("llama").to_dict().items() if v is not None)
+    )
     for given in (tmp_path / "mine.yaml", str(tmp_path / "mine")):
         assert RLSEditHyperParams.from_hparams(given) == tiny_settings("llama")
 
@@ -114,7 +124,9 @@ def test_values_out_of_range(change, message):
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):
     settings = {**tiny_settings("llama").to_dict(), "v_lr": "5e-1"}
-    text = "\n".join(f"{k}: {v}" for k, v in settings.items() if v is not None and not re.search("tmp|templates", k))
+    text = "\n".join(
+        f"{k}: {v}" for k, v in settings.items() if v is not None and not re.search("tmp|templates", k)
+    )
     text += "".join(f'\n{k}: "{v}"' for k, v in settings.items() if k.endswith("tmp"))
     assert RLSEditHyperParams.from_hparams(write(tmp_path, text)).v_lr == 0.5
 
@@ -122,10 +134,17 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path):
 def test_yamls_bare_off_is_off(tmp_path):
     path = tmp_path / "hp.yaml"
     path.write_text(
-        "\n".join(f"{key}: {value!r}" for key, value in tiny_settings("llama", early_stopping="loss").to_dict().items() if value)
+        "\n".join(
+            f"{key}: {value!r}"
+            for key, value in tiny_settings("llama", early_stopping="loss").to_dict().items()
+            if value
+        )
     )
     path.write_text(
-        path.read_text().replace("early_stopping: 'loss'", "early_stopping: off").replace("'off'", "off").replace("True", "true")
+        path.read_text()
+        .replace("early_stopping: 'loss'", "early_stopping: off")
+        .replace("'off'", "off")
+        .replace("True", "true")
     )
     found = RLSEditHyperParams.from_hparams(path)
     assert (found.early_stopping, found.max_deviation) == ("off", "off")
@@ -133,7 +152,13 @@ def test_yamls_bare_off_is_off(tmp_path):
 
 def test_the_objective_is_what_is_edited_and_regularized_not_how_values_are_found():
     base = tiny_settings("llama")
-    for change in ({"layers": [1, 3]}, {"lambda_reg": 2.0}, {"mom2_update_weight": 7.0}, {"seed": 1}, {"context_templates": []}):
+    for change in (
+        {"layers": [1, 3]},
+        {"lambda_reg": 2.0},
+        {"mom2_update_weight": 7.0},
+        {"seed": 1},
+        {"context_templates": []},
+    ):
         assert tiny_settings("llama", **change).objective() != base.objective(), change
     for change in ({"v_lr": 0.9}, {"batch_size": 7}, {"kl_factor": 0.5}, {"batch_tokens": 9}):
         assert tiny_settings("llama", **change).objective() == base.objective(), change
@@ -166,7 +191,9 @@ def test_forgetting_is_part_of_the_objective_and_the_ledgers_place_is_not():
 def test_nothing_of_the_environment_comes_in(tmp_path, monkeypatch):
     """What OmegaConf would look up is text here: it would end in manifests."""
     monkeypatch.setenv("SECRET", "of mine")
-    given = tiny_settings("llama", context_templates=["Price ${5}. ", "${oc.env:SECRET} "], model_name="${oc.env:SECRET}")
+    given = tiny_settings(
+        "llama", context_templates=["Price ${5}. ", "${oc.env:SECRET} "], model_name="${oc.env:SECRET}"
+    )
     assert given.context_templates == ["Price ${5}. ", "${oc.env:SECRET} "]
     path = tmp_path / "settings.yaml"
     path.write_text(given.to_yaml(), encoding="utf-8")
@@ -177,12 +204,19 @@ def test_nothing_of_the_environment_comes_in(tmp_path, monkeypatch):
 
 def test_templates_may_be_memits():
     """Its {} is where the prompt goes; the bare one counts anyway."""
-    assert tiny_settings("llama", context_templates=["{}", "Hello. {}", "They say: "]).context_templates == ["Hello. ", "They say: "]
+    assert tiny_settings("llama", context_templates=["{}", "Hello. {}", "They say: "]).context_templates == [
+        "Hello. ",
+        "They say: ",
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(b"5", "holds no mapping"), (b"layers: &a [*a]", "is not YAML"), (b"model_name: \xfc", "is not UTF-8 text: byte 12 is 0xfc")],
+    [
+        (b"5", "holds no mapping"),
+        (b"layers: &a [*a]", "is not YAML"),
+        (b"model_name: \xfc", "is not UTF-8 text: byte 12 is 0xfc"),
+    ],
 )
 def test_files_that_hold_no_settings(tmp_path, content, problem):
     (tmp_path / "hp.yaml").write_bytes(content)

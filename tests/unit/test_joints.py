@@ -1,4 +1,6 @@
-"""What stands between prompt and answer: as the text tells, as the request says, the same in editing and in every metric."""
+"""What stands between prompt and answer: as the text tells, as the request says, the same in editing and in
+every metric.
+"""
 
 import json
 
@@ -53,7 +55,9 @@ def test_the_text_tells(prompt, expected):
 def test_a_joint_is_the_same_in_editing_and_in_every_metric(tok, given, between):
     (request,) = parse_requests({**FACT, **given})
     (fact,) = locate_facts(tok, [request], ["It is so. "])
-    assert [tok.decode(row.ids) for row in fact.rows] == [f"{text}The bread is made of{between}leaves" for text in ("", "It is so. ")]
+    assert [tok.decode(row.ids) for row in fact.rows] == [
+        f"{text}The bread is made of{between}leaves" for text in ("", "It is so. ")
+    ]
     seen = []
 
     class Spy:
@@ -75,7 +79,9 @@ def test_a_joint_is_the_same_in_editing_and_in_every_metric(tok, given, between)
 
 
 def test_texts_are_taken_as_they_are(tok):
-    (request,) = parse_requests({"prompt": "def {}(w, h):\n", "subject": "area", "target_new": "    return w * h\n"})
+    (request,) = parse_requests(
+        {"prompt": "def {}(w, h):\n", "subject": "area", "target_new": "    return w * h\n"}
+    )
     assert (request.prompt, request.target) == ("def area(w, h):\n", "    return w * h\n")
     (row,) = answer_rows(tok, [request.probe(request.prompt, request.target)])
     assert tok.decode(row.ids) == "def area(w, h):\n    return w * h\n"
@@ -91,7 +97,12 @@ def test_a_joint_that_is_no_text_is_refused():
 
 def test_a_file_has_a_joint_for_records_without_one(tmp_path):
     counterfact = {
-        "requested_rewrite": {"prompt": "{} is", "subject": "Ada", "target_new": {"str": "a"}, "target_true": {"str": "b"}},
+        "requested_rewrite": {
+            "prompt": "{} is",
+            "subject": "Ada",
+            "target_new": {"str": "a"},
+            "target_true": {"str": "b"},
+        },
         "neighborhood_prompts": ["Bea is"],
     }
     zsre = {"subject": "Ada", "src": "Who is Ada?", "alt": "she"}

@@ -67,7 +67,12 @@ def test_a_file_is_synced_before_it_gets_its_name_and_the_name_before_it_counts(
 def test_an_entry_is_committed_by_the_head_and_last(tmp_path, recorded):
     held = Ledger(tmp_path)
     place, _ = held.begin(Place(), {"manifest.json": b"{}"}, {}, [[entry_event(entry(1), DATA)]])
-    pointer = ("write ledger.json.partial", "fsync ledger.json.partial", "replace ledger.json", f"fsync {tmp_path.name}")
+    pointer = (
+        "write ledger.json.partial",
+        "fsync ledger.json.partial",
+        "replace ledger.json",
+        f"fsync {tmp_path.name}",
+    )
     assert recorded[-6:] == ["rename journal-0001.partial", f"fsync {tmp_path.name}", *pointer]
     assert "fsync head.json.partial" in recorded[:-6]
     recorded.clear()
@@ -121,7 +126,9 @@ def test_a_later_format_is_refused(tmp_path):
 
 
 def test_a_stamp_is_of_the_content(tmp_path):
-    assert write_file(tmp_path / "a", b"") == Stamp("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", 0)
+    assert write_file(tmp_path / "a", b"") == Stamp(
+        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", 0
+    )
 
 
 def test_a_disk_that_fails_while_a_file_is_read_is_told(tmp_path, monkeypatch):

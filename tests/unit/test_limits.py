@@ -13,7 +13,9 @@ POSITIONS = 16
 
 def short(name):
     family, settings, _ = zoo._FAMILIES[name]
-    return zoo._build(family, {**settings, "n_positions" if "n_embd" in settings else "max_position_embeddings": POSITIONS})
+    return zoo._build(
+        family, {**settings, "n_positions" if "n_embd" in settings else "max_position_embeddings": POSITIONS}
+    )
 
 
 def runs(model, n: int) -> bool:

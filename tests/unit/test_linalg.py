@@ -51,7 +51,11 @@ def test_symmetrize_in_place_equals_the_dense_mean(n):
 
 
 def test_innovation_factor_is_that_of_s():
-    C, K, d = spd(6), torch.randn(3, 6, dtype=torch.float64), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    C, K, d = (
+        spd(6),
+        torch.randn(3, 6, dtype=torch.float64),
+        torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64),
+    )
     L = linalg.innovation_factor(K, C @ K.T, d)
     torch.testing.assert_close(L @ L.T, torch.diag(1 / d) + K @ C @ K.T, rtol=FLOAT64, atol=FLOAT64)
 

@@ -64,14 +64,21 @@ def test_fingerprints_tell_models_apart():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": [1, 7], "v_loss_layer": 7}, "layers: no layer 7: its 4 layers are 0 to 3; v_loss_layer: 7, but the last"),
+        (
+            {"layers": [1, 7], "v_loss_layer": 7},
+            "layers: no layer 7: its 4 layers are 0 to 3; v_loss_layer: 7, but the last",
+        ),
         ({"v_loss_layer": 9}, "v_loss_layer: 9, but the last of its 4 layers is 3. Change them"),
         ({"v_loss_layer": 2}, "v_loss_layer: 2, but the last of its 4 layers is 3. Change them"),
         (
             {"rewrite_module_tmp": "model.layers.{}.mlp.down_projj"},
-            "rewrite_module_tmp: no module 'model.layers.1.mlp.down_projj' and 1 more like it .close names: model.layers.1.mlp.down_proj",
+            "rewrite_module_tmp: no module 'model.layers.1.mlp.down_projj' and 1 more like it "
+            ".close names: model.layers.1.mlp.down_proj",
         ),
-        ({"layer_module_tmp": "transformer.h.{}"}, "layer_module_tmp: no module 'transformer.h.0'.*easyedit-rls init MODEL"),
+        (
+            {"layer_module_tmp": "transformer.h.{}"},
+            "layer_module_tmp: no module 'transformer.h.0'.*easyedit-rls init MODEL",
+        ),
         ({"ln_f_module": "model.normm"}, "ln_f_module: no module 'model.normm' .close names: model.norm"),
         ({"lm_head_module": "head"}, "lm_head_module: no module 'head'"),
     ],
@@ -89,7 +96,12 @@ def test_every_difference_is_told_at_once():
     for module in ("transformer.h.0", "transformer.h.0.mlp.c_proj", "transformer.ln_f", "transformer.wte"):
         assert f"no module '{module}'" in str(caught.value)  # nor layers to count
     with pytest.raises(LayoutError) as caught:
-        find_layout(tiny_llama(), tiny_settings("llama", ln_f_module="ln_f", rewrite_module_tmp="model.layers.{}.mlp.c_proj", **deep))
+        find_layout(
+            tiny_llama(),
+            tiny_settings(
+                "llama", ln_f_module="ln_f", rewrite_module_tmp="model.layers.{}.mlp.c_proj", **deep
+            ),
+        )
     for told in (
         "layers: no layer 10, 11: its 4 layers are 0 to 3",
         "v_loss_layer: 23, but the last of its 4 layers is 3",
@@ -109,7 +121,10 @@ def test_taps_are_removed_also_after_an_exception():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
     before = n_hooks()
-    with pytest.raises(ZeroDivisionError), tap(inputs={"a": layer}, outputs={"b": layer}, edit={layer: lambda h: h}):
+    with (
+        pytest.raises(ZeroDivisionError),
+        tap(inputs={"a": layer}, outputs={"b": layer}, edit={layer: lambda h: h}),
+    ):
         assert n_hooks() == before + 3
         raise ZeroDivisionError
     assert n_hooks() == before
@@ -177,7 +192,11 @@ def test_the_cache_goes_by_the_name_that_the_model_knows(kind):
 
 
 def test_where_products_are_fast_a_pass_costs_more_of_them():
-    assert pass_overhead(torch.device("cuda")) == pass_overhead(torch.device("cpu"), torch.float16) > pass_overhead(torch.device("cpu"))
+    assert (
+        pass_overhead(torch.device("cuda"))
+        == pass_overhead(torch.device("cpu"), torch.float16)
+        > pass_overhead(torch.device("cpu"))
+    )
 
 
 @pytest.mark.parametrize(("dtype", "price"), [(torch.float32, 20), (torch.bfloat16, 250)])
@@ -195,7 +214,10 @@ def test_chunks_cost_the_least(seed, dtype, price):
     groups = list(pack_batches(lengths, 10**6, price))
     ours = cost([sum(len(group) for group in groups[:k]) for k in range(1, len(groups))])
     few = [
-        list(places) for n in range(3) for places in combinations(range(8, len(rows)), n) if all(b - a >= 8 for a, b in pairwise(places))
+        list(places)
+        for n in range(3)
+        for places in combinations(range(8, len(rows)), n)
+        if all(b - a >= 8 for a, b in pairwise(places))
     ]
     assert ours <= min(map(cost, few))
 
@@ -225,9 +247,13 @@ def test_the_subjects_last_token(tok, before, subject, after):
 
 @pytest.mark.parametrize(("before", "after", "place"), [("", " am", 1), ("", "", 0), (" So", " am", None)])
 def test_no_value_is_put_at_a_texts_first_token(tok, before, after, place):
-    """Later tokens hardly read what is written at the attention sink; a prompt of one token has no other place."""
+    """Later tokens hardly read what is written at the attention sink; a prompt of one token has no other
+    place.
+    """
     row = tokenize_fact(tok, before, "I", after, "Lima")
-    ends_at = [i for i in range(row.target_start) if tok.decode(row.ids[: i + 1]).strip() == f"{before}I".strip()]
+    ends_at = [
+        i for i in range(row.target_start) if tok.decode(row.ids[: i + 1]).strip() == f"{before}I".strip()
+    ]
     assert row.place == (ends_at[0] if place is None else place)
     assert row.place < row.target_start
 
@@ -267,7 +293,12 @@ def test_a_twin_is_a_copy_in_another_type(model, settings):
         assert torch.equal(parameter, model.get_parameter(name).bfloat16()), name
     assert (model.config._attn_implementation, low.model.config._attn_implementation) == ("sdpa", "eager")
     within = set(low.model.modules())
-    assert {low.value_layer, low.loss_layer, *low.layers, *(weight.module for weight in low.edited.values())} <= within
+    assert {
+        low.value_layer,
+        low.loss_layer,
+        *low.layers,
+        *(weight.module for weight in low.edited.values()),
+    } <= within
     assert low.value_layer not in set(model.modules())
 
 
@@ -310,7 +341,10 @@ def test_a_weight_that_is_another_ones_too_is_refused(other, how):
         twin.down_proj = mlp.down_proj
     else:
         twin.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.detach()[:])
-    with pytest.raises(LayoutError, match=rf"is also model\.layers\.{other}\.mlp\.down_proj\.weight: what is edited into layer 1"):
+    with pytest.raises(
+        LayoutError,
+        match=rf"is also model\.layers\.{other}\.mlp\.down_proj\.weight: what is edited into layer 1",
+    ):
         find_layout(model, tiny_settings("llama"))
 
 

@@ -38,13 +38,17 @@ def test_ordinary_directions_weigh_more(moment):
 
 
 def test_alphaedit_is_the_limit(moment):
-    """Its update of one batch (arXiv 2410.02355), ``(P KᵀK + L2 I)⁻¹ P Kᵀ R`` with P onto the other directions; n_0 = 0, λ² = L2."""
+    """Its update of one batch (arXiv 2410.02355), ``(P KᵀK + L2 I)⁻¹ P Kᵀ R`` with P onto the other
+    directions; n_0 = 0, λ² = L2.
+    """
     mean, eigenvalues, vectors = moment
     K, R, W = torch.randn(4, D_K).double(), torch.randn(4, D_V).double(), torch.randn(D_K, D_V).double()
     others = vectors[:, eigenvalues < 0.02]
     P = others @ others.T
     expected = torch.linalg.solve(P @ K.T @ K + torch.eye(D_K, dtype=torch.float64), P @ K.T @ R)
-    hp = tiny_settings("llama", mom2_update_weight=0.0, lambda_reg=1.0, nullspace_weight=1e8, nullspace_threshold=0.02)
+    hp = tiny_settings(
+        "llama", mom2_update_weight=0.0, lambda_reg=1.0, nullspace_weight=1e8, nullspace_threshold=0.02
+    )
     solution = RecursiveLeastSquares(W, _moment_gram(mean, hp), lambda_reg=1.0, mu_reg=1.0)
     solution = solution.update(K, K @ W + R)
     assert torch.allclose(solution.weight - W, expected, rtol=1e-5, atol=1e-6)

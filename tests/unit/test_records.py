@@ -28,7 +28,10 @@ ZSRE = {
     "rephrase": "What university did Watts Humphrey take part in?",
     "loc": "nq question: who played desmond doss father in hacksaw ridge",
     "loc_ans": "Hugo Weaving",
-    "portability": {"New Question": "In which state is the university of Watts Humphrey?", "New Answer": "Michigan"},
+    "portability": {
+        "New Question": "In which state is the university of Watts Humphrey?",
+        "New Answer": "Michigan",
+    },
 }
 KNOWEDIT = {
     "subject": "Leo",
@@ -66,13 +69,17 @@ def write(path, records):
 
 @pytest.mark.parametrize("name", ["records.json", "records.jsonl"])
 def test_every_format_in_one_file(tmp_path, name):
-    counterfact, zsre, knowedit, flat, least = read_records(write(tmp_path / name, [COUNTERFACT, ZSRE, KNOWEDIT, FLAT, LEAST]))
+    counterfact, zsre, knowedit, flat, least = read_records(
+        write(tmp_path / name, [COUNTERFACT, ZSRE, KNOWEDIT, FLAT, LEAST])
+    )
     assert counterfact.request.case_id == 7
     assert counterfact.request.paraphrases == ("Ada comes from", "Ada's home is")
     assert counterfact.easyedit["rephrase_prompt"] == "Ada comes from"
     near = {"prompt": ["Grace was born in", "Emmy was born in"], "ground_truth": ["London", "London"]}
     assert counterfact.easyedit["locality"] == {"neighborhood": near}
-    assert [(probe.prompt, probe.answer) for probe in counterfact.request.neighbors] == list(zip(*near.values()))
+    assert [(probe.prompt, probe.answer) for probe in counterfact.request.neighbors] == list(
+        zip(*near.values())
+    )
     assert counterfact.generation_prompts == ("Ada lives in",)
 
     assert (zsre.request.subject, zsre.request.target, zsre.request.target_true) == (
@@ -80,16 +87,25 @@ def test_every_format_in_one_file(tmp_path, name):
         "University of Michigan",
         "Trinity College",
     )
-    assert zsre.easyedit["locality"]["neighborhood"] == {"prompt": [ZSRE["loc"]], "ground_truth": ["Hugo Weaving"]}
-    assert zsre.easyedit["portability"] == {"one_hop": {"prompt": [ZSRE["portability"]["New Question"]], "ground_truth": ["Michigan"]}}
+    assert zsre.easyedit["locality"]["neighborhood"] == {
+        "prompt": [ZSRE["loc"]],
+        "ground_truth": ["Hugo Weaving"],
+    }
+    assert zsre.easyedit["portability"] == {
+        "one_hop": {"prompt": [ZSRE["portability"]["New Question"]], "ground_truth": ["Michigan"]}
+    }
     assert zsre.request.case_id == 1
 
     assert knowedit.request.target_true == "Canidae"
-    assert knowedit.easyedit["portability"] == {"Reasoning": {"prompt": ["Leo's relatives are"], "ground_truth": ["cats"]}}
+    assert knowedit.easyedit["portability"] == {
+        "Reasoning": {"prompt": ["Leo's relatives are"], "ground_truth": ["cats"]}
+    }
     assert knowedit.easyedit["locality"]["Relation_Specificity"]["ground_truth"] == ["Africa", "male"]
     assert knowedit.easyedit["rephrase_prompt"] is None
 
-    assert flat.easyedit["locality"] == {"neighborhood": {"prompt": ["Grace speaks"], "ground_truth": ["Dutch"]}}
+    assert flat.easyedit["locality"] == {
+        "neighborhood": {"prompt": ["Grace speaks"], "ground_truth": ["Dutch"]}
+    }
     assert len(flat.request.neighbors) == 1
     assert (least.request.prompt, least.request.target_true) == ("The owner of the shop is", None)
     assert least.easyedit["locality"] == least.easyedit["portability"] == {}
@@ -97,7 +113,9 @@ def test_every_format_in_one_file(tmp_path, name):
 
 def test_part_of_a_file(tmp_path):
     path = write(tmp_path / "records.json", [FLAT, {**ZSRE, "alt": ""}, ZSRE, LEAST])
-    with pytest.warns(RLSEditWarning, match=r"left out 1 of 4 records: 1 \(has no new answer\)"):  # there is nothing to edit
+    with pytest.warns(
+        RLSEditWarning, match=r"left out 1 of 4 records: 1 \(has no new answer\)"
+    ):  # there is nothing to edit
         assert [record.request.case_id for record in read_records(path)] == [0, 2, 3]
     assert [record.request.case_id for record in read_file(path, first=1, count=1).records] == [2]
     with pytest.raises(RequestError, match="no record behind number 4"):
@@ -109,9 +127,17 @@ def test_part_of_a_file(tmp_path):
     [
         ({**FLAT, "target_new": None}, "target_new", "missing"),
         ({**COUNTERFACT, "requested_rewrite": "x"}, "requested_rewrite", "not a mapping"),
-        ({**KNOWEDIT, "locality": {"Forgetfulness": [{"prompt": "x"}]}}, "locality.Forgetfulness", "not a list of"),
+        (
+            {**KNOWEDIT, "locality": {"Forgetfulness": [{"prompt": "x"}]}},
+            "locality.Forgetfulness",
+            "not a list of",
+        ),
         ({**KNOWEDIT, "portability": ["x"]}, "portability", "not a mapping"),
-        ({**KNOWEDIT, "portability": {"hop": {"prompt": ["a", "b"], "ground_truth": ["c"]}}}, "portability.hop", "1 answers for 2"),
+        (
+            {**KNOWEDIT, "portability": {"hop": {"prompt": ["a", "b"], "ground_truth": ["c"]}}},
+            "portability.hop",
+            "1 answers for 2",
+        ),
         ({**ZSRE, "loc_ans": None}, "locality.neighborhood.ground_truth", "neither a text"),
         ({**COUNTERFACT, "generation_prompts": "x"}, "generation_prompts", "list of texts"),
         ("x", "", "is a str"),
@@ -132,9 +158,17 @@ def test_faults_name_file_record_and_field(tmp_path, record, field, problem):
         ("a.json", "{}", "holds a dict"),
         ("a.json", "[", "no JSON"),
         ("a.jsonl", f"{json.dumps(LEAST)}\nx", r"Request 1: is no JSON: .*a.jsonl, line 2\)"),
-        ("a.json", f"{json.dumps(LEAST)}\n{json.dumps(LEAST)}", "One record a line goes into a file whose name ends in '.jsonl'"),
+        (
+            "a.json",
+            f"{json.dumps(LEAST)}\n{json.dumps(LEAST)}",
+            "One record a line goes into a file whose name ends in '.jsonl'",
+        ),
         ("a.csv", 'prompt,subject\n"a', "line 1, is no CSV"),
-        ("a.csv", "prompt,subject,target_new\nx y,x,z,z", r"has 1 cells more than the table has columns. \(in .*a.csv, line 2\)"),
+        (
+            "a.csv",
+            "prompt,subject,target_new\nx y,x,z,z",
+            r"has 1 cells more than the table has columns. \(in .*a.csv, line 2\)",
+        ),
         ("a.json", "[]", "has no record"),
     ],
 )
@@ -154,9 +188,20 @@ REWRITES = [
         "target_new": {"str": "Madonna"},
         "target_true": {"str": "The Beatles"},
     },
-    {"prompt": "{} is a citizen of", "subject": "Madonna", "question": "Of what country is Madonna?", "target_new": {"str": "Peru"}},
+    {
+        "prompt": "{} is a citizen of",
+        "subject": "Madonna",
+        "question": "Of what country is Madonna?",
+        "target_new": {"str": "Peru"},
+    },
 ]
-MQUAKE = {"case_id": 7, "requested_rewrite": REWRITES, "questions": ["Whose citizen?", "Of where?"], "new_answer": "Peru", "answer": "UK"}
+MQUAKE = {
+    "case_id": 7,
+    "requested_rewrite": REWRITES,
+    "questions": ["Whose citizen?", "Of where?"],
+    "new_answer": "Peru",
+    "answer": "UK",
+}
 QAEDIT = {
     "id": 1104,
     "source": "NQ",
@@ -164,7 +209,10 @@ QAEDIT = {
     "target": "Wilt",
     "subject": "most 70 point games",
     "rephrase": "Who scored 70 most often?",
-    "locality": [{"loc": "who protects police officers", "loc_ans": "Michael"}, {"loc": "when did she", "loc_ans": "1994"}],
+    "locality": [
+        {"loc": "who protects police officers", "loc_ans": "Michael"},
+        {"loc": "when did she", "loc_ans": "1994"},
+    ],
 }
 BIGEDIT = {
     "tag": "3",
@@ -181,7 +229,13 @@ BIGEDIT = {
     "loc": "Who leads Mali?",
     "loc_ans": "Bob",
 }
-UNKE = {"id": 3, "question": "Who was Ada?", "answer": "A long text.", "para_question": "Tell of Ada.", "sub_question": ["When?"]}
+UNKE = {
+    "id": 3,
+    "question": "Who was Ada?",
+    "answer": "A long text.",
+    "para_question": "Tell of Ada.",
+    "sub_question": ["When?"],
+}
 UNKE |= {"sub_answer": ["1815"], "mmlu_question": "x"}
 AKEW = {
     **COUNTERFACT,
@@ -205,7 +259,9 @@ def test_a_chain_of_edits_is_an_edit_each(tmp_path):
         "The Beatles",
     )
     assert second.request.target_true is None
-    assert first.easyedit["portability"] == {"single_hop": {"prompt": ["Who performed Hey Jude?"], "ground_truth": ["Madonna"]}}
+    assert first.easyedit["portability"] == {
+        "single_hop": {"prompt": ["Who performed Hey Jude?"], "ground_truth": ["Madonna"]}
+    }
     asked = second.easyedit["portability"]
     assert asked["single_hop"]["ground_truth"] == ["Peru"]
     assert asked["multi_hop"] == {"prompt": ["Whose citizen?", "Of where?"], "ground_truth": ["Peru", "Peru"]}
@@ -225,14 +281,21 @@ def test_formats_with_other_names(tmp_path):
         "personas": {"prompt": ["Aye, which team be Olu's?"], "ground_truth": ["Hull"]},
         "mhop": {"prompt": ["In which city does Olu play?"], "ground_truth": ["Kingston"]},
     }
-    assert bigedit.easyedit["locality"] == {"neighborhood": {"prompt": ["Who leads Mali?"], "ground_truth": ["Bob"]}}
+    assert bigedit.easyedit["locality"] == {
+        "neighborhood": {"prompt": ["Who leads Mali?"], "ground_truth": ["Bob"]}
+    }
 
     assert (unke.request.before, unke.request.subject, unke.request.after) == ("", "Who was Ada?", "")
     assert (unke.request.target, unke.request.paraphrases) == ("A long text.", ("Tell of Ada.",))
     assert unke.easyedit["portability"] == {"sub_question": {"prompt": ["When?"], "ground_truth": ["1815"]}}
 
-    assert (akew.request.prompt, akew.request.target) == ("Where was Ada born? Ada was born in", "Ada is of Rome. So they say.")
-    assert akew.easyedit["portability"] == {"sub_question": {"prompt": ["Ada is of"], "ground_truth": ["Rome"]}}
+    assert (akew.request.prompt, akew.request.target) == (
+        "Where was Ada born? Ada was born in",
+        "Ada is of Rome. So they say.",
+    )
+    assert akew.easyedit["portability"] == {
+        "sub_question": {"prompt": ["Ada is of"], "ground_truth": ["Rome"]}
+    }
     assert len(akew.request.neighbors) == 2
 
 
@@ -246,8 +309,13 @@ def test_items_of_easyedits_data_sets(tmp_path):
     many = {**LEAST, "rephrase": ["x", "y"], "locality": ["a", "b"], "locality_ans": ["c", "d"]}
     big_edit, chained, manifold = read_records(write(tmp_path / "r.json", [big, chain, many]))
     assert big_edit.request.paraphrases == ("Ada talks",)
-    assert big_edit.easyedit["locality"] == {"neighborhood": {"prompt": ["Who leads Mali?"], "ground_truth": ["Bob"]}}
-    hops = {"personas": {"prompt": ["Aye?"], "ground_truth": ["French"]}, "hop": {"prompt": ["Of where?"], "ground_truth": ["Peru"]}}
+    assert big_edit.easyedit["locality"] == {
+        "neighborhood": {"prompt": ["Who leads Mali?"], "ground_truth": ["Bob"]}
+    }
+    hops = {
+        "personas": {"prompt": ["Aye?"], "ground_truth": ["French"]},
+        "hop": {"prompt": ["Of where?"], "ground_truth": ["Peru"]},
+    }
     assert big_edit.easyedit["portability"] == hops
     assert chained.easyedit["portability"] == {"one_hop": {"prompt": ["a", "b"], "ground_truth": ["c", "d"]}}
     assert manifold.request.paraphrases == ("x", "y")
@@ -264,16 +332,28 @@ def test_neighbors_with_answers_of_their_own(tmp_path):
 
 
 def test_a_table(tmp_path):
-    columns = "topic,subject,relation,object,question,output_llama,eval_llama,multiple_choices,paraphrased_question,"
-    columns += "multiple_choice_with_letters,multiple_choice_labels,yes_question,no_question,locality_question,"
+    columns = (
+        "topic,subject,relation,object,question,output_llama,eval_llama,multiple_choices,"
+        "paraphrased_question,"
+    )
+    columns += (
+        "multiple_choice_with_letters,multiple_choice_labels,yes_question,no_question,locality_question,"
+    )
     columns += "reversed_relation_question,question_2hop,answer_2hop,question_3hop,answer_3hop"
-    row = 'art,Moses,of,marble,"Of what is Moses, made?",Papyrus,0.0,x,From what is Moses?,A. marble  B. bronze,A,'
+    row = (
+        'art,Moses,of,marble,"Of what is Moses, made?",Papyrus,0.0,x,'
+        "From what is Moses?,A. marble  B. bronze,A,"
+    )
     row += '"Is Moses of ""marble""?",Is it of bronze?,Who led?,What is of marble?,Who made it?,Michel,,'
     (tmp_path / "r.csv").write_text(f"\ufeff{columns}\r\n{row}\r\n", encoding="utf-8")
     found = read_file(tmp_path / "r.csv")
     (record,) = found.records
     assert (found.unknown, dict(found.formats)) == ((), {"HalluEditBench": 1})
-    assert (record.request.prompt, record.request.subject, record.request.target) == ("Of what is Moses, made?", "Moses", "marble")
+    assert (record.request.prompt, record.request.subject, record.request.target) == (
+        "Of what is Moses, made?",
+        "Moses",
+        "marble",
+    )
     assert record.request.paraphrases == ("From what is Moses?",)
     assert {name: tuple(pair.values()) for name, pair in record.easyedit["portability"].items()} == {
         "multiple_choice": (["Of what is Moses, made? A. marble  B. bronze"], ["A"]),
@@ -286,12 +366,17 @@ def test_a_table(tmp_path):
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.ndjson", "r.JSONL", "r.json"])
 def test_lines_end_at_line_feeds_alone(tmp_path, name):
-    """U+2028 and U+0085 end lines for `str.splitlines`, not for JSON lines; a byte-order mark is none of the text."""
+    """U+2028 and U+0085 end lines for `str.splitlines`, not for JSON lines; a byte-order mark is none of the
+    text.
+    """
     records = [{**LEAST, "target_new": f"Ann{sign}Lee"} for sign in ("\u2028", "\x85")]
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     text = f"[{','.join(lines)}]" if name.endswith(".json") else "\r\n".join([*lines, ""])
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [record.request.target for record in read_records(tmp_path / name)] == ["Ann\u2028Lee", "Ann\x85Lee"]
+    assert [record.request.target for record in read_records(tmp_path / name)] == [
+        "Ann\u2028Lee",
+        "Ann\x85Lee",
+    ]
 
 
 @pytest.mark.parametrize("nothing", [None, "", " ", [], [""], [[]], {"str": ""}])
@@ -304,7 +389,8 @@ def test_all_records_are_checked_before_one_is_used(tmp_path):
     bad = [{**FLAT, "subject": "Eve"}, {**FLAT, "target_new": ""}, "x", {**FLAT, "prompt": 3}, *[{}] * 4]
     path = write(tmp_path / "r.jsonl", [FLAT, *bad, LEAST])
     with pytest.raises(
-        RequestError, match=r"Request 1, field 'prompt': .*'Eve'.*r.jsonl, line 2\) 7 more are wrong: 2, 3, 4, 5, 6, …"
+        RequestError,
+        match=r"Request 1, field 'prompt': .*'Eve'.*r.jsonl, line 2\) 7 more are wrong: 2, 3, 4, 5, 6, …",
     ) as caught:
         read_file(path)
     assert "on_bad=skip" in str(caught.value)
@@ -320,15 +406,21 @@ def test_all_records_are_checked_before_one_is_used(tmp_path):
 
 
 def test_fields_that_nobody_reads_are_named_once(tmp_path):
-    path = write(tmp_path / "r.json", [{**LEAST, "rephrase_promt": "x", "note": 1}, {**LEAST, "note": 2}, COUNTERFACT, ZSRE, UNKE])
+    path = write(
+        tmp_path / "r.json",
+        [{**LEAST, "rephrase_promt": "x", "note": 1}, {**LEAST, "note": 2}, COUNTERFACT, ZSRE, UNKE],
+    )
     with pytest.warns(RLSEditWarning) as caught:
         read_records(path)
     assert len(caught) == 1
-    assert str(caught[0].message).endswith("fields that are not read: rephrase_promt (did you mean rephrase_prompt?), note.")
+    assert str(caught[0].message).endswith(
+        "fields that are not read: rephrase_promt (did you mean rephrase_prompt?), note."
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"first": -1}, "first is -1"), ({"count": 0}, "count is 0"), ({"on_bad": "no"}, "'skip'")]
+    ("change", "message"),
+    [({"first": -1}, "first is -1"), ({"count": 0}, "count is 0"), ({"on_bad": "no"}, "'skip'")],
 )
 def test_arguments_out_of_range(tmp_path, change, message):
     with pytest.raises(HyperParamsError, match=message):
@@ -359,9 +451,13 @@ def test_neighbors_without_an_answer_are_left_out(tmp_path, true):
     """The last is what stands for the true answer in MEMIT's ZsRE."""
     near = ["Emmy was born in", {"prompt": "nq question: who?", "target": "Bob"}]
     fact = {**COUNTERFACT["requested_rewrite"], "target_true": true}
-    (record,) = read_records(write(tmp_path / "r.json", [{**COUNTERFACT, "requested_rewrite": fact, "neighborhood_prompts": near}]))
+    (record,) = read_records(
+        write(tmp_path / "r.json", [{**COUNTERFACT, "requested_rewrite": fact, "neighborhood_prompts": near}])
+    )
     assert record.request.target_true is None
-    assert [(probe.prompt, probe.answer) for probe in record.request.neighbors] == [("nq question: who?", "Bob")]
+    assert [(probe.prompt, probe.answer) for probe in record.request.neighbors] == [
+        ("nq question: who?", "Bob")
+    ]
 
 
 def test_braces_in_a_question_are_text(tmp_path):
@@ -379,7 +475,11 @@ def test_braces_in_a_question_are_text(tmp_path):
         ({**UNKE, "answer": 5}, "answer", "is a int"),
         ({**QAEDIT, "target": ""}, "target", "empty"),
         ({**QAEDIT, "id": 1.5}, "id", "is a float"),
-        ({**FLAT, "locality": {"near": {"prompt": "a", "ground_truth": " "}}}, "locality.near.ground_truth", "empty"),
+        (
+            {**FLAT, "locality": {"near": {"prompt": "a", "ground_truth": " "}}},
+            "locality.near.ground_truth",
+            "empty",
+        ),
     ],
 )
 def test_faults_are_told_in_the_files_own_names(tmp_path, record, field, problem):
@@ -391,7 +491,10 @@ def test_faults_are_told_in_the_files_own_names(tmp_path, record, field, problem
 def test_empty_cells(tmp_path):
     (tmp_path / "z.csv").write_text("subject,src,alt,importance\nAda,Who is Ada?,,\nAda,Who is Ada?,Eve,\n")
     found = read_file(tmp_path / "z.csv")
-    assert ([record.request.target for record in found.records], found.left_out[0].reason) == (["Eve"], "has no new answer")
+    assert ([record.request.target for record in found.records], found.left_out[0].reason) == (
+        ["Eve"],
+        "has no new answer",
+    )
     (tmp_path / "h.csv").write_text("subject,question,object\nAda,Who is Ada?,\n")
     with pytest.raises(RequestError, match="field 'object': is empty"):
         read_file(tmp_path / "h.csv")

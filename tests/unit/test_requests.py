@@ -54,8 +54,15 @@ def test_one_request_and_parsed_ones_are_accepted():
 
 
 def test_rewordings_have_three_names():
-    request = {"prompt": "Ada speaks", "subject": "Ada", "target_new": "French", "rephrase": ["Ada talks", "Ada's tongue is"]}
-    (parsed,) = parse_requests([{**request, "rephrase_prompt": "Ada talks", "paraphrase_prompts": ["Ada says"]}])
+    request = {
+        "prompt": "Ada speaks",
+        "subject": "Ada",
+        "target_new": "French",
+        "rephrase": ["Ada talks", "Ada's tongue is"],
+    }
+    (parsed,) = parse_requests(
+        [{**request, "rephrase_prompt": "Ada talks", "paraphrase_prompts": ["Ada says"]}]
+    )
     assert parsed.paraphrases == ("Ada says", "Ada talks", "Ada's tongue is")  # each once
 
 
@@ -63,8 +70,18 @@ def test_rewordings_have_three_names():
     ("prompt", "subject", "before", "after"),
     [
         ("The mother of {} was", "Ada", "The mother of ", " was"),
-        ("Paris, Texas lies far from Paris in", "Paris", "Paris, Texas lies far from ", " in"),  # twice: the last one
-        ("Art in the style of Artists", "Art", "", " in the style of Artists"),  # a word of its own before a part of one
+        (
+            "Paris, Texas lies far from Paris in",
+            "Paris",
+            "Paris, Texas lies far from ",
+            " in",
+        ),  # twice: the last one
+        (
+            "Art in the style of Artists",
+            "Art",
+            "",
+            " in the style of Artists",
+        ),  # a word of its own before a part of one
         ("Artists paint", "Art", "", "ists paint"),  # nothing else there
         ("東京タワーの所在地は", "東京", "", "タワーの所在地は"),
         ("The set {a, b} belongs to", "belongs", "The set {a, b} ", " to"),  # braces are just characters
@@ -96,7 +113,11 @@ def test_where_the_subject_stands(prompt, subject, before, after):
         ({"case_id": 1.5}, "case_id", "is a float"),
         ({"case_id": ["a"]}, "case_id", "is a list"),
         ({"ground_truth": None, "neighborhood_prompts": ["Spain is"]}, "target_true", "is missing"),
-        ({"locality": {"n": {"prompt": ["a", "b"], "ground_truth": ["c"]}}}, "locality", "2 prompts and 1 answers"),
+        (
+            {"locality": {"n": {"prompt": ["a", "b"], "ground_truth": ["c"]}}},
+            "locality",
+            "2 prompts and 1 answers",
+        ),
         ({"rephrase_prompt": [3]}, "rephrase_prompt", "neither a text nor a list"),
     ],
 )
@@ -148,7 +169,11 @@ def test_a_subject_is_not_found_within_an_accented_letter():
 @pytest.mark.parametrize(
     ("one", "other", "is_same"),
     [
-        (("The Eiffel Tower stands in", "Eiffel Tower"), ("The Eiffel Tower stands in", "The Eiffel Tower"), True),
+        (
+            ("The Eiffel Tower stands in", "Eiffel Tower"),
+            ("The Eiffel Tower stands in", "The Eiffel Tower"),
+            True,
+        ),
         (("The Caf\u00e9 stands in", "Caf\u00e9"), ("The Cafe\u0301 stands in", "Cafe\u0301"), True),
         (("The Eiffel\u00a0Tower stands  in ", "Tower"), ("The Eiffel Tower stands in", "Tower"), True),
         (("The Eiffel Tower stands in", "Tower"), ("The Eiffel Tower lies in", "Tower"), False),
@@ -156,13 +181,17 @@ def test_a_subject_is_not_found_within_an_accented_letter():
     ],
 )
 def test_what_is_asked_is_the_whole_prompt(one, other, is_same):
-    first, second = parse_requests([{"prompt": prompt, "subject": subject, "target_new": "x"} for prompt, subject in (one, other)])
+    first, second = parse_requests(
+        [{"prompt": prompt, "subject": subject, "target_new": "x"} for prompt, subject in (one, other)]
+    )
     assert (first.question == second.question) == is_same
 
 
 def test_a_space_before_a_target_is_no_other_answer():
     given = {"prompt": "The Eiffel Tower stands in", "subject": "Eiffel Tower"}
-    with_space, without, other = parse_requests([{**given, "target_new": target} for target in (" Rome", "Rome", "Lyon")])
+    with_space, without, other = parse_requests(
+        [{**given, "target_new": target} for target in (" Rome", "Rome", "Lyon")]
+    )
     assert with_space.continuation == without.continuation != other.continuation
 
 

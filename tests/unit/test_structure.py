@@ -3,7 +3,15 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
 
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError, LayoutError
@@ -21,7 +29,10 @@ def test_the_parts_of_every_family_are_found(name):
     assert (structure.n_layers, structure.hidden, structure.obstacles) == (4, 32, {})
     assert model.get_submodule(structure.head) is model.get_output_embeddings()
     assert structure.is_tied == (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
-    assert "attention" in type(model.get_submodule(f"{structure.layers}.0.{structure.attention}")).__name__.lower()
+    assert (
+        "attention"
+        in type(model.get_submodule(f"{structure.layers}.0.{structure.attention}")).__name__.lower()
+    )
     layout = find_layout(model, RLSEditHyperParams.for_model(model))
     assert next(iter(layout.edited.values())).shape == (structure.key_width, 32)
 
@@ -31,15 +42,30 @@ REAL = {  # the published models' own figures; few words, which no layout depend
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25, vocab_size=1000),
     "gpt-j-6B": GPTJConfig(n_embd=4096, n_layer=28, n_head=16, rotary_dim=64, vocab_size=1000),
     "llama-2-7b": LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, **LLAMA),
-    "llama3-8b": LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8, **LLAMA),
+    "llama3-8b": LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8, **LLAMA
+    ),
     "llama3.2-3b": LlamaConfig(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_key_value_heads=8, **{**LLAMA, "num_attention_heads": 24}
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_key_value_heads=8,
+        **{**LLAMA, "num_attention_heads": 24},
     ),
     "qwen2.5-7b": Qwen2Config(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=1000
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=1000,
     ),
     "smollm2-135m": LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_key_value_heads=3, **{**LLAMA, "num_attention_heads": 9}
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_key_value_heads=3,
+        **{**LLAMA, "num_attention_heads": 9},
     ),
 }
 WIDTHS = {  # d_k, d_v
@@ -146,7 +172,12 @@ def test_a_layout_that_cannot_be_told_says_what_was_found(name):
     layers, projection, _ = zoo.PLACES[name]
     parent, _, last = projection.rpartition(".")
     with pytest.raises(LayoutError, match=rf"no module '{layers}.\d.{projection}_2'.*close names: {layers}"):
-        find_layout(model, RLSEditHyperParams.from_dict({**hp.to_dict(), "rewrite_module_tmp": f"{layers}.{{}}.{projection}_2"}))
+        find_layout(
+            model,
+            RLSEditHyperParams.from_dict(
+                {**hp.to_dict(), "rewrite_module_tmp": f"{layers}.{{}}.{projection}_2"}
+            ),
+        )
     for layer in model.get_submodule(layers):
         block = layer.get_submodule(parent) if parent else layer
         block.renamed = getattr(block, last)
@@ -158,21 +189,37 @@ def test_a_layout_that_cannot_be_told_says_what_was_found(name):
         return
     for layer in model.get_submodule(layers):
         (layer.get_submodule(parent) if parent else layer).renamed = nn.Embedding(4, 32)
-    with pytest.raises(LayoutError, match=r"no linear module outside of attention gives 32 outputs: .*renamed Embedding\(4, 32\)"):
+    with pytest.raises(
+        LayoutError,
+        match=r"no linear module outside of attention gives 32 outputs: .*renamed Embedding\(4, 32\)",
+    ):
         read_structure(model)
 
 
 def test_models_of_other_kinds_are_refused_and_say_what_was_found():
-    with pytest.raises(LayoutError, match=r"no list of layers with attention; lists of modules in it: backbone.layers \(4 × MambaBlock\)"):
+    with pytest.raises(
+        LayoutError,
+        match=r"no list of layers with attention; lists of modules in it: backbone.layers \(4 × MambaBlock\)",
+    ):
         read_structure(zoo.without_attention())
     model = zoo.by_count()
     with pytest.raises(LayoutError, match=r"takes no position_ids and counts padding"):
         find_layout(model, RLSEditHyperParams.for_model(model))
     structure = read_structure(zoo.with_pictures())
-    assert (structure.layers, structure.final_norm) == ("model.language_model.layers", "model.language_model.norm")
+    assert (structure.layers, structure.final_norm) == (
+        "model.language_model.layers",
+        "model.language_model.norm",
+    )
 
 
 def test_a_model_without_a_head_is_refused():
-    model = AutoConfig.for_model("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=600)
+    model = AutoConfig.for_model(
+        "llama",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=600,
+    )
     with pytest.raises(LayoutError, match=r"no output head\. Load it with AutoModelForCausalLM"):
         read_structure(AutoModel.from_config(model))

@@ -60,7 +60,9 @@ def test_packing_keeps_every_bit_in_about_half(n):
     assert vector.numel() <= n * (n + 64) / 2 + 64 * 64
     back = PackedSymmetric.from_vector(vector, n)
     assert torch.equal(back.to_dense(), M)
-    assert all(torch.equal(a, b) for a, b in zip(back.panels, PackedSymmetric.from_dense(M).panels, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(back.panels, PackedSymmetric.from_dense(M).panels, strict=True)
+    )
 
 
 def test_the_vector_is_the_same_however_the_rows_are_cut(monkeypatch):

@@ -15,7 +15,12 @@ from easyedit_rls.model.tokens import continue_with, encode, end_tokens, start_t
 from tests.conftest import tiny_llama, tiny_settings
 from tests.tokenizers import byte_level, qwen_like, sentencepiece_like
 
-FACT = {"prompt": "The bread is made of", "subject": "bread", "target_new": "warm leaves", "ground_truth": "flour"}
+FACT = {
+    "prompt": "The bread is made of",
+    "subject": "bread",
+    "target_new": "warm leaves",
+    "ground_truth": "flour",
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,9 @@ def starting(demo_text):
 
 @pytest.fixture(scope="module")
 def ending(demo_text):
-    """Both a start token and an appended end token, as some tokenizers of encoders turned decoders have them."""
+    """Both a start token and an appended end token,
+    as some tokenizers of encoders turned decoders have them.
+    """
     return byte_level(demo_text, ("<s>",), ("<end>",))
 
 
@@ -40,7 +47,11 @@ def wide_model():
 
 
 def test_what_a_post_processor_adds(plain, starting, ending):
-    assert [(start_tokens(tok), end_tokens(tok)) for tok in (plain, starting, ending)] == [((), ()), ((1,), ()), ((1,), (2,))]
+    assert [(start_tokens(tok), end_tokens(tok)) for tok in (plain, starting, ending)] == [
+        ((), ()),
+        ((1,), ()),
+        ((1,), (2,)),
+    ]
 
 
 @pytest.mark.parametrize("text", ["The bread", "<s>The bread", "<s>", ""])
@@ -71,7 +82,9 @@ def test_every_use_has_the_start_token_and_none_the_end_token(ending, wide_model
     rows += [row for block in sample_texts(wide_model, ending, 2, 4, 0) for row in block]
     assert [row for row in rows if row[0] != 1 or 1 in row[1:] or 2 in row] == []
     seen = []
-    wide_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+    wide_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
     try:
         sample_templates(wide_model, ending, 1, 0)
         anchor_pairs(wide_model, ending, settings, ["The bread"])
@@ -83,7 +96,9 @@ def test_every_use_has_the_start_token_and_none_the_end_token(ending, wide_model
 def test_texts_are_written_from_the_start_token_alone_where_there_is_one(ending, wide_model, tok):
     """A random first token out of a vocabulary of many languages begins texts in all of them."""
     given = []
-    wide_model.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs["input_ids"].tolist()), with_kwargs=True)
+    wide_model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
     try:
         next(sample_texts(wide_model, ending, 6, 2, 0))
         written_from = given[0]
@@ -98,7 +113,9 @@ def test_texts_are_written_from_the_start_token_alone_where_there_is_one(ending,
 
 def test_an_appended_end_token_does_no_harm_to_figures(ending, starting, wide_model):
     """It used to make answers empty, and the tokens counted for EasyEdit's figures those behind the end."""
-    assert answers(wide_model, ending, [FACT["prompt"]], ["x"]) == answers(wide_model, starting, [FACT["prompt"]], ["x"])
+    assert answers(wide_model, ending, [FACT["prompt"]], ["x"]) == answers(
+        wide_model, starting, [FACT["prompt"]], ["x"]
+    )
     ids = starting(FACT["prompt"])["input_ids"]
     with torch.no_grad():
         said = starting.decode(wide_model(torch.tensor([ids])).logits[0, -1].argmax())
@@ -116,10 +133,14 @@ def test_perplexity_has_the_start_token_before_each_window(starting, plain, wide
             row = torch.tensor([start + own[at : at + window]])
             with torch.no_grad():
                 logits = wide_model(row).logits[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")[len(start) :])
+            losses.append(
+                torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")[len(start) :]
+            )
         expected = float(torch.cat(losses).mean().exp())
         assert perplexity(wide_model, tok, text, window=window) == pytest.approx(expected, rel=1e-4)
-        assert perplexity(wide_model, tok, f"<s>{text}" if start else text, window=window) == pytest.approx(expected, rel=1e-4)
+        assert perplexity(wide_model, tok, f"<s>{text}" if start else text, window=window) == pytest.approx(
+            expected, rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like, qwen_like])
@@ -146,7 +167,10 @@ def test_a_continuation_leaves_the_prompt_alone_and_reads_as_it_is(demo_text, ma
 
 def test_a_continuation_that_no_tokens_read_as_is_refused(plain, monkeypatch):
     monkeypatch.setattr("easyedit_rls.model.tokens._NEUTRAL", ())
-    with pytest.raises(RequestError, match=r"field 'target_new'.*'er' has no tokens of its own behind 'The riv'.*joint to a space"):
+    with pytest.raises(
+        RequestError,
+        match=r"field 'target_new'.*'er' has no tokens of its own behind 'The riv'.*joint to a space",
+    ):
         tokenize_fact(plain, "The ", "riv", "", "er", joint="")
 
 

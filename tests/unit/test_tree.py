@@ -1,4 +1,6 @@
-"""Texts packed as trees: every text is in a row, its path spells it, and a token sees the tokens of its own path only."""
+"""Texts packed as trees: every text is in a row, its path spells it, and a token sees the tokens of its own
+path only.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ def test_in_one_row_every_beginning_stands_once(texts):
 def test_without_width_a_row_is_a_text_and_what_it_begins_with(texts):
     trees = grow(texts, 0)
     assert all(tree.is_chain for tree in trees)
-    assert len(trees) == len([text for text in texts if not any(other != text and other[: len(text)] == text for other in texts)])
+    assert len(trees) == len(
+        [text for text in texts if not any(other != text and other[: len(text)] == text for other in texts)]
+    )
 
 
 def test_a_token_sees_its_own_path():
@@ -45,7 +49,9 @@ def test_a_token_sees_its_own_path():
     for row, tree in zip(batch.mask[:, 0], trees):
         for path in tree.paths.values():
             assert row[path[-1]].nonzero()[:, 0].tolist() == path
-    assert batch.mask[1, 0, 2:].sum(1).tolist() == [1] * 4  # padding sees itself, so that nothing is divided by nought
+    assert (
+        batch.mask[1, 0, 2:].sum(1).tolist() == [1] * 4
+    )  # padding sees itself, so that nothing is divided by nought
     model.set_attn_implementation("eager")
     added = tree_batch(trees, model).mask
     assert torch.equal(added == 0, batch.mask)
@@ -73,7 +79,11 @@ def test_recurrence_is_seen(monkeypatch):
     model = zoo.make("llama")
     layer = model.model.layers[1]
     true = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda hidden, *args, **kwargs: true(hidden + 0.1 * hidden.roll(1, 1), *args, **kwargs))
+    monkeypatch.setattr(
+        layer,
+        "forward",
+        lambda hidden, *args, **kwargs: true(hidden + 0.1 * hidden.roll(1, 1), *args, **kwargs),
+    )
     assert not takes_trees(model, 20)
 
 

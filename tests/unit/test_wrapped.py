@@ -143,6 +143,10 @@ def test_quantized_weights_that_hide_are_refused(module):
         if module is Integers:
             layer.mlp.down_proj = Integers()
         else:
-            layer.mlp.down_proj.weight = nn.Parameter(Passing(torch.ones(32, 48, dtype=torch.int8)), requires_grad=False)
-    with pytest.raises(LayoutError, match=r"mlp.down_proj is quantized \(\w+\), and edited weights have to be ordinary"):
+            layer.mlp.down_proj.weight = nn.Parameter(
+                Passing(torch.ones(32, 48, dtype=torch.int8)), requires_grad=False
+            )
+    with pytest.raises(
+        LayoutError, match=r"mlp.down_proj is quantized \(\w+\), and edited weights have to be ordinary"
+    ):
         find_layout(model, tiny_settings("llama"))

@@ -1,1 +1,3 @@
-"""Hydra configs of the commands that take a file of records; their groups would hide settings of the others."""
+"""Hydra configs of the commands that take a file of records; their groups would hide settings of the
+others.
+"""
