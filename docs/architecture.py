@@ -1,4 +1,5 @@
-"""Draw docs/architecture.png: the package's folders, top to bottom in the order that imports keep to, and who imports whom.
+"""Draw docs/architecture.png: the package's folders, top to bottom in the order that imports keep to, and who
+imports whom.
 
 All import `_base` and `errors`, so arrows to these are left out.
 
@@ -18,7 +19,9 @@ HERE = Path(__file__).parent
 
 
 def layers() -> list[list[str]]:
-    """The folders of each level, as pyproject.toml orders them; those that may not import each other share one."""
+    """The folders of each level, as pyproject.toml orders them; those that may not import each other share
+    one.
+    """
     text = (HERE.parent / "pyproject.toml").read_text(encoding="utf-8")
     block = re.search(r"^layers = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert block is not None
@@ -27,7 +30,9 @@ def layers() -> list[list[str]]:
 
 
 def imports(folders: list[str]) -> Counter[tuple[str, str]]:
-    """(importer, imported) -> how many modules of the one import how many of the other, each pair counted once."""
+    """(importer, imported) -> how many modules of the one import how many of the other, each pair counted
+    once.
+    """
     graph = grimp.build_graph(PACKAGE)
     counts: Counter[tuple[str, str]] = Counter()
     for module in graph.modules:
@@ -43,7 +48,9 @@ def imports(folders: list[str]) -> Counter[tuple[str, str]]:
 
 def main() -> None:
     levels = layers()
-    places = {name: (x - (len(row) - 1) / 2, -y) for y, row in enumerate(levels) for x, name in enumerate(row)}
+    places = {
+        name: (x - (len(row) - 1) / 2, -y) for y, row in enumerate(levels) for x, name in enumerate(row)
+    }
     counts = imports(list(places))
     figure, axes = plt.subplots(figsize=(7, 10))
     for (importer, imported), count in counts.items():
