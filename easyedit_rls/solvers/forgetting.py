@@ -1,7 +1,7 @@
 """Recursive least squares that forgets: the solution of one edited layer in information form.
 
 With a forgetting factor γ_t in (0, 1] for each batch, older edits count less while both soft constraints stay
-(legend as in `recursion`; P = A_0 is the prior's information, W_p the weight that the soft constraints alone
+(legend as in `rls`; P = A_0 is the prior's information, W_p the weight that the soft constraints alone
 give):
 
     J_t(W) = Σ_i (Π_{i<s≤t} γ_s) ‖D_i^½ (K_i W − V_i)‖² + λ²‖W − W_0‖² + μ²‖K_0 W − V_0‖²
@@ -18,7 +18,7 @@ The adaptive factor keeps the information in the memory constant (Fortescue, Ker
 
 so a batch as surprising as usual fades the past by u/N_0, a surprising one more, a foreseen one less.
 
-A solution is a value, as in `recursion`: a change makes a new one.
+A solution is a value, as in `solvers.rls`: a change makes a new one.
 """
 
 from collections.abc import Mapping

@@ -24,7 +24,7 @@ Edits leave the objective by the same step with negative weight:
 
 A solution is a value: a change makes a new one, and the one before stays what it was, bit for bit, until the
 change after. So nothing has to be taken back when a change fails, and to roll one back is to go on from the
-solution before. Both share C, which is held by half (`symmetric`): what the last two changes add to it, G or
+solution before. Both share C, which is held by half (`packed`): what the last two changes add to it, G or
 H or both, is kept beside it until no solution in use can do without.
 """
 
@@ -219,7 +219,7 @@ class RecursiveLeastSquares(LayerSolver):
         Raises:
             NumericalError: the edits are not in the state (``D^-1 − K C Kᵀ`` is far from positive definite).
             PrecisionError: they settle so much of the state that this dtype can't tell what would be left
-                without them. The information that stays has to be summed anew, see `rebuild.rebuilt`.
+                without them. The information that stays has to be summed anew, see `ledger.rebuild.rebuilt`.
         """
         n_edits = len(K)
         K, V, D = self._checked(K, V, importance, self.weight)
@@ -246,7 +246,7 @@ class RecursiveLeastSquares(LayerSolver):
 
     def drift(self) -> float:
         """Relative error of C as the inverse of A, seen through fixed random probes (see
-        `linalg.information_drift`).
+        `spd.information_drift`).
         """
         return self._drift
 

@@ -1,7 +1,7 @@
 """How far a weight is from the least-squares solution, seen through fixed random probes: without A, and
 without the edits.
 
-Letters as in `recursion`. With p probes U, (d_k, p), and Z = C_0 U, three small things are carried along in
+Letters as in `solvers.rls`. With p probes U, (d_k, p), and Z = C_0 U, three small things are carried along in
 float64:
 
     Y = A_t Z        R = Zᵀ B_t, B_t = A_0 W_p + Σ KᵀD V        both are sums over the edits
