@@ -99,14 +99,13 @@ class LayerSolver(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs in one dtype and memory layout, a row each key."""
         D = torch.ones(K.shape[:-1]) if importance is None else importance
-        if (K.shape[-1:], V.shape[-1:]) != (self.weight.shape[:1], self.weight.shape[1:]) or not K.shape[
-            :-1
-        ] == V.shape[:-1] == D.shape:
+        d_k, d_v = self.weight.shape
+        has_widths = (K.shape[-1:], V.shape[-1:]) == ((d_k,), (d_v,))
+        if not has_widths or not K.shape[:-1] == V.shape[:-1] == D.shape:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (K, V, D))
             raise NumericalError(
                 f"Keys, target outputs and importances of {self.name} have the shapes {shapes}; "
-                "its weight is "
-                f"{' x '.join(map(str, self.weight.shape))}. Give a row each edit, of these widths."
+                f"its weight is {d_k} x {d_v}. Give a row each edit, of these widths."
             )
         K, V, D = flat_rows(K, V, D)
         K, V, D = row_major(K, like), row_major(V, like), D.to(like)
