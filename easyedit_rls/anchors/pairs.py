@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from easyedit_rls._base.arguments import texts
+from easyedit_rls._base.arguments import listed, text
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import AnchorError, RequestError
 from easyedit_rls.model.batching import device_of, pad, run
@@ -47,7 +47,8 @@ def anchor_pairs(
         AnchorError: no prompt, or one that is empty or longer than the model's table of positions.
         ModelError: a token is none of the model's.
     """
-    rows = [encoded.ids for encoded in encode_all(tok, texts(prompts, "prompts"))]
+    given = [text(prompt, "An item of prompts") for prompt in listed(prompts, "prompts")]
+    rows = [encoded.ids for encoded in encode_all(tok, given)]
     if not rows or not all(rows):
         raise AnchorError(
             "Anchor prompts are missing or empty. Give at least one text, and none without tokens."
