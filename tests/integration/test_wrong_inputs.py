@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from easyedit_rls import RLSEditor, evaluate, perplexity
 from easyedit_rls._base.files import read_text
 from easyedit_rls.anchors.cache import moments
 from easyedit_rls.cli.main import main
-from easyedit_rls.errors import RequestError
+from easyedit_rls.errors import ModelError, RequestError, RLSEditWarning
 from easyedit_rls.evaluation import generate
 from easyedit_rls.host.__main__ import main as host
 from easyedit_rls.model.load import load_model
@@ -248,3 +249,19 @@ def test_texts_as_long_as_the_table_are_taken(tok):
 def test_a_byte_order_mark_is_no_text(folder):
     written("text.txt", b"\xef\xbb\xbfThe river.\r\nThe lake.\n")(folder)
     assert read_text(folder / "text.txt") == "The river.\nThe lake.\n"
+
+
+def test_integers_that_pass_for_weights_are_refused(folder):
+    """A checkpoint of whole numbers without a word of it in its config: transformers would cast them."""
+    path = folder / "model" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.0.mlp.down_proj.weight"] = torch.ones(32, 48, dtype=torch.int8)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"is quantized: model.layers.0.mlp.down_proj.weight is of type I8"):
+        load_model(str(folder / "model"))
+
+
+def test_layers_that_a_config_leaves_out_are_told(folder):
+    changed(num_hidden_layers=2)(folder)
+    with pytest.warns(RLSEditWarning, match=r"holds weights that its model does not use: model.layers.2"):
+        load_model(str(folder / "model"))
