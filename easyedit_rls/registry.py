@@ -83,9 +83,7 @@ class Registry(Generic[T]):
         close = difflib.get_close_matches(name.lower(), [known.lower() for known in self.names()], n=1)
         meant = [known for known in self.names() if known.lower() in close]
         hint = f" Did you mean {meant[0]}?" if meant else ""
-        raise HyperParamsError(
-            f"There is no {self.kind} {name!r}.{hint} Known: {', '.join(self.names())}."
-        )
+        raise HyperParamsError(f"There is no {self.kind} {name!r}.{hint} Known: {', '.join(self.names())}.")
 
     def _import_own(self) -> None:
         for package in self._packages:

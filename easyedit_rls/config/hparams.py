@@ -108,6 +108,14 @@ class RLSEditHyperParams:
     nullspace_threshold: float = _setting(
         "Eigenvalue of E[kkᵀ] from which a direction counts as one of these (AlphaEdit's key).", 2e-2
     )
+    solver: str = _setting(
+        "Update rule: given keys and targets, what the new weight is. `rls` is the paper's; filters of its "
+        "step stand behind a hyphen, as in memit_seq-rect. `easyedit-rls compare --help` lists all.",
+        "rls",
+    )
+    solver_settings: dict[str, Any] = _setting(
+        "Settings of that rule by name; those of a filter in a block of its name.", factory=dict
+    )
     targets: str = _setting(
         "'residual': V = K W + (z − h)/(layers left), right. "
         "'published': V = (z − h), divided after the old output is subtracted, as the authors' code does; "
@@ -436,6 +444,8 @@ _OBJECTIVE = (
     "n_templates",
     "keys",
     "seed",
+    "solver",
+    "solver_settings",
     "forgetting_factor",
     "forgetting_memory",
 )

@@ -54,7 +54,7 @@ class Editor(ABC):
     needs_host: ClassVar[bool] = False
     model: PreTrainedModel
 
-    @classmethod
+    @classmethod  # noqa: B027
     def check(cls, settings: Mapping[str, Any], hparams: RLSEditHyperParams) -> None:
         """See, before any work, that these settings can be used.
 
@@ -87,5 +87,5 @@ class Editor(ABC):
         """Go on behind that many batches, the weights being those of then; False if it can't."""
         return True
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Leave nothing behind on disk."""

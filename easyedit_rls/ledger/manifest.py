@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -20,6 +20,8 @@ _ADDED_LATER = (
     "nullspace_weight",
     "nullspace_threshold",
     "keys",
+    "solver",
+    "solver_settings",
 )  # settings whose defaults are what there was before them
 _USED_ONCE = (
     "n_templates",
@@ -88,7 +90,11 @@ class Manifest:
                 "before it was settled "
                 f"what a manifest says (it lacks {', '.join(missing)}). Use the package that wrote it."
             )
-        before = {f.name: f.default for f in fields(RLSEditHyperParams) if f.name in _ADDED_LATER}
+        before = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory()
+            for f in fields(RLSEditHyperParams)
+            if f.name in _ADDED_LATER
+        }
         return cls(
             **{f.name: values[f.name] for f in fields(cls)} | {"objective": {**before, **values["objective"]}}
         )
