@@ -247,7 +247,7 @@ class RLSEditHyperParams:
         "With them, rewordings follow more often. They are left out of the key and of early stopping.",
         factory=list,
         test=are_statements,
-        allowed="texts with one {} for the subject, and something behind it, such as '{}:'",
+        allowed="a list of texts with one {} for the subject, and something behind it, such as '{}:'",
     )
     statement_share: float = setting(
         "Weight of the statements' mean NLL in the value's loss; "

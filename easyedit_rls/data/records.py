@@ -14,9 +14,10 @@ from typing import Any
 
 from easyedit_rls._base.arguments import at_least
 from easyedit_rls._base.files import user_path
+from easyedit_rls.data.checks import check_text, text_list
 from easyedit_rls.data.formats import FORMATS, format_of
 from easyedit_rls.data.raw import RawRecord, raw_records
-from easyedit_rls.data.requests import EditRequest, check_text, parse_requests
+from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.errors import ArgumentError, HyperParamsError, RequestError, RLSEditWarning
 
 ON_BAD = ("error", "skip")
@@ -233,15 +234,10 @@ def _edit(flat: Mapping[str, Any], generation_prompts: tuple[str, ...], index: i
 def _pair(part: Any, field: str) -> dict[str, list[str]]:
     if not isinstance(part, Mapping):
         raise RequestError("is not a mapping. Give {'prompt': …, 'ground_truth': …}.", field=field)
-    pair = {}
-    for name in ("prompt", "ground_truth"):
-        value = part.get(name)
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
-            raise RequestError("is neither a text nor a list of texts.", field=f"{field}.{name}")
+    pair = {name: text_list(part.get(name), f"{field}.{name}") for name in ("prompt", "ground_truth")}
+    for name, values in pair.items():
         for text in values:
             check_text(text, f"{field}.{name}")
-        pair[name] = list(values)
     if len(pair["prompt"]) != len(pair["ground_truth"]):
         raise RequestError(
             f"has {len(pair['ground_truth'])} answers for {len(pair['prompt'])} prompts.", field=field

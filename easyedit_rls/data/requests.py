@@ -22,10 +22,21 @@ import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from typing import Any
 
 from easyedit_rls._base.arguments import listed
+from easyedit_rls.data.checks import (
+    Chat,
+    case_id,
+    importance,
+    is_nan,
+    mapping,
+    parse_joint,
+    parse_messages,
+    text,
+    texts,
+    told_of,
+)
 from easyedit_rls.data.joints import joint as joint_of
 from easyedit_rls.data.spans import find_spans
 from easyedit_rls.data.subjects import find_subject
@@ -33,10 +44,6 @@ from easyedit_rls.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
-Chat = tuple[tuple[str, str], ...]
-
-IMPORTANCES = (1e-6, 1e6)  # least and largest: float64 can take an edit of either back exactly
-_LARGE = 2**63
 _REWORDED = ("paraphrase_prompts", "rephrase_prompt", "rephrase")  # CounterFact's name, and EasyEdit's two
 
 
@@ -144,14 +151,8 @@ class EditRequest:
             Probe(prompt, answer, own[0], _turns(own[1])) if own else Probe(prompt, answer, joint, chat)
             for prompt, answer, *own in values.get("neighbors", ())
         )
-        return cls(
-            **{
-                **values,
-                "neighbors": neighbors,
-                "paraphrases": tuple(values.get("paraphrases", ())),
-                "chat": chat,
-            }
-        )
+        paraphrases = tuple(values.get("paraphrases", ()))
+        return cls(**{**values, "neighbors": neighbors, "paraphrases": paraphrases, "chat": chat})
 
 
 def _turns(chat: Sequence[Sequence[str]] | None) -> Chat | None:
@@ -193,82 +194,49 @@ def parse_requests(
     requests = listed(requests, "requests", "EasyEdit's dicts or CounterFact records")
     if not requests:
         raise RequestError("the list is empty. Give at least one request.")
-    parsed = [
-        _checked(request, i) if isinstance(request, EditRequest) else _parse(request, i)
-        for i, request in enumerate(requests)
-    ]
+    parsed = []
+    for index, request in enumerate(requests):
+        with told_of(index):
+            parsed.append(_checked(request) if isinstance(request, EditRequest) else _parse(request))
     return as_chat(parsed) if chat_template else parsed
 
 
-def _checked(request: EditRequest, index: int) -> EditRequest:
+def _checked(request: EditRequest) -> EditRequest:
     """A request that was made by hand, with its numbers as plain ones."""
-    return replace(
-        request, importance=_importance(request.importance, index), case_id=_case_id(request.case_id, index)
-    )
+    return replace(request, importance=importance(request.importance), case_id=case_id(request.case_id))
 
 
-def _importance(value: object, index: int) -> float:
-    least, largest = IMPORTANCES
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= largest:  # type: ignore[operator]
-        shown = "a very long number" if isinstance(value, int) and abs(value) > _LARGE else repr(value)
-        raise RequestError(
-            f"is {shown}. Give a number from {least:g} to {largest:g}; 1 is the usual weight.",
-            index=index,
-            field="importance",
-        )
-    return float(value)
-
-
-def _case_id(value: object, index: int) -> int | str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, Integral) or abs(int(value)) > _LARGE:
-        raise RequestError(
-            f"is a {type(value).__name__}. Give a number below 2^63, or a text.", index=index, field="case_id"
-        )
-    return int(value)
-
-
-def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
+def _parse(raw: Mapping[str, Any]) -> EditRequest:
     if not isinstance(raw, Mapping):
         raise RequestError(
-            f"is a {type(raw).__name__}, not a mapping. Give EasyEdit's dict or a CounterFact record.",
-            index=index,
+            f"is a {type(raw).__name__}, not a mapping. Give EasyEdit's dict or a CounterFact record."
         )
-    fact = {**raw, **_mapping(raw, "requested_rewrite", index)}
+    fact = {**raw, **mapping(raw, "requested_rewrite")}
     chat, field = None, "prompt"
     if fact.get("messages") is not None:
-        chat, fact["prompt"] = parse_messages(fact, index)
+        chat, fact["prompt"] = parse_messages(fact)
         field = "messages"
-    subject = (
-        _zsre_subject(fact, index)
-        if "cond" in fact and "subject" not in fact
-        else _text(fact, "subject", index)
-    )
-    before, subject, after = _split_prompt(_text(fact, "prompt", index), subject, index, field)
-    joint = parse_joint(fact, index)
-    target = _text(fact, "target_new", index)
-    target_true = _true_answer(fact, index)
-    paraphrases = [text for name in _REWORDED for text in _texts(fact, name, index)]
-    neighbors = [(prompt, str(target_true)) for prompt in _texts(fact, "neighborhood_prompts", index)]
+    has_none = "cond" in fact and "subject" not in fact
+    subject = _zsre_subject(fact) if has_none else text(fact, "subject")
+    before, subject, after = _split_prompt(text(fact, "prompt"), subject, field)
+    joint = parse_joint(fact)
+    target = text(fact, "target_new")
+    target_true = _true_answer(fact)
+    paraphrases = [prompt for name in _REWORDED for prompt in texts(fact, name)]
+    neighbors = [(prompt, str(target_true)) for prompt in texts(fact, "neighborhood_prompts")]
     if neighbors and target_true is None:
         raise RequestError(
-            "is missing, but neighborhood_prompts need it as their answer. Add it.",
-            index=index,
-            field="target_true",
+            "is missing, but neighborhood_prompts need it as their answer. Add it.", field="target_true"
         )
     if fact.get("locality_prompt") is not None:
-        neighbors.append((_text(fact, "locality_prompt", index), _text(fact, "locality_ground_truth", index)))
-    for kind, pair in _mapping(fact, "locality", index).items():
+        neighbors.append((text(fact, "locality_prompt"), text(fact, "locality_ground_truth")))
+    for kind, pair in mapping(fact, "locality").items():
         if not isinstance(pair, Mapping):
-            raise RequestError(
-                f"'{kind}' is no mapping. Give prompt and ground_truth.", index=index, field="locality"
-            )
-        prompts, answers = _texts(pair, "prompt", index), _texts(pair, "ground_truth", index)
+            raise RequestError(f"'{kind}' is no mapping. Give prompt and ground_truth.", field="locality")
+        prompts, answers = texts(pair, "prompt"), texts(pair, "ground_truth")
         if len(prompts) != len(answers):
             raise RequestError(
                 f"'{kind}' has {len(prompts)} prompts and {len(answers)} answers. Give one each.",
-                index=index,
                 field="locality",
             )
         neighbors += zip(prompts, answers)
@@ -279,16 +247,16 @@ def _parse(raw: Mapping[str, Any], index: int) -> EditRequest:
         after=after,
         target=target,
         target_true=target_true,
-        importance=_importance(fact.get("importance", 1.0), index),
+        importance=importance(fact.get("importance", 1.0)),
         paraphrases=tuple(dict.fromkeys(paraphrases)),
         neighbors=tuple(Probe(prompt, answer, joint, chat) for prompt, answer in neighbors),
-        case_id=_case_id(raw.get("case_id"), index),
+        case_id=case_id(raw.get("case_id")),
         joint=joint,
         chat=chat,
     )
 
 
-def _true_answer(fact: Mapping[str, Any], index: int) -> str | None:
+def _true_answer(fact: Mapping[str, Any]) -> str | None:
     """What the model should have said before, the first of lists of right answers; None where there is
     nothing.
     """
@@ -298,76 +266,18 @@ def _true_answer(fact: Mapping[str, Any], index: int) -> str | None:
         answer = answer.get("str")
     while isinstance(answer, (list, tuple)):  # KnowEdit has every right answer, in lists of lists
         answer = answer[0] if answer else None
-    if answer is None or _is_nan(answer) or (isinstance(answer, str) and not answer.strip()):
+    if answer is None or is_nan(answer) or (isinstance(answer, str) and not answer.strip()):
         return None
-    return _text({name: answer}, name, index)
+    return text({name: answer}, name)
 
 
-def parse_joint(fact: Mapping[str, Any], index: int) -> str | None:
-    """What stands between a record's prompts and answers, if it says so.
-
-    Raises:
-        RequestError: it is no text.
-    """
-    joint = fact.get("joint")
-    if joint is None or isinstance(joint, str):
-        return joint
-    raise RequestError(
-        f"is a {type(joint).__name__}, not text. Give a space, an empty text, or leave it out.",
-        index=index,
-        field="joint",
-    )
-
-
-def parse_messages(fact: Mapping[str, Any], index: int) -> tuple[Chat, str]:
-    """Of a record with ``messages``, the turns before the user's last one, and that one's text.
-
-    Raises:
-        RequestError: it is no chat that ends in a user's turn, or there is a prompt beside it.
-    """
-    if fact.get("prompt") is not None:
-        raise RequestError("stands beside a prompt. Give one of the two.", index=index, field="messages")
-    turns = fact["messages"]
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise RequestError(
-            "is no list of turns. Give {'role': …, 'content': …} for each.", index=index, field="messages"
-        )
-    for number, turn in enumerate(turns):
-        is_turn = (
-            isinstance(turn, Mapping)
-            and set(turn) == {"role", "content"}
-            and all(isinstance(text, str) for text in turn.values())
-        )
-        if not is_turn:
-            raise RequestError(
-                f"has turn {number}, {turn!r}. Give {{'role': …, 'content': …}}, both texts.",
-                index=index,
-                field="messages",
-            )
-    if turns[-1]["role"] != "user":
-        raise RequestError(
-            f"ends in a turn of the {turns[-1]['role']!r}. Let the user's turn be the last.",
-            index=index,
-            field="messages",
-        )
-    for turn in turns[:-1]:
-        if turn["content"]:
-            check_text(turn["content"] + ".", "messages", index)
-    if not turns[-1]["content"].strip():
-        raise RequestError("ends in an empty turn. Give its text.", index=index, field="messages")
-    return tuple((turn["role"], turn["content"]) for turn in turns[:-1]), turns[-1]["content"]
-
-
-def _zsre_subject(fact: Mapping[str, Any], index: int) -> str:
-    try:
-        subject = find_subject(_text(fact, "prompt", index), _text(fact, "rephrase_prompt", index))
-    except RequestError as exc:
-        raise exc.at(index) from None
-    logger.info("Request %d comes without a subject; taken from its rewording: %r", index, subject)
+def _zsre_subject(fact: Mapping[str, Any]) -> str:
+    subject = find_subject(text(fact, "prompt"), text(fact, "rephrase_prompt"))
+    logger.info("A request comes without a subject; taken from its rewording: %r", subject)
     return subject
 
 
-def _split_prompt(prompt: str, subject: str, index: int, field: str) -> tuple[str, str, str]:
+def _split_prompt(prompt: str, subject: str, field: str) -> tuple[str, str, str]:
     """Text before the subject, the subject as the prompt writes it, and text behind it.
 
     ``{}`` marks the place if it is there; otherwise the last occurrence that stands as a word of its own
@@ -377,9 +287,7 @@ def _split_prompt(prompt: str, subject: str, index: int, field: str) -> tuple[st
     slots = prompt.count("{}")
     if slots > 1:
         raise RequestError(
-            f"has {slots} places marked {{}}: {prompt!r}. Mark the subject's place once.",
-            index=index,
-            field=field,
+            f"has {slots} places marked {{}}: {prompt!r}. Mark the subject's place once.", field=field
         )
     if slots == 1:
         before, after = prompt.split("{}")
@@ -391,7 +299,6 @@ def _split_prompt(prompt: str, subject: str, index: int, field: str) -> tuple[st
         raise RequestError(
             f"does not contain the subject {subject!r}: {prompt!r}. "
             "Write the subject into the prompt, or {} where it goes.",
-            index=index,
             field=field,
         )
     words = [place for place in places if _stands_alone(prompt, *place)]
@@ -399,59 +306,5 @@ def _split_prompt(prompt: str, subject: str, index: int, field: str) -> tuple[st
     return prompt[:start], prompt[start:end], prompt[end:]
 
 
-def _stands_alone(text: str, start: int, end: int) -> bool:
-    return not (text[start - 1 : start].isalnum() or text[end : end + 1].isalnum())
-
-
-def _text(fact: Mapping[str, Any], key: str, index: int) -> str:
-    value = fact.get(key)
-    if isinstance(value, Mapping):  # CounterFact: {"str": ..., "id": ...}
-        value = value.get("str")
-    if isinstance(value, (list, tuple)) and len(value) == 1:  # some EasyEdit data sets
-        value = value[0]
-    if value is None:
-        raise RequestError("is missing. Add it.", index=index, field=key)
-    if not isinstance(value, str):
-        raise RequestError(f"is a {type(value).__name__}, not text.", index=index, field=key)
-    return check_text(value, key, index)
-
-
-def _texts(fact: Mapping[str, Any], key: str, index: int) -> list[str]:
-    value = fact.get(key)
-    if value is None or value == "" or _is_nan(value):
-        return []
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) for v in values):
-        raise RequestError("is neither a text nor a list of texts.", index=index, field=key)
-    return [check_text(text, key, index) for text in values]
-
-
-def check_text(text: str, field: str, index: int | None = None) -> str:
-    """A text with something in it, of characters that are some.
-
-    Raises:
-        RequestError: it is empty, or holds half a character (a lone surrogate), which no tokenizer takes.
-    """
-    if not text.strip():
-        raise RequestError("is empty. Give its text.", index=index, field=field)
-    try:
-        text.encode()
-    except UnicodeEncodeError as exc:
-        raise RequestError(
-            f"holds half a character, {text[exc.start]!r}. Write the whole one.", index=index, field=field
-        ) from exc
-    return text
-
-
-def _is_nan(value: object) -> bool:
-    """Whether it is what tables have in empty cells."""
-    return isinstance(value, float) and value != value
-
-
-def _mapping(fact: Mapping[str, Any], key: str, index: int) -> Mapping[str, Any]:
-    value = fact.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise RequestError(f"is a {type(value).__name__}, not a mapping.", index=index, field=key)
-    return value
+def _stands_alone(prompt: str, start: int, end: int) -> bool:
+    return not (prompt[start - 1 : start].isalnum() or prompt[end : end + 1].isalnum())

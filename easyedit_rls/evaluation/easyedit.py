@@ -14,7 +14,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.arguments import listed
-from easyedit_rls.data.requests import Chat, Probe, parse_joint, parse_messages
+from easyedit_rls.data.checks import Chat, parse_joint, parse_messages, text_list, told_of
+from easyedit_rls.data.requests import Probe
 from easyedit_rls.errors import RequestError
 from easyedit_rls.evaluation.scores import accuracy, predict_rows
 from easyedit_rls.model.limits import refuse_unfit
@@ -80,7 +81,10 @@ def _tokenized(
     chat_template: bool,
 ) -> tuple[list[list[tuple[str, str, list[Probe]]]], list[Row]]:
     """What each record asks, see `_asked`, and the rows of all of it."""
-    asked = [list(_asked(record, i, () if chat_template else None)) for i, record in enumerate(records)]
+    asked = []
+    for index, record in enumerate(records):
+        with told_of(index):
+            asked.append(list(_asked(record, () if chat_template else None)))
     numbered = [(i, probe) for i, parts in enumerate(asked) for _, _, probes in parts for probe in probes]
     numbers = [i for i, _ in numbered]
     rows = answer_rows(tok, [probe for _, probe in numbered], numbers)
@@ -104,57 +108,37 @@ def add_locality(before: Sequence[Mapping[str, Any]], after: Sequence[dict[str, 
             ]
 
 
-def _asked(
-    record: Mapping[str, Any], index: int, chat: Chat | None
-) -> Iterator[tuple[str, str, list[Probe]]]:
+def _asked(record: Mapping[str, Any], chat: Chat | None) -> Iterator[tuple[str, str, list[Probe]]]:
     """(section, name, prompts with answers) of everything a record asks; the section of the first two is
     empty.
     """
     if not isinstance(record, Mapping):
-        raise RequestError(f"is a {type(record).__name__}, not a mapping.", index=index)
+        raise RequestError(f"is a {type(record).__name__}, not a mapping.")
     if record.get("messages") is not None:
-        chat, turn = parse_messages(record, index)
+        chat, turn = parse_messages(record)
         record = {**record, "prompt": turn}
-    joint = parse_joint(record, index)
+    joint = parse_joint(record)
     for name, (prompt, answer) in _ANSWERED.items():
         if name == "rewrite_acc" or record.get(prompt):
-            yield (
-                "",
-                name,
-                _probes(record.get(prompt), record.get(answer), index, (prompt, answer), joint, chat),
-            )
+            yield "", name, _probes(record, (prompt, answer), "", joint, chat)
     for section, ending in (("locality", "output"), ("portability", "acc")):
         for name, part in (record.get(section) or {}).items():
             if not isinstance(part, Mapping):
                 raise RequestError(
-                    "is not a mapping. Give {'prompt': …, 'ground_truth': …}.",
-                    index=index,
-                    field=f"{section}.{name}",
+                    "is not a mapping. Give {'prompt': …, 'ground_truth': …}.", field=f"{section}.{name}"
                 )
-            names = f"{section}.{name}.prompt", f"{section}.{name}.ground_truth"
-            yield (
-                section,
-                f"{name}_{ending}",
-                _probes(part.get("prompt"), part.get("ground_truth"), index, names, joint, chat),
-            )
+            probes = _probes(part, ("prompt", "ground_truth"), f"{section}.{name}.", joint, chat)
+            yield section, f"{name}_{ending}", probes
 
 
 def _probes(
-    prompts: Any, answers: Any, index: int, names: tuple[str, str], joint: str | None, chat: Chat | None
+    part: Mapping[str, Any], names: tuple[str, str], place: str, joint: str | None, chat: Chat | None
 ) -> list[Probe]:
-    prompts, answers = ([value] if isinstance(value, str) else value for value in (prompts, answers))
-    for values, field in zip((prompts, answers), names):
-        if (
-            not isinstance(values, (list, tuple))
-            or not values
-            or not all(isinstance(value, str) for value in values)
-        ):
-            raise RequestError("is neither a text nor a list of texts.", index=index, field=field)
+    """Prompts with their answers, of a mapping's fields of these names; none may be empty."""
+    prompts, answers = (text_list(part.get(name), place + name, least=1) for name in names)
     if len(prompts) != len(answers):
         raise RequestError(
-            f"has {len(answers)} texts for {len(prompts)} prompts. Give one for each.",
-            index=index,
-            field=names[1],
+            f"has {len(answers)} texts for {len(prompts)} prompts. Give one for each.", field=place + names[1]
         )
     return [Probe(prompt, answer, joint, chat) for prompt, answer in zip(prompts, answers)]
 

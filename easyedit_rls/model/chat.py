@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from easyedit_rls.data.checks import Chat
 from easyedit_rls.data.joints import joint as joint_of
-from easyedit_rls.data.requests import Chat
 from easyedit_rls.errors import LayoutError, RequestError
 
 _MARK = "⟦⟧7130⟦⟧"  # stands for a turn's text while the template's own parts are looked for

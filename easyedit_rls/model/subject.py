@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from easyedit_rls.data.requests import Chat, Probe
+from easyedit_rls.data.checks import Chat
+from easyedit_rls.data.requests import Probe
 from easyedit_rls.errors import RequestError
 from easyedit_rls.model.chat import Prompt, prepare
 from easyedit_rls.model.tokens import Encoded, continue_all, continue_with, encode, encode_all
