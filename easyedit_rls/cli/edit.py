@@ -12,17 +12,13 @@ from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
 from easyedit_rls.cli.records import fits, fitting, records_of, without_contradictions
+from easyedit_rls.cli.report import LABELS
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.evaluation import evaluate
 from easyedit_rls.model.load import load_model
 
-_SHOWN = (
-    ("efficacy", "Efficacy: P(new) > P(true)"),
-    ("rewrite_accuracy", "Rewrite accuracy: new answer is the argmax"),
-    ("paraphrase_accuracy", "Paraphrase accuracy: argmax"),
-    ("specificity", "Specificity: P(true) > P(new) on neighbors"),
-)
+_SHOWN = ("efficacy", "rewrite_accuracy", "paraphrase_accuracy", "specificity")
 
 
 @command("edit", "easyedit_rls.conf.streams")
@@ -68,9 +64,9 @@ def main(config: DictConfig) -> None:
         model.save_pretrained(out)
         tok.save_pretrained(out)
     figures = Table("", "Before", "After", title=f"{len(requests)} edits, measured after the last")
-    for name, label in _SHOWN:
+    for name in _SHOWN:
         if after[name] is not None:
-            figures.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}")
+            figures.add_row(LABELS[name], f"{before[name]:.3f}", f"{after[name]:.3f}")
     console.print(figures)
     console.print(
         f"Written to {out}: edits.json"

@@ -1,5 +1,6 @@
 """The demo's figures for people: a table, a Markdown report and a plot."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,25 +8,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-_ROWS = (
-    ("efficacy", "Efficacy: P(new) > P(true)"),
-    ("rewrite_accuracy", "Rewrite accuracy: new answer is the argmax"),
-    ("generalization", "Generalization: P(new) > P(true) on paraphrases"),
-    ("paraphrase_accuracy", "Paraphrase accuracy: argmax"),
-    ("specificity", "Specificity: P(true) > P(new) on neighbors"),
-    ("neighborhood_accuracy", "Neighborhood accuracy: argmax"),
-    ("perplexity", "Perplexity on plain text"),
-)
-_PLOTTED = (
-    ("rewrite_accuracy", "Rewrite accuracy"),
-    ("generalization", "Generalization"),
-    ("paraphrase_accuracy", "Paraphrase accuracy"),
-)
+from easyedit_rls._base.heat_map import draw_heat_map
+
+LABELS = {
+    "efficacy": "Efficacy: P(new) > P(true)",
+    "rewrite_accuracy": "Rewrite accuracy: new answer is the argmax",
+    "generalization": "Generalization: P(new) > P(true) on paraphrases",
+    "paraphrase_accuracy": "Paraphrase accuracy: argmax",
+    "specificity": "Specificity: P(true) > P(new) on neighbors",
+    "neighborhood_accuracy": "Neighborhood accuracy: argmax",
+    "perplexity": "Perplexity on plain text",
+}
+_PLOTTED = ("rewrite_accuracy", "generalization", "paraphrase_accuracy")
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The table's rows: name, before, after."""
-    table = [(label, _number(summary["before"][key]), _number(summary["after"][key])) for key, label in _ROWS]
+    before, after = summary["before"], summary["after"]
+    table = [(label, _number(before[key]), _number(after[key])) for key, label in LABELS.items()]
     first = _number(summary["first_batch_after"]["rewrite_accuracy"])
     return [
         *table,
@@ -110,20 +110,10 @@ def plot_retention(retention: Sequence[Sequence[dict[str, float]]], path: Path) 
     figure = Figure(figsize=(1.6 + 3.4 * len(_PLOTTED), 1.4 + 0.6 * n), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(_PLOTTED), sharey=True, squeeze=False)[0]
-    for panel, (key, title) in zip(panels, _PLOTTED):
-        grid = [[retention[t][b][key] if b <= t else float("nan") for t in range(n)] for b in range(n)]
-        image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        for b in range(n):
-            for t in range(b, n):
-                panel.text(
-                    t,
-                    b,
-                    f"{grid[b][t]:.2f}",
-                    ha="center",
-                    va="center",
-                    color="black" if grid[b][t] > 0.5 else "white",
-                )
-        panel.set_title(title)
+    for panel, key in zip(panels, _PLOTTED):
+        grid = [[retention[t][b][key] if b <= t else math.nan for t in range(n)] for b in range(n)]
+        image = draw_heat_map(panel, grid)
+        panel.set_title(LABELS[key].partition(":")[0])
         panel.set_xlabel("measured after batch")
         panel.set_xticks(range(n), [str(t + 1) for t in range(n)])
         panel.set_yticks(range(n), [str(b + 1) for b in range(n)])

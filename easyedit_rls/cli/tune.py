@@ -22,6 +22,7 @@ from easyedit_rls.data.records import read_records
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.model.load import load_model
 from easyedit_rls.tuning.search import Search, Trial
+from easyedit_rls.tuning.trial import MEASURED
 
 _QUICK_TOLERANCE = 0.4  # of the moments during the search; the file keeps its own
 
@@ -149,10 +150,7 @@ def _table(trials: list[Trial], best: Trial) -> Table:
         caption=caption,
     )
     for trial in sorted(trials, key=lambda trial: -trial.objective):
-        shown = [
-            trial.figures.get(name)
-            for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")
-        ]
+        shown = [trial.figures.get(name) for name in MEASURED]
         numbers = ["–" if value is None else f"{value:.3f}" for value in shown]
         row = [str(trial.number), f"{trial.objective:.3f}", *numbers, _settings(trial)]
         table.add_row(*row, style="bold" if trial is best else None)

@@ -20,6 +20,7 @@ from easyedit_rls.data.requests import EditRequest, as_chat
 from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import RequestError, RLSEditError, UnsaidWarning
 from easyedit_rls.evaluation import evaluate, perplexity
+from easyedit_rls.tuning.trial import MEASURED
 
 if TYPE_CHECKING:
     import optuna
@@ -193,10 +194,7 @@ class Search:
                 for at in range(0, len(self._records), self._batch):
                     editor.edit(self._records[at : at + self._batch])
             means = evaluate(self._model, self._tok, self._records, show_progress=False).means()
-            figures = {
-                name: float(means[name] or 0.0)
-                for name in ("rewrite_accuracy", "paraphrase_accuracy", "specificity")
-            }
+            figures = {name: float(means[name] or 0.0) for name in MEASURED if name != "perplexity"}
             after = perplexity(
                 self._model, self._tok, self._text, max_tokens=self._max_tokens, show_progress=False
             )
