@@ -10,6 +10,7 @@ from easyedit_rls.editors.reports import EditReport, RetractReport
 from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import (
     AnchorError,
+    DataError,
     HostError,
     HyperParamsError,
     LayoutError,
@@ -27,6 +28,7 @@ from easyedit_rls.host import register, unregister
 __all__ = [
     "AnchorError",
     "AnchorPairs",
+    "DataError",
     "EditReport",
     "EditRequest",
     "Evaluation",

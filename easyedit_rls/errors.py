@@ -43,14 +43,18 @@ class ArgumentError(InputError, TypeError):
 
 
 class ModelError(InputError, OSError):
-    """A model or its tokenizer can't be loaded, or the two don't belong together."""
+    """A model or its tokenizer can't be loaded, the two don't belong together, or there is no such device."""
 
 
 class LayoutError(InputError, LookupError):
     """A module that the settings name is missing from the model, or is of a kind that can't be edited."""
 
 
-class TextError(InputError, ValueError):
+class DataError(InputError, ValueError):
+    """A file of records can't be read, is of no known form, or holds nothing to edit."""
+
+
+class TextError(DataError):
     """A text file can't be read, is not UTF-8, or is empty."""
 
 

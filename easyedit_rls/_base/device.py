@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from easyedit_rls.errors import LayoutError
+from easyedit_rls.errors import ModelError
 
 
 def choose_device(asked: str | None) -> str:
@@ -14,7 +14,7 @@ def choose_device(asked: str | None) -> str:
         asked: cpu, cuda, cuda:1, …; None takes a GPU where PyTorch sees one.
 
     Raises:
-        LayoutError: PyTorch sees no such device.
+        ModelError: PyTorch sees no such device.
     """
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked is None:
@@ -22,11 +22,11 @@ def choose_device(asked: str | None) -> str:
     try:
         device = torch.device(asked)
     except RuntimeError as exc:
-        raise LayoutError(
+        raise ModelError(
             f"device {asked!r} is none that PyTorch knows. Take cpu, cuda, or one of several: cuda:1."
         ) from exc
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise LayoutError(
+        raise ModelError(
             f"PyTorch sees {n_gpus or 'no'} GPU{'s' * (n_gpus > 1)}, so not {asked}. "
             "Take device cpu, or install a build for your GPU."
         )

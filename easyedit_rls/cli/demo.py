@@ -25,7 +25,7 @@ from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import read_records
 from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.editors.rls import RLSEditor
-from easyedit_rls.errors import LayoutError, RequestError
+from easyedit_rls.errors import HyperParamsError, LayoutError
 from easyedit_rls.evaluation import Evaluation, evaluate, generate, perplexity
 from easyedit_rls.evaluation.metrics import summarize
 from easyedit_rls.model.load import load_model
@@ -162,7 +162,7 @@ def _complete(
 
 def _cut(records: list[EditRequest], n_batches: int) -> list[list[EditRequest]]:
     if not 1 <= n_batches <= len(records):
-        raise RequestError(f"batches is {n_batches}; allowed: 1 to the number of facts, {len(records)}.")
+        raise HyperParamsError(f"batches is {n_batches}; allowed: 1 to the number of facts, {len(records)}.")
     size = -(-len(records) // n_batches)
     return [records[start : start + size] for start in range(0, len(records), size)]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import EditRecord, LeftOut, listed, read_records, reason, refusal
 from easyedit_rls.data.requests import parse_requests
-from easyedit_rls.errors import RequestError, RLSEditWarning
+from easyedit_rls.errors import DataError, RequestError, RLSEditWarning
 from easyedit_rls.evaluation.easyedit import refuse_unfit_quality
 from easyedit_rls.evaluation.metrics import refuse_unfit_records
 from easyedit_rls.facts.keys import locate_facts, refuse_unfit_facts
@@ -25,10 +25,11 @@ def records_of(data: DictConfig) -> list[EditRecord]:
     """The records that a command's ``data`` names.
 
     Raises:
-        RequestError: there is no file of that name, or a record is wrong.
+        DataError: there is no file of that name, or none is named.
+        RequestError: a record is wrong.
     """
     if data.file is None:
-        raise RequestError("is missing. Give a file of records: data.file=FILE.", field="data.file")
+        raise DataError("data.file is missing. Give a file of records: data.file=FILE.")
     return read_records(data.file, data.first, data.count, joint=data.joint, on_bad=data.on_bad)
 
 
@@ -44,7 +45,8 @@ def fitting(records: Sequence[EditRecord], check: Check, source: str | Path, on_
         on_bad: 'error' refuses them, 'skip' leaves them out, all edits of a file's record together.
 
     Raises:
-        RequestError: a record does not fit (on_bad: error), or none does.
+        RequestError: a record does not fit (on_bad: error).
+        DataError: none does.
     """
     try:
         check(records)
@@ -63,7 +65,7 @@ def fitting(records: Sequence[EditRecord], check: Check, source: str | Path, on_
     kept = [record for record in records if record.index not in gone]
     said = listed(left_out, len({record.index for record in records}))
     if not kept:
-        raise RequestError(f"{source} has no record that can be used: {said}")
+        raise DataError(f"{source} has no record that can be used: {said}")
     warnings.warn(f"{source}: left out {said}", RLSEditWarning, stacklevel=2)
     return kept
 

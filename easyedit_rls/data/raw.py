@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from easyedit_rls._base.files import read_text
-from easyedit_rls.errors import RequestError
+from easyedit_rls.errors import DataError
 
 _LINES = (".jsonl", ".ndjson")
 _SETTINGS = ("joint", "importance", "case_id")  # columns whose empty cells say nothing
@@ -39,9 +39,9 @@ def raw_records(path: Path) -> list[RawRecord]:
             else is a JSON list.
 
     Raises:
-        RequestError: the file is missing, not UTF-8, no JSON, or no list.
+        DataError: the file is missing, not UTF-8, no JSON, or no list.
     """
-    text = read_text(path, RequestError)
+    text = read_text(path, DataError)
     if path.suffix.lower() in _LINES:
         return [_line(line, f"line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix.lower() == ".csv":
@@ -50,9 +50,9 @@ def raw_records(path: Path) -> list[RawRecord]:
         found = _json(text)
     except ValueError as exc:
         hint = " One record a line goes into a file whose name ends in '.jsonl'." if _is_lines(text) else ""
-        raise RequestError(f"{path} is no JSON: {exc}.{hint}") from exc
+        raise DataError(f"{path} is no JSON: {exc}.{hint}") from exc
     if not isinstance(found, list):
-        raise RequestError(
+        raise DataError(
             f"{path} holds a {type(found).__name__}, not a list of records. "
             "(Files with a record a line end in '.jsonl'.)"
         )
@@ -99,10 +99,10 @@ def _columns(names: list[str], path: Path) -> list[str]:
     columns = [name.strip() for name in names]
     twice = [name for name, count in Counter(columns).items() if count > 1]
     if twice:
-        raise RequestError(f"{path} has two columns of the name {twice[0]!r}. Give each its own.")
+        raise DataError(f"{path} has two columns of the name {twice[0]!r}. Give each its own.")
     other = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
     if other is not None:
-        raise RequestError(f"{path} has {other!r} between its columns. Save it with commas.")
+        raise DataError(f"{path} has {other!r} between its columns. Save it with commas.")
     return columns
 
 
@@ -119,4 +119,4 @@ def _rows(text: str, path: Path) -> Iterator[RawRecord]:
             problem = f"has {len(surplus)} cells more than the table has columns." if surplus else None
             yield RawRecord(f"line {reader.line_num}", cells, problem)
     except csv.Error as exc:
-        raise RequestError(f"{path}, line {reader.line_num}, is no CSV: {exc}.") from exc
+        raise DataError(f"{path}, line {reader.line_num}, is no CSV: {exc}.") from exc

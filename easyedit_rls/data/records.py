@@ -18,7 +18,7 @@ from easyedit_rls.data.checks import check_text, text_list
 from easyedit_rls.data.formats import FORMATS, format_of
 from easyedit_rls.data.raw import RawRecord, raw_records
 from easyedit_rls.data.requests import EditRequest, parse_requests
-from easyedit_rls.errors import ArgumentError, HyperParamsError, RequestError, RLSEditWarning
+from easyedit_rls.errors import ArgumentError, DataError, HyperParamsError, RequestError, RLSEditWarning
 
 ON_BAD = ("error", "skip")
 _CURE = "Mend it, or leave such records out: on_bad=skip."
@@ -90,7 +90,7 @@ def read_records(
     not know, by a warning each.
 
     Raises:
-        RequestError: see `read_file`.
+        DataError, RequestError: see `read_file`.
     """
     found = read_file(path, first, count, joint=joint, on_bad=on_bad)
     if found.left_out:
@@ -122,9 +122,9 @@ def read_file(
         on_bad: 'error' refuses the file if a record is wrong; 'skip' leaves such records out.
 
     Raises:
-        RequestError: the file can't be read, has no edit, or (on_bad="error") a record is wrong: names the
-            file, the first such record (counted from the file's beginning) with its field, and how many
-            others there are.
+        DataError: the file can't be read, or has no edit.
+        RequestError: a record is wrong (on_bad="error"): names the file, the first such record (counted from
+            the file's beginning) with its field, and how many others there are.
         HyperParamsError: an argument is out of its range.
     """
     if not isinstance(path, (str, Path)):
@@ -159,7 +159,7 @@ def read_file(
         raise refusal(faults)
     if not records:
         what = f"no record that can be used: {listed(left_out, n_read)}" if left_out else "no record."
-        raise RequestError(
+        raise DataError(
             f"{path} has {what if not first or left_out else f'no record behind number {first}.'}"
         )
     return RecordFile(path, tuple(records), n_read, tuple(left_out), formats, tuple(unknown))

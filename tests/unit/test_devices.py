@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from easyedit_rls._base.device import choose_device
-from easyedit_rls.errors import LayoutError
+from easyedit_rls.errors import ModelError
 
 
 def test_unasked_a_gpu_where_there_is_one(monkeypatch):
@@ -26,11 +26,11 @@ def test_unasked_a_gpu_where_there_is_one(monkeypatch):
 def test_a_device_that_is_not_there_is_told(asked, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(ModelError, match=message):
         choose_device(asked)
 
 
 def test_without_a_gpu_the_cure_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LayoutError, match=r"PyTorch sees no GPU, so not cuda\. Take device cpu"):
+    with pytest.raises(ModelError, match=r"PyTorch sees no GPU, so not cuda\. Take device cpu"):
         choose_device("cuda")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from easyedit_rls import HyperParamsError, RequestError, RLSEditWarning
+from easyedit_rls import DataError, HyperParamsError, RequestError, RLSEditWarning
 from easyedit_rls.data.records import read_file, read_records
 
 COUNTERFACT = {
@@ -118,7 +118,7 @@ def test_part_of_a_file(tmp_path):
     ):  # there is nothing to edit
         assert [record.request.case_id for record in read_records(path)] == [0, 2, 3]
     assert [record.request.case_id for record in read_file(path, first=1, count=1).records] == [2]
-    with pytest.raises(RequestError, match="no record behind number 4"):
+    with pytest.raises(DataError, match="no record behind number 4"):
         read_records(path, first=4)
 
 
@@ -152,31 +152,30 @@ def test_faults_name_file_record_and_field(tmp_path, record, field, problem):
     assert str(path) in str(caught.value)
 
 
+_TWICE = "'prompt' stands twice in one mapping"
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "problem"),
+    ("error", "name", "text", "problem"),
     [
-        ("a.json", "{}", "holds a dict"),
-        ("a.json", "[", "no JSON"),
-        ("a.jsonl", f"{json.dumps(LEAST)}\nx", r"Request 1: is no JSON: .*a.jsonl, line 2\)"),
-        (
-            "a.json",
-            f"{json.dumps(LEAST)}\n{json.dumps(LEAST)}",
-            "One record a line goes into a file whose name ends in '.jsonl'",
-        ),
-        ("a.csv", 'prompt,subject\n"a', "line 1, is no CSV"),
-        (
-            "a.csv",
-            "prompt,subject,target_new\nx y,x,z,z",
-            r"has 1 cells more than the table has columns. \(in .*a.csv, line 2\)",
-        ),
-        ("a.json", "[]", "has no record"),
+        (DataError, "a.json", "{}", "holds a dict"),
+        (DataError, "a.json", "[", "no JSON"),
+        (RequestError, "a.jsonl", f"{json.dumps(LEAST)}\nx", r"Request 1: is no JSON: .*a.jsonl, line 2\)"),
+        (DataError, "a.json", f"{json.dumps(LEAST)}\n" * 2, "One record a line .* name ends in '.jsonl'"),
+        (DataError, "a.csv", 'prompt,subject\n"a', "line 1, is no CSV"),
+        (RequestError, "a.csv", "prompt,subject\nx y,x,z", r"has 1 cells more .* \(in .*a.csv, line 2\)"),
+        (DataError, "a.json", "[]", "has no record"),
+        (DataError, "a.json", '[{"prompt": "a", "prompt": "b"}]', _TWICE),
+        (RequestError, "a.jsonl", '{"prompt": "a", "prompt": "b"}', _TWICE),
+        (DataError, "a.csv", "prompt,subject,prompt\na,b,c", "two columns of the name 'prompt'"),
+        (DataError, "a.csv", "prompt;subject\na;b", "has ';' between its columns. Save it with commas"),
     ],
 )
-def test_faults_of_files(tmp_path, name, text, problem):
+def test_faults_of_files(tmp_path, error, name, text, problem):
     (tmp_path / name).write_text(text)
-    with pytest.raises(RequestError, match=problem):
-        read_records(tmp_path / name)
-    with pytest.raises(RequestError, match="can't be read"):
+    with pytest.raises(error, match=problem):
+        read_file(tmp_path / name)
+    with pytest.raises(DataError, match="can't be read"):
         read_records(tmp_path / "none.json")
 
 
@@ -401,7 +400,7 @@ def test_all_records_are_checked_before_one_is_used(tmp_path):
     with pytest.warns(RLSEditWarning, match=r"left out 8 of 10 records: 1 \(.*and 3 more"):
         read_records(path, on_bad="skip")
     assert [record.index for record in read_file(path, count=2, on_bad="skip").records] == [0, 9]
-    with pytest.raises(RequestError, match="no record that can be used: 8 of 8 records"):
+    with pytest.raises(DataError, match="no record that can be used: 8 of 8 records"):
         read_file(write(tmp_path / "bad.json", bad), on_bad="skip")
 
 
@@ -498,18 +497,3 @@ def test_empty_cells(tmp_path):
     (tmp_path / "h.csv").write_text("subject,question,object\nAda,Who is Ada?,\n")
     with pytest.raises(RequestError, match="field 'object': is empty"):
         read_file(tmp_path / "h.csv")
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "problem"),
-    [
-        ("a.json", '[{"prompt": "a", "prompt": "b"}]', "'prompt' stands twice in one mapping"),
-        ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "'prompt' stands twice in one mapping"),
-        ("a.csv", "prompt,subject,prompt\na,b,c", "two columns of the name 'prompt'"),
-        ("a.csv", "prompt;subject;target_new\na;b;c", "has ';' between its columns. Save it with commas"),
-    ],
-)
-def test_files_that_say_two_things(tmp_path, name, text, problem):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(RequestError, match=problem):
-        read_file(tmp_path / name)
