@@ -9,7 +9,6 @@ shipped, self, or a text file. `--texts 0` leaves the whole text out.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import load, machine, parser, records_of, settings_of, versions
+from common import as_json, load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
 from easyedit_rls.anchors.cache import moments
@@ -80,7 +79,7 @@ def main() -> None:
     readings: list[tuple[float, int | None]] = [(tolerance, None) for tolerance in args.tolerances]
     readings += [] if args.texts == 0 else [(0.0, args.texts)]
     results = [measure(args, source, *reading) for source in args.sources for reading in readings]
-    print(json.dumps({"results": results, "versions": versions(), "machine": machine()}, indent=1))
+    print(as_json({"results": results, "versions": versions(), "machine": machine()}))
 
 
 if __name__ == "__main__":

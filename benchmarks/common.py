@@ -19,6 +19,8 @@ import easyedit_rls
 from easyedit_rls import RLSEditHyperParams
 from easyedit_rls.cli.loading import settings_for
 
+_LONGEST = 2000  # characters of a line of results
+
 _OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"required": True, "help": "folder or hub name of the model"},
     "data": {"type": Path, "required": True, "help": "records in CounterFact's JSON format"},
@@ -102,3 +104,20 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
+
+
+def as_json(value: Any, depth: int = 2, indent: str = "") -> str:
+    """JSON for people and for diffs: a line for each key of the outermost mappings and each item of their
+    lists. Whatever holds numbers and texts alone is on one line; so is, up to a length, all that lies deeper.
+    """
+    line = json.dumps(value, ensure_ascii=False)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    parts = [part for item in items for part in (item if isinstance(item, list) else [item])]
+    is_nested = any(isinstance(part, (dict, list)) for part in parts)
+    if not is_nested or (depth <= 0 and len(line) < _LONGEST):
+        return line
+    deeper = indent + " "
+    names = [f"{json.dumps(key)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+    lines = [name + as_json(item, depth - 1 if name else 0, deeper) for name, item in zip(names, items)]
+    first, last = "{}" if isinstance(value, dict) else "[]"
+    return f"{first}\n{deeper}" + f",\n{deeper}".join(lines) + f"\n{indent}{last}"

@@ -12,7 +12,6 @@ and rephrase_acc (tokens of the target that are the argmax, teacher-forced; the 
 """
 
 import contextlib
-import json
 import logging
 import sys
 import time
@@ -20,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from common import parser, records_of, versions
+from common import as_json, parser, records_of, versions
 from omegaconf import OmegaConf
 
 import easyedit_rls
@@ -55,7 +54,7 @@ def main() -> None:
         args.first += args.count
     means = {name: fmean(stream[name] for stream in streams) for name in streams[0] if name != "first"}
     about = {"threads": torch.get_num_threads(), "versions": versions(), "settings": hparams.to_dict()}
-    print(json.dumps({"alg_name": hparams.alg_name, "means": means, "streams": streams, **about}, indent=1))
+    print(as_json({"alg_name": hparams.alg_name, "means": means, "streams": streams, **about}))
 
 
 def run_stream(easyeditor: Any, hparams: Any, records: list[dict[str, Any]]) -> dict[str, float]:

@@ -24,7 +24,6 @@ on its own model too, off the clock, and their losses taken there, in its own ty
 """
 
 import copy
-import json
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from common import load, machine, parser, records_of, settings_of, spread, versions
+from common import as_json, load, machine, parser, records_of, settings_of, spread, versions
 from peers import make_peer
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests
@@ -153,7 +152,7 @@ def main() -> None:
         "versions": versions(),
         "machine": {**machine(), "device": args.device},
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":

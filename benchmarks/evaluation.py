@@ -14,14 +14,13 @@ as in smollm2-llama.
 
 import contextlib
 import io
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from common import load, machine, parser, settings_of, spread, versions
+from common import as_json, load, machine, parser, settings_of, spread, versions
 
 from easyedit_rls.data.records import read_records
 from easyedit_rls.evaluation import edit_quality, evaluate
@@ -93,7 +92,7 @@ def main() -> None:
         "versions": versions(),
         "machine": {**machine(), "device": args.device},
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ of the unedited, the edited and the merged model: what they say.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import load, machine, parser, settings_of, versions
+from common import as_json, load, machine, parser, settings_of, versions
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -155,7 +154,7 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import load, machine, parser, records_of, settings_of, spread, versions
+from common import as_json, load, machine, parser, records_of, settings_of, spread, versions
 
 from easyedit_rls import RLSEditor
 from easyedit_rls.anchors.prior import Prior
@@ -198,7 +198,7 @@ def main() -> None:
     for widths, n_layers in zip(args.widths, args.layers, strict=True):
         d_k, d_v = map(int, widths.split("x"))
         results.append(measure(d_k, d_v, n_layers, args.batch, args.batches))
-    print(json.dumps({"results": results, "machine": machine(), "versions": versions()}, indent=1))
+    print(as_json({"results": results, "machine": machine(), "versions": versions()}))
 
 
 if __name__ == "__main__":

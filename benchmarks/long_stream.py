@@ -9,7 +9,6 @@ subjects. Each batch is in a ledger before the next begins.
 """
 
 import gc
-import json
 import resource
 import statistics
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from common import machine, parser, spread, versions
+from common import as_json, machine, parser, spread, versions
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor
@@ -126,7 +125,7 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 def _slope(sizes: dict[int, int]) -> float:

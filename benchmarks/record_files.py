@@ -10,8 +10,6 @@ locality and portability. Locality is the share of answers' tokens that are as b
 share that is right.
 """
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from common import load, machine, parser, settings_of, versions
+from common import as_json, load, machine, parser, settings_of, versions
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate
 from easyedit_rls._base.progress import progress_bar
@@ -105,7 +103,7 @@ def main() -> None:
             files[path.name] = {"read": read, "first": read["records"] // 2, **trial.run(used)}
             bar.update(1)
     written = {"files": files, "settings": hparams.to_dict(), "versions": versions(), "machine": machine()}
-    json.dump(written, sys.stdout, indent=1, ensure_ascii=False)
+    print(as_json(written))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ and are the five tokens of the greedy continuation.
 """
 
 import copy
-import json
 import sys
 import tempfile
 import time
 
 import torch
-from common import load, machine, parser, records_of, settings_of, versions
+from common import as_json, load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditor, evaluate, parse_requests
 from easyedit_rls.model.generation import greedy, write_on
@@ -123,7 +122,7 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":

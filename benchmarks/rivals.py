@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import load, machine, parser, records_of, settings_of, versions
+from common import as_json, load, machine, parser, records_of, settings_of, versions
 from torch import Tensor
 
 from easyedit_rls import RLSEditHyperParams, evaluate, parse_requests, perplexity
@@ -175,7 +175,7 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ gives tokens where a norm stands behind the MLP.
 """
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from common import load, machine, parser, records_of, settings_of, versions
+from common import as_json, load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditor, evaluate, perplexity
 from easyedit_rls.anchors.moments import Moment, sum_moments
@@ -116,7 +115,7 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":

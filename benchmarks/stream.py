@@ -7,11 +7,10 @@
 --set layers=[5,6,7]`.
 """
 
-import json
 import sys
 import time
 
-from common import load, machine, parser, records_of, settings_of, versions
+from common import as_json, load, machine, parser, records_of, settings_of, versions
 
 from easyedit_rls import RLSEditor, evaluate, perplexity
 
@@ -68,7 +67,7 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ rates are measured here.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import machine, spread, versions
+from common import as_json, machine, spread, versions
 
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
@@ -205,7 +204,7 @@ def main() -> None:
         "versions": versions(),
         "machine": {**machine(), "device": args.device},
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ edits are worth after the last batch. `--variant name=value,name=value` adds a r
 """
 
 import copy
-import json
 import statistics
 import sys
 import time
 from typing import Any
 
 import torch
-from common import load, machine, parser, records_of, settings_of, spread, versions
+from common import as_json, load, machine, parser, records_of, settings_of, spread, versions
 from omegaconf import OmegaConf
 from peers import make_peer
 
@@ -107,7 +106,7 @@ def main() -> None:
         "versions": versions(),
         "machine": machine(),
     }
-    print(json.dumps(result, indent=1))
+    print(as_json(result))
 
 
 if __name__ == "__main__":
