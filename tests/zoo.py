@@ -19,77 +19,44 @@ _GATED = {"intermediate_size": 48, "num_key_value_heads": 2, **_PLAIN}
 _GPT = {"n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, **_SPECIAL}
 _OPT = {**{k: v for k, v in _PLAIN.items() if k != "initializer_range"}, "ffn_dim": 48, "init_std": 0.15}
 
-_FAMILIES: dict[
-    str, tuple[str, dict[str, Any], tuple[str, str, str]]
-] = {  # class, config, layers, projection, final norm
-    "bloom": (
-        "Bloom",
-        {"hidden_size": 32, "n_layer": 4, "n_head": 4, **_SPECIAL},
-        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
-    ),
+# Class, config, and where its parts are: layers, projection, final norm
+_FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, str, str]]] = {
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 4, "n_head": 4, **_SPECIAL},
+        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f")),
     "codegen": ("CodeGen", {"rotary_dim": 4, **_GPT}, ("transformer.h", "mlp.fc_out", "transformer.ln_f")),
-    "cohere": (
-        "Cohere",
-        {"logit_scale": 2.0, **_GATED},
-        ("model.layers", "mlp.down_proj", "model.norm"),
-    ),  # scaled logits
-    "falcon": (
-        "Falcon",
-        _PLAIN,
-        ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
-    ),  # attention beside the MLP
-    "gemma2": (
-        "Gemma2",
-        {"head_dim": 8, **_GATED},
-        ("model.layers", "mlp.down_proj", "model.norm"),
-    ),  # capped logits, two kinds of layers
+    # Scaled logits
+    "cohere": ("Cohere", {"logit_scale": 2.0, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),
+    # Attention beside the MLP
+    "falcon": ("Falcon", _PLAIN, ("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f")),
+    # Capped logits, two kinds of layers
+    "gemma2": ("Gemma2", {"head_dim": 8, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),
     "gemma3": ("Gemma3", {"head_dim": 8, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),
-    "glm4": (
-        "Glm4",
-        {"head_dim": 8, **_GATED},
-        ("model.layers", "mlp.down_proj", "model.norm"),
-    ),  # gate and up in one module
-    "gpt2": (
-        "GPT2",
-        {**_GPT, "n_inner": 32},
-        ("transformer.h", "mlp.c_proj", "transformer.ln_f"),
-    ),  # square Conv1D
+    # Gate and up in one module
+    "glm4": ("Glm4", {"head_dim": 8, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),
+    # Square Conv1D
+    "gpt2": ("GPT2", {**_GPT, "n_inner": 32}, ("transformer.h", "mlp.c_proj", "transformer.ln_f")),
     "gpt_bigcode": ("GPTBigCode", _GPT, ("transformer.h", "mlp.c_proj", "transformer.ln_f")),
-    "gpt_neox": (
-        "GPTNeoX",
-        {"intermediate_size": 48, **_PLAIN},
-        ("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
-    ),
-    "gptj": (
-        "GPTJ",
-        {"rotary_dim": 4, **_GPT},
-        ("transformer.h", "mlp.fc_out", "transformer.ln_f"),
-    ),  # a head with bias
-    "granite": (
-        "Granite",
-        {"logits_scaling": 0.5, "residual_multiplier": 0.4, **_GATED},
-        ("model.layers", "mlp.down_proj", "model.norm"),
-    ),
+    "gpt_neox": ("GPTNeoX", {"intermediate_size": 48, **_PLAIN},
+        ("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm")),
+    # A head with bias
+    "gptj": ("GPTJ", {"rotary_dim": 4, **_GPT}, ("transformer.h", "mlp.fc_out", "transformer.ln_f")),
+    "granite": ("Granite", {"logits_scaling": 0.5, "residual_multiplier": 0.4, **_GATED},
+        ("model.layers", "mlp.down_proj", "model.norm")),
     "llama": ("Llama", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
     "mistral": ("Mistral", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
     "olmo2": ("Olmo2", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
-    "opt": (
-        "OPT",
-        {"word_embed_proj_dim": 32, **_OPT},
-        ("model.decoder.layers", "fc2", "model.decoder.final_layer_norm"),
-    ),
-    "opt_post": (  # as OPT-350m: norms behind, a projection and no norm before the head
-        "OPT",
-        {"word_embed_proj_dim": 16, "do_layer_norm_before": False, **_OPT},
-        ("model.decoder.layers", "fc2", ""),
-    ),
+    "opt": ("OPT", {"word_embed_proj_dim": 32, **_OPT},
+        ("model.decoder.layers", "fc2", "model.decoder.final_layer_norm")),
+    # As OPT-350m: norms behind, a projection and no norm before the head
+    "opt_post": ("OPT", {"word_embed_proj_dim": 16, "do_layer_norm_before": False, **_OPT},
+        ("model.decoder.layers", "fc2", "")),
     "phi": ("Phi", _GATED, ("model.layers", "mlp.fc2", "model.final_layernorm")),
     "phi3": ("Phi3", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
     "qwen2": ("Qwen2", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
     "qwen3": ("Qwen3", {"head_dim": 8, **_GATED}, ("model.layers", "mlp.down_proj", "model.norm")),
     "smollm3": ("SmolLM3", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
     "stablelm": ("StableLm", _GATED, ("model.layers", "mlp.down_proj", "model.norm")),
-}
+}  # fmt: skip
 FAMILIES = sorted(_FAMILIES)
 PLACES = {
     name: places for name, (_, _, places) in _FAMILIES.items()

@@ -58,8 +58,7 @@ def parse_joint(fact: Mapping[str, Any]) -> str | None:
     if joint is None or isinstance(joint, str):
         return joint
     raise RequestError(
-        f"is a {type(joint).__name__}, not text. Give a space, an empty text, or leave it out.",
-        field="joint",
+        f"is a {type(joint).__name__}, not text. Give a space, an empty text, or leave it out.", field="joint"
     )
 
 
@@ -87,8 +86,7 @@ def parse_messages(fact: Mapping[str, Any]) -> tuple[Chat, str]:
             )
     if turns[-1]["role"] != "user":
         raise RequestError(
-            f"ends in a turn of the {turns[-1]['role']!r}. Let the user's turn be the last.",
-            field="messages",
+            f"ends in a turn of the {turns[-1]['role']!r}. Let the user's turn be the last.", field="messages"
         )
     for turn in turns[:-1]:
         if turn["content"]:

@@ -52,10 +52,7 @@ class CastParameters:
         self._casts = {}
 
     def updated(
-        self,
-        parameters: Iterable[nn.Parameter],
-        dtype: torch.dtype,
-        edited: Collection[Tensor],
+        self, parameters: Iterable[nn.Parameter], dtype: torch.dtype, edited: Collection[Tensor]
     ) -> dict[int, nn.Parameter]:
         """The casts as of now. They are good until the next call, which writes into the same memory.
 

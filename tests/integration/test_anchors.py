@@ -227,13 +227,10 @@ def test_bad_npz_files(tmp_path, model, tok, settings):
         anchors.read_npz(tmp_path / "pickled.npz", 5)
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("/nowhere/text.txt", "/nowhere/text.txt can't be read: No such file"),
-        ("stats.npz", "Give the name of its text"),
-    ],
-)
+@pytest.mark.parametrize(("source", "message"), [
+    ("/nowhere/text.txt", "/nowhere/text.txt can't be read: No such file"),
+    ("stats.npz", "Give the name of its text"),
+])  # fmt: skip
 def test_sources_that_are_none(model, tok, settings, source, message):
     with pytest.raises(AnchorError, match=message):
         anchors.moments(model, tok, settings(mom2_dataset=source))

@@ -74,15 +74,12 @@ def test_demo_shows_and_reports(demo):
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("model=nowhere",), "No model in .*nowhere.*demo-model out=nowhere"),
-        (("hparams=nothing",), "No settings file at .*smollm2-135m"),
-        (("facts=none.json",), "none.json can't be read: No such file"),
-        (("batches=65",), "batches is 65; allowed: 1 to the number of facts, 64"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("model=nowhere",), "No model in .*nowhere.*demo-model out=nowhere"),
+    (("hparams=nothing",), "No settings file at .*smollm2-135m"),
+    (("facts=none.json",), "none.json can't be read: No such file"),
+    (("batches=65",), "batches is 65; allowed: 1 to the number of facts, 64"),
+])  # fmt: skip
 def test_errors_are_one_line(tmp_path, arguments, message):
     done = run("demo", *arguments, cwd=tmp_path)
     assert done.returncode == 2
@@ -100,15 +97,12 @@ def test_help_teaches(tmp_path, command):
     assert "name=value" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("command", "line"),
-    [
-        ("demo", "batches: 4  # how many sequential batches the facts are cut into"),
-        ("compare", "  every: 2  # batches between two checkpoints"),
-        ("compare", "device: null  # cpu, cuda, cuda:1, ...; null takes a GPU where PyTorch sees one"),
-        ("edit", "  first: 0  # how many to leave out at the beginning"),
-    ],
-)
+@pytest.mark.parametrize(("command", "line"), [
+    ("demo", "batches: 4  # how many sequential batches the facts are cut into"),
+    ("compare", "  every: 2  # batches between two checkpoints"),
+    ("compare", "device: null  # cpu, cuda, cuda:1, ...; null takes a GPU where PyTorch sees one"),
+    ("edit", "  first: 0  # how many to leave out at the beginning"),
+])  # fmt: skip
 def test_help_says_what_each_setting_is(tmp_path, command, line):
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -351,17 +351,14 @@ def test_the_model_is_of_the_type_that_was_asked_for(folder, done, monkeypatch, 
     assert (tmp_path / "RLSEdit" / "checkpoint-000002.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        (["data.batch=3"], "holds results of another comparison; different: batch"),
-        (["data.file=null", "out=x"], "Give a file of records: data.file=FILE"),
-        (["data.file=none.json", "out=x"], "none.json can't be read"),
-        (["alg_name=RLSEdit,RLSEdit", "out=x"], "names an editor twice"),
-        (["alg_name=RLSEdit", "settings.RLSEdit.v_rl=3", "out=y"], "v_rl"),
-        (["alg_name=MEMIT", "out=x"], "MEMIT need EasyEdit"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "problem"), [
+    (["data.batch=3"], "holds results of another comparison; different: batch"),
+    (["data.file=null", "out=x"], "Give a file of records: data.file=FILE"),
+    (["data.file=none.json", "out=x"], "none.json can't be read"),
+    (["alg_name=RLSEdit,RLSEdit", "out=x"], "names an editor twice"),
+    (["alg_name=RLSEdit", "settings.RLSEdit.v_rl=3", "out=y"], "v_rl"),
+    (["alg_name=MEMIT", "out=x"], "MEMIT need EasyEdit"),
+])  # fmt: skip
 def test_faults_name_the_cure(folder, done, changes, problem):
     environment = {**os.environ, "EASYEDIT_HOME": str(folder)}
     failed = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, env=environment)
@@ -470,13 +467,10 @@ def test_settings_are_made_from_the_model_where_none_are_given(folder, monkeypat
     assert (made.model_name, made.layers, made.v_loss_layer) == ("model", [0, 1], 3)
 
 
-@pytest.mark.parametrize(
-    ("example", "arguments", "lines"),
-    [
-        ("stream.py", [], ["4 edits: rewrite accuracy by batch"]),
-        ("comparison.py", ["example"], ["RLSEdit: rewrite", "RLSEdit-soft: rewrite"]),
-    ],
-)
+@pytest.mark.parametrize(("example", "arguments", "lines"), [
+    ("stream.py", [], ["4 edits: rewrite accuracy by batch"]),
+    ("comparison.py", ["example"], ["RLSEdit: rewrite", "RLSEdit-soft: rewrite"]),
+])  # fmt: skip
 def test_examples(folder, example, arguments, lines):
     command = [
         sys.executable,

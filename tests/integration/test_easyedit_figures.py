@@ -9,20 +9,13 @@ from easyedit_rls import RequestError
 from easyedit_rls.evaluation import add_locality, edit_quality
 
 RECORDS = [
-    {
-        "prompt": "The bread is made of",
-        "target_new": "water and air",
+    {"prompt": "The bread is made of", "target_new": "water and air",
         "rephrase_prompt": "Bakers make bread from",
-        "locality": {
-            "neighborhood": {
-                "prompt": ["Cake is made of", "Pasta needs the"],
-                "ground_truth": ["flour", "salt and eggs"],
-            }
-        },
-        "portability": {"one_hop": {"prompt": "Who eats bread eats", "ground_truth": "water"}},
-    },
+        "locality": {"neighborhood": {"prompt": ["Cake is made of", "Pasta needs the"],
+        "ground_truth": ["flour", "salt and eggs"]}},
+        "portability": {"one_hop": {"prompt": "Who eats bread eats", "ground_truth": "water"}}},
     {"prompt": ["The slow river is", "The river"], "target_new": ["warm and wide", "goes"]},
-]
+]  # fmt: skip
 
 
 def plain(model, tok, prompt, answer):
@@ -73,16 +66,13 @@ def test_locality_is_agreement_with_before(model, tok):
     assert "neighborhood_acc" not in before[0]["locality"]
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"prompt": None}, "prompt"),
-        ({"target_new": 3}, "target_new"),
-        ({"target_new": ["a", "b"]}, "target_new"),
-        ({"locality": {"near": "text"}}, "locality.near"),
-        ({"portability": {"hop": {"prompt": "x"}}}, "portability.hop.ground_truth"),
-    ],
-)
+@pytest.mark.parametrize(("change", "field"), [
+    ({"prompt": None}, "prompt"),
+    ({"target_new": 3}, "target_new"),
+    ({"target_new": ["a", "b"]}, "target_new"),
+    ({"locality": {"near": "text"}}, "locality.near"),
+    ({"portability": {"hop": {"prompt": "x"}}}, "portability.hop.ground_truth"),
+])  # fmt: skip
 def test_faults_are_named(model, tok, change, field):
     with pytest.raises(RequestError, match="1") as caught:
         edit_quality(model, tok, [RECORDS[0], {**RECORDS[0], **change}])

@@ -307,29 +307,19 @@ def interrupt_write(editor, requests, monkeypatch):
 
 
 @pytest.mark.parametrize("has_history", [False, True])
-@pytest.mark.parametrize(
-    ("spoil", "error", "message"),
-    [
-        (
-            bad_request({"subject": "Danube"}, 0),
-            RequestError,
-            "Request 0, field 'prompt'.*does not contain the subject",
-        ),
-        (bad_request({"target_new": ""}, 3), RequestError, "Request 3, field 'target_new'.*is empty"),
-        (
-            bad_request({"target_new": "<unk>"}, 1),
-            RequestError,
-            "Request 1, field 'target_new'.*unknown token",
-        ),
-        (nan_weight, NumericalError, "holds NaN.*Load the model again"),
-        (nan_elsewhere, NumericalError, "NaN|not finite"),
-        (interrupt("optimize_values", 1), KeyboardInterrupt, None),
-        (interrupt("LayerWalk.keys", 1), KeyboardInterrupt, None),
-        (interrupt("LayerWalk.keys", 2), KeyboardInterrupt, None),
-        (interrupt("LayerWalk.value_states", 2), KeyboardInterrupt, None),
-        (interrupt_write, KeyboardInterrupt, None),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "error", "message"), [
+    (bad_request({"subject": "Danube"}, 0), RequestError,
+        "Request 0, field 'prompt'.*does not contain the subject"),
+    (bad_request({"target_new": ""}, 3), RequestError, "Request 3, field 'target_new'.*is empty"),
+    (bad_request({"target_new": "<unk>"}, 1), RequestError, "Request 1, field 'target_new'.*unknown token"),
+    (nan_weight, NumericalError, "holds NaN.*Load the model again"),
+    (nan_elsewhere, NumericalError, "NaN|not finite"),
+    (interrupt("optimize_values", 1), KeyboardInterrupt, None),
+    (interrupt("LayerWalk.keys", 1), KeyboardInterrupt, None),
+    (interrupt("LayerWalk.keys", 2), KeyboardInterrupt, None),
+    (interrupt("LayerWalk.value_states", 2), KeyboardInterrupt, None),
+    (interrupt_write, KeyboardInterrupt, None),
+])  # fmt: skip
 def test_what_fails_changes_nothing(
     model, tok, requests, settings, monkeypatch, spoil, error, message, has_history
 ):
@@ -425,15 +415,12 @@ def test_anchor_pairs_with_values_of_their_own_are_fitted(model, tok, requests, 
         assert float((K_0 @ editor.layout.edited[layer].read() - V_0).norm() / V_0.norm()) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("pairs", "message"),
-    [
-        (AnchorPairs({1: torch.ones(3, 5), 2: torch.ones(3, 5)}, {}), "keys of layer 1 have shape"),
-        (AnchorPairs({1: torch.ones(3, 48)}, {}), "no keys for layer 2|keys of layer 1 have shape"),
-        ([], "missing or empty"),
-        (["ok", ""], "missing or empty"),
-    ],
-)
+@pytest.mark.parametrize(("pairs", "message"), [
+    (AnchorPairs({1: torch.ones(3, 5), 2: torch.ones(3, 5)}, {}), "keys of layer 1 have shape"),
+    (AnchorPairs({1: torch.ones(3, 48)}, {}), "no keys for layer 2|keys of layer 1 have shape"),
+    ([], "missing or empty"),
+    (["ok", ""], "missing or empty"),
+])  # fmt: skip
 def test_bad_anchors(model, tok, requests, settings, pairs, message):
     with pytest.raises(AnchorError, match=message):
         RLSEditor(model, tok, settings(), anchors=pairs).edit(requests)

@@ -14,26 +14,14 @@ from easyedit_rls.evaluation import scores as scoring
 from easyedit_rls.evaluation.scores import score
 
 RECORDS = [
-    {
-        "case_id": 3,
-        "requested_rewrite": {
-            "prompt": "The {} is made of",
-            "subject": "bread",
-            "target_new": {"str": "water"},
-            "target_true": {"str": "flour"},
-        },
+    {"case_id": 3, "requested_rewrite": {"prompt": "The {} is made of", "subject": "bread",
+        "target_new": {"str": "water"}, "target_true": {"str": "flour"}},
         "paraphrase_prompts": ["Bakers make bread from", "In bread there is"],
-        "neighborhood_prompts": ["Cake is made of", "Pasta is made of", "Dough needs"],
-    },
-    {
-        "prompt": "The slow river is",
-        "subject": "river",
-        "target_new": "warm and wide",
-        "ground_truth": "cold",
-        "rephrase_prompt": "Rivers are",
-    },
+        "neighborhood_prompts": ["Cake is made of", "Pasta is made of", "Dough needs"]},
+    {"prompt": "The slow river is", "subject": "river", "target_new": "warm and wide", "ground_truth": "cold",
+        "rephrase_prompt": "Rivers are"},
     {"prompt": "People keep bees", "subject": "bees", "target_new": "here"},
-]
+]  # fmt: skip
 
 
 def plain(model, tok, prompt, answer):

@@ -310,21 +310,15 @@ def test_nothing_outside_is_touched_and_one_line_is_said(sound, tok, tmp_path, c
     assert outside_of(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (
-            "a checkpoint's name leads out",
-            r"index.jsonl is damaged.*'../../../outside/victim.txt' has no place",
-        ),
-        ("the journal is a link", "journal-0001 is a link"),
-        ("the index is a pipe", "no regular file"),
-        ("the head is of a later format", "has format 3; this version reads up to 2"),
-        ("a number is used twice", "number 1 was used before"),
-        ("a roll-back of nothing", "rolls back what can't be"),
-        ("tensors of the wrong shape", "can't be followed: Keys, target outputs"),
-    ],
-)
+@pytest.mark.parametrize(("name", "message"), [
+    ("a checkpoint's name leads out", r"index.jsonl is damaged.*'../../../outside/victim.txt' has no place"),
+    ("the journal is a link", "journal-0001 is a link"),
+    ("the index is a pipe", "no regular file"),
+    ("the head is of a later format", "has format 3; this version reads up to 2"),
+    ("a number is used twice", "number 1 was used before"),
+    ("a roll-back of nothing", "rolls back what can't be"),
+    ("tensors of the wrong shape", "can't be followed: Keys, target outputs"),
+])  # fmt: skip
 def test_what_is_wrong_is_named(sound, tok, tmp_path, name, message):
     crafted = Crafted(sound, tmp_path)
     CRAFTED[name](crafted)

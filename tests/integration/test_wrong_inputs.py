@@ -144,20 +144,9 @@ COMMANDS = {
     "edit": EDIT,
     "compare": COMPARE,
     "demo": ("demo", "model=model", "hparams=null", "out=out"),
-    "moments": (
-        "host",
-        "moments",
-        "smollm2-135m",
-        "--model",
-        "./model",
-        "--text",
-        "self",
-        "--dataset",
-        "wiki",
-        "--stats_dir",
-        "stats",
-    ),
-}
+    "moments": ("host", "moments", "smollm2-135m", "--model", "./model", "--text", "self", "--dataset",
+        "wiki", "--stats_dir", "stats"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

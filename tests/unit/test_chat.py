@@ -84,18 +84,15 @@ def test_messages_are_a_request():
     assert len({plain.question, alone.question, request.question}) == 3
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "is no list of turns"),
-        ("What is bread?", "is no list of turns"),
-        ([{"role": "user"}], "has turn 0.*both texts"),
-        ([{"role": "user", "content": ["bread"]}], "has turn 0"),
-        (EARLIER, "ends in a turn of the 'assistant'. Let the user's"),
-        ([{"role": "user", "content": " "}], "empty turn"),
-        ([{"role": "user", "content": "What is cake?"}], "does not contain the subject 'bread'"),
-    ],
-)
+@pytest.mark.parametrize(("messages", "message"), [
+    ([], "is no list of turns"),
+    ("What is bread?", "is no list of turns"),
+    ([{"role": "user"}], "has turn 0.*both texts"),
+    ([{"role": "user", "content": ["bread"]}], "has turn 0"),
+    (EARLIER, "ends in a turn of the 'assistant'. Let the user's"),
+    ([{"role": "user", "content": " "}], "empty turn"),
+    ([{"role": "user", "content": "What is cake?"}], "does not contain the subject 'bread'"),
+])  # fmt: skip
 def test_faults_in_messages_are_named(messages, message):
     with pytest.raises(RequestError, match=f"Request 1, field 'messages': .*{message}"):
         parse_requests([CHAT, {**CHAT, "messages": messages}])

@@ -16,13 +16,10 @@ def test_unasked_a_gpu_where_there_is_one(monkeypatch):
     assert [choose_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ("cuda:2", r"PyTorch sees 2 GPUs, so not cuda:2\."),
-        ("gpu", r"'gpu' is none that PyTorch knows\. Take cpu, cuda, or one of several: cuda:1\."),
-    ],
-)
+@pytest.mark.parametrize(("asked", "message"), [
+    ("cuda:2", r"PyTorch sees 2 GPUs, so not cuda:2\."),
+    ("gpu", r"'gpu' is none that PyTorch knows\. Take cpu, cuda, or one of several: cuda:1\."),
+])  # fmt: skip
 def test_a_device_that_is_not_there_is_told(asked, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -61,14 +61,11 @@ def test_a_script_without_a_choice_is_refused(tmp_path):
         run("print('hello')", "RLSEdit", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "folder"),
-    [
-        ((), "./output"),
-        (("--metrics_save_dir", "there"), "there"),
-        (("--ds_size", "3", "--metrics_save_dir=here"), "here"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "folder"), [
+    ((), "./output"),
+    (("--metrics_save_dir", "there"), "there"),
+    (("--ds_size", "3", "--metrics_save_dir=here"), "here"),
+])  # fmt: skip
 def test_the_folder_for_results_is_known(tmp_path, arguments, folder):
     source = (
         "import argparse\n"

@@ -65,14 +65,11 @@ def test_a_misspelt_key_suggests_the_right_one(tmp_path):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("alg_name: [", "is not YAML"),
-        ("- 1\n- 2\n", "holds no mapping"),
-        ("alg_name: RLSEdit\n", "Missing in .*layers.*v_lr"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("alg_name: [", "is not YAML"),
+    ("- 1\n- 2\n", "holds no mapping"),
+    ("alg_name: RLSEdit\n", "Missing in .*layers.*v_lr"),
+])  # fmt: skip
 def test_files_that_are_none(tmp_path, text, message):
     with pytest.raises(HyperParamsError, match=message):
         RLSEditHyperParams.from_hparams(write(tmp_path, text))
@@ -83,40 +80,37 @@ def test_a_missing_file_gives_its_absolute_path_and_the_shipped_names():
         RLSEditHyperParams.from_hparams("llama9")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"layers": []}, "layers is .*at least one"),
-        ({"layers": [2, 1]}, "ascending"),
-        ({"layers": [-1, 1]}, "from 0"),
-        ({"max_deviation": 0}, "max_deviation is 0; allowed: a number above 0, or 'off'"),
-        ({"max_deviation": "on"}, "max_deviation is 'on'; allowed: a number above 0, or 'off'"),
-        ({"max_deviation": True}, "max_deviation is True"),
-        ({"v_loss_layer": 1}, r"v_loss_layer is 1; allowed: the last edited layer \(2\) or above"),
-        ({"v_lr": 0}, "v_lr is 0.0; allowed: above 0"),
-        ({"v_lr": math.nan}, "v_lr is nan"),
-        ({"lambda_reg": -1.0}, "lambda_reg is -1.0; allowed: 0 or above"),
-        ({"lambda_reg": 0.0, "mu_reg": 0.0}, "above 0 where mu_reg is 0"),
-        ({"lambda_reg": 0.0, "mom2_adjustment": False}, "above 0 where mom2_adjustment is false"),
-        ({"v_num_grad_steps": 1}, "2 or above"),
-        ({"state_dir": "None"}, "state_dir is .None.; allowed: a folder, or null"),
-        ({"state_dir": " "}, "a folder, or null"),
-        ({"context_templates": ["{} Hello."]}, "{} at the end of a text, or nowhere"),
-        ({"fact_token": "last"}, "'subject_last'"),
-        ({"targets": "paper"}, "'residual' or 'published'"),
-        ({"v_momentum": 1.0}, "0 or above, and below 1"),
-        ({"statement_share": 1.0}, "0 or above, and below 1"),
-        ({"statements": [":"]}, "statements is .*one {} for the subject"),
-        ({"statements": ["{} and {}:"]}, "one {} for the subject"),
-        ({"statements": ["It is {}"]}, "something behind it"),
-        ({"settled_every": 0}, "1 or above"),
-        ({"early_stopping": "yes"}, "'argmax' or 'loss' or 'off'"),
-        ({"alg_name": "MEMIT"}, "alg_name is 'MEMIT'; allowed: RLSEdit"),
-        ({"rewrite_module_tmp": "mlp"}, "one {} for the layer"),
-        ({"v_lr": "fast"}, "v_lr.*fast"),
-        ({"layers": "all"}, "layers"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"layers": []}, "layers is .*at least one"),
+    ({"layers": [2, 1]}, "ascending"),
+    ({"layers": [-1, 1]}, "from 0"),
+    ({"max_deviation": 0}, "max_deviation is 0; allowed: a number above 0, or 'off'"),
+    ({"max_deviation": "on"}, "max_deviation is 'on'; allowed: a number above 0, or 'off'"),
+    ({"max_deviation": True}, "max_deviation is True"),
+    ({"v_loss_layer": 1}, r"v_loss_layer is 1; allowed: the last edited layer \(2\) or above"),
+    ({"v_lr": 0}, "v_lr is 0.0; allowed: above 0"),
+    ({"v_lr": math.nan}, "v_lr is nan"),
+    ({"lambda_reg": -1.0}, "lambda_reg is -1.0; allowed: 0 or above"),
+    ({"lambda_reg": 0.0, "mu_reg": 0.0}, "above 0 where mu_reg is 0"),
+    ({"lambda_reg": 0.0, "mom2_adjustment": False}, "above 0 where mom2_adjustment is false"),
+    ({"v_num_grad_steps": 1}, "2 or above"),
+    ({"state_dir": "None"}, "state_dir is .None.; allowed: a folder, or null"),
+    ({"state_dir": " "}, "a folder, or null"),
+    ({"context_templates": ["{} Hello."]}, "{} at the end of a text, or nowhere"),
+    ({"fact_token": "last"}, "'subject_last'"),
+    ({"targets": "paper"}, "'residual' or 'published'"),
+    ({"v_momentum": 1.0}, "0 or above, and below 1"),
+    ({"statement_share": 1.0}, "0 or above, and below 1"),
+    ({"statements": [":"]}, "statements is .*one {} for the subject"),
+    ({"statements": ["{} and {}:"]}, "one {} for the subject"),
+    ({"statements": ["It is {}"]}, "something behind it"),
+    ({"settled_every": 0}, "1 or above"),
+    ({"early_stopping": "yes"}, "'argmax' or 'loss' or 'off'"),
+    ({"alg_name": "MEMIT"}, "alg_name is 'MEMIT'; allowed: RLSEdit"),
+    ({"rewrite_module_tmp": "mlp"}, "one {} for the layer"),
+    ({"v_lr": "fast"}, "v_lr.*fast"),
+    ({"layers": "all"}, "layers"),
+])  # fmt: skip
 def test_values_out_of_range(change, message):
     with pytest.raises(HyperParamsError, match=message):
         tiny_settings("llama", **change)
@@ -164,18 +158,15 @@ def test_the_objective_is_what_is_edited_and_regularized_not_how_values_are_foun
         assert tiny_settings("llama", **change).objective() == base.objective(), change
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"forgetting_factor": 0.0}, "forgetting_factor is 0.0; allowed: above 0 and up to 1, or 'adaptive'"),
-        ({"forgetting_factor": 1.5}, "forgetting_factor"),
-        ({"forgetting_factor": "fast"}, "forgetting_factor is 'fast'"),
-        ({"forgetting_factor": True}, "forgetting_factor"),
-        ({"forgetting_memory": 0.5}, "forgetting_memory"),
-        ({"on_conflict": "merge"}, "on_conflict is 'merge'; allowed: 'supersede' or 'keep' or 'error'"),
-        ({"checkpoint_every": 0}, "checkpoint_every"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"forgetting_factor": 0.0}, "forgetting_factor is 0.0; allowed: above 0 and up to 1, or 'adaptive'"),
+    ({"forgetting_factor": 1.5}, "forgetting_factor"),
+    ({"forgetting_factor": "fast"}, "forgetting_factor is 'fast'"),
+    ({"forgetting_factor": True}, "forgetting_factor"),
+    ({"forgetting_memory": 0.5}, "forgetting_memory"),
+    ({"on_conflict": "merge"}, "on_conflict is 'merge'; allowed: 'supersede' or 'keep' or 'error'"),
+    ({"checkpoint_every": 0}, "checkpoint_every"),
+])  # fmt: skip
 def test_ledger_and_forgetting_settings_are_checked(changes, message):
     with pytest.raises(HyperParamsError, match=message):
         tiny_settings("llama", **changes)
@@ -210,14 +201,11 @@ def test_templates_may_be_memits():
     ]
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"5", "holds no mapping"),
-        (b"layers: &a [*a]", "is not YAML"),
-        (b"model_name: \xfc", "is not UTF-8 text: byte 12 is 0xfc"),
-    ],
-)
+@pytest.mark.parametrize(("content", "problem"), [
+    (b"5", "holds no mapping"),
+    (b"layers: &a [*a]", "is not YAML"),
+    (b"model_name: \xfc", "is not UTF-8 text: byte 12 is 0xfc"),
+])  # fmt: skip
 def test_files_that_hold_no_settings(tmp_path, content, problem):
     (tmp_path / "hp.yaml").write_bytes(content)
     with pytest.raises(HyperParamsError, match=problem):

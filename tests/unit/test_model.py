@@ -61,28 +61,19 @@ def test_fingerprints_tell_models_apart():
     assert fingerprint(tiny_gpt2()) != first
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"layers": [1, 7], "v_loss_layer": 7},
-            "layers: no layer 7: its 4 layers are 0 to 3; v_loss_layer: 7, but the last",
-        ),
-        ({"v_loss_layer": 9}, "v_loss_layer: 9, but the last of its 4 layers is 3. Change them"),
-        ({"v_loss_layer": 2}, "v_loss_layer: 2, but the last of its 4 layers is 3. Change them"),
-        (
-            {"rewrite_module_tmp": "model.layers.{}.mlp.down_projj"},
-            "rewrite_module_tmp: no module 'model.layers.1.mlp.down_projj' and 1 more like it "
-            ".close names: model.layers.1.mlp.down_proj",
-        ),
-        (
-            {"layer_module_tmp": "transformer.h.{}"},
-            "layer_module_tmp: no module 'transformer.h.0'.*easyedit-rls init MODEL",
-        ),
-        ({"ln_f_module": "model.normm"}, "ln_f_module: no module 'model.normm' .close names: model.norm"),
-        ({"lm_head_module": "head"}, "lm_head_module: no module 'head'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"layers": [1, 7], "v_loss_layer": 7},
+        "layers: no layer 7: its 4 layers are 0 to 3; v_loss_layer: 7, but the last"),
+    ({"v_loss_layer": 9}, "v_loss_layer: 9, but the last of its 4 layers is 3. Change them"),
+    ({"v_loss_layer": 2}, "v_loss_layer: 2, but the last of its 4 layers is 3. Change them"),
+    ({"rewrite_module_tmp": "model.layers.{}.mlp.down_projj"},
+        "rewrite_module_tmp: no module 'model.layers.1.mlp.down_projj' and 1 more like it "
+        ".close names: model.layers.1.mlp.down_proj"),
+    ({"layer_module_tmp": "transformer.h.{}"},
+        "layer_module_tmp: no module 'transformer.h.0'.*easyedit-rls init MODEL"),
+    ({"ln_f_module": "model.normm"}, "ln_f_module: no module 'model.normm' .close names: model.norm"),
+    ({"lm_head_module": "head"}, "lm_head_module: no module 'head'"),
+])  # fmt: skip
 def test_layout_errors_say_what_there_is(change, message):
     with pytest.raises(LayoutError, match=message):
         find_layout(tiny_llama(), tiny_settings("llama", **change))

@@ -10,16 +10,12 @@ from easyedit_rls.data.records import read_file, read_records
 
 COUNTERFACT = {
     "case_id": 7,
-    "requested_rewrite": {
-        "prompt": "{} was born in",
-        "subject": "Ada",
-        "target_new": {"str": "Rome", "id": "Q220"},
-        "target_true": {"str": "London", "id": "Q84"},
-    },
+    "requested_rewrite": {"prompt": "{} was born in", "subject": "Ada",
+        "target_new": {"str": "Rome", "id": "Q220"}, "target_true": {"str": "London", "id": "Q84"}},
     "paraphrase_prompts": ["Ada comes from", "Ada's home is"],
     "neighborhood_prompts": ["Grace was born in", "Emmy was born in"],
     "generation_prompts": ["Ada lives in"],
-}
+}  # fmt: skip
 ZSRE = {
     "subject": "Watts Humphrey",
     "src": "What university did Watts Humphrey attend?",
@@ -28,27 +24,19 @@ ZSRE = {
     "rephrase": "What university did Watts Humphrey take part in?",
     "loc": "nq question: who played desmond doss father in hacksaw ridge",
     "loc_ans": "Hugo Weaving",
-    "portability": {
-        "New Question": "In which state is the university of Watts Humphrey?",
-        "New Answer": "Michigan",
-    },
-}
+    "portability": {"New Question": "In which state is the university of Watts Humphrey?",
+        "New Answer": "Michigan"},
+}  # fmt: skip
 KNOWEDIT = {
     "subject": "Leo",
     "prompt": "Which family does Leo belong to?",
     "target_new": "Felidae",
     "ground_truth": ["Canidae", "dogs"],
-    "portability": {
-        "Reasoning": [{"prompt": "Leo's relatives are", "ground_truth": [["cats", "felines"]]}],
-        "Subject_Aliasing": [{"prompt": "The lion of that name is", "ground_truth": [[""]]}],
-    },
-    "locality": {
-        "Relation_Specificity": [
-            {"prompt": "The place of Leo is", "ground_truth": [["Africa"]]},
-            {"prompt": "Leo is", "ground_truth": ["male"]},
-        ]
-    },
-}
+    "portability": {"Reasoning": [{"prompt": "Leo's relatives are", "ground_truth": [["cats", "felines"]]}],
+        "Subject_Aliasing": [{"prompt": "The lion of that name is", "ground_truth": [[""]]}]},
+    "locality": {"Relation_Specificity": [{"prompt": "The place of Leo is", "ground_truth": [["Africa"]]},
+        {"prompt": "Leo is", "ground_truth": ["male"]}]},
+}  # fmt: skip
 FLAT = {
     "prompt": "The mother tongue of Ada is",
     "subject": "Ada",
@@ -122,27 +110,18 @@ def test_part_of_a_file(tmp_path):
         read_records(path, first=4)
 
 
-@pytest.mark.parametrize(
-    ("record", "field", "problem"),
-    [
-        ({**FLAT, "target_new": None}, "target_new", "missing"),
-        ({**COUNTERFACT, "requested_rewrite": "x"}, "requested_rewrite", "not a mapping"),
-        (
-            {**KNOWEDIT, "locality": {"Forgetfulness": [{"prompt": "x"}]}},
-            "locality.Forgetfulness",
-            "not a list of",
-        ),
-        ({**KNOWEDIT, "portability": ["x"]}, "portability", "not a mapping"),
-        (
-            {**KNOWEDIT, "portability": {"hop": {"prompt": ["a", "b"], "ground_truth": ["c"]}}},
-            "portability.hop",
-            "1 answers for 2",
-        ),
-        ({**ZSRE, "loc_ans": None}, "locality.neighborhood.ground_truth", "neither a text"),
-        ({**COUNTERFACT, "generation_prompts": "x"}, "generation_prompts", "list of texts"),
-        ("x", "", "is a str"),
-    ],
-)
+@pytest.mark.parametrize(("record", "field", "problem"), [
+    ({**FLAT, "target_new": None}, "target_new", "missing"),
+    ({**COUNTERFACT, "requested_rewrite": "x"}, "requested_rewrite", "not a mapping"),
+    ({**KNOWEDIT, "locality": {"Forgetfulness": [{"prompt": "x"}]}}, "locality.Forgetfulness",
+        "not a list of"),
+    ({**KNOWEDIT, "portability": ["x"]}, "portability", "not a mapping"),
+    ({**KNOWEDIT, "portability": {"hop": {"prompt": ["a", "b"], "ground_truth": ["c"]}}}, "portability.hop",
+        "1 answers for 2"),
+    ({**ZSRE, "loc_ans": None}, "locality.neighborhood.ground_truth", "neither a text"),
+    ({**COUNTERFACT, "generation_prompts": "x"}, "generation_prompts", "list of texts"),
+    ("x", "", "is a str"),
+])  # fmt: skip
 def test_faults_name_file_record_and_field(tmp_path, record, field, problem):
     path = write(tmp_path / "records.json", [FLAT, record])
     with pytest.raises(RequestError, match=problem) as caught:
@@ -155,22 +134,19 @@ def test_faults_name_file_record_and_field(tmp_path, record, field, problem):
 _TWICE = "'prompt' stands twice in one mapping"
 
 
-@pytest.mark.parametrize(
-    ("error", "name", "text", "problem"),
-    [
-        (DataError, "a.json", "{}", "holds a dict"),
-        (DataError, "a.json", "[", "no JSON"),
-        (RequestError, "a.jsonl", f"{json.dumps(LEAST)}\nx", r"Request 1: is no JSON: .*a.jsonl, line 2\)"),
-        (DataError, "a.json", f"{json.dumps(LEAST)}\n" * 2, "One record a line .* name ends in '.jsonl'"),
-        (DataError, "a.csv", 'prompt,subject\n"a', "line 1, is no CSV"),
-        (RequestError, "a.csv", "prompt,subject\nx y,x,z", r"has 1 cells more .* \(in .*a.csv, line 2\)"),
-        (DataError, "a.json", "[]", "has no record"),
-        (DataError, "a.json", '[{"prompt": "a", "prompt": "b"}]', _TWICE),
-        (RequestError, "a.jsonl", '{"prompt": "a", "prompt": "b"}', _TWICE),
-        (DataError, "a.csv", "prompt,subject,prompt\na,b,c", "two columns of the name 'prompt'"),
-        (DataError, "a.csv", "prompt;subject\na;b", "has ';' between its columns. Save it with commas"),
-    ],
-)
+@pytest.mark.parametrize(("error", "name", "text", "problem"), [
+    (DataError, "a.json", "{}", "holds a dict"),
+    (DataError, "a.json", "[", "no JSON"),
+    (RequestError, "a.jsonl", f"{json.dumps(LEAST)}\nx", r"Request 1: is no JSON: .*a.jsonl, line 2\)"),
+    (DataError, "a.json", f"{json.dumps(LEAST)}\n" * 2, "One record a line .* name ends in '.jsonl'"),
+    (DataError, "a.csv", 'prompt,subject\n"a', "line 1, is no CSV"),
+    (RequestError, "a.csv", "prompt,subject\nx y,x,z", r"has 1 cells more .* \(in .*a.csv, line 2\)"),
+    (DataError, "a.json", "[]", "has no record"),
+    (DataError, "a.json", '[{"prompt": "a", "prompt": "b"}]', _TWICE),
+    (RequestError, "a.jsonl", '{"prompt": "a", "prompt": "b"}', _TWICE),
+    (DataError, "a.csv", "prompt,subject,prompt\na,b,c", "two columns of the name 'prompt'"),
+    (DataError, "a.csv", "prompt;subject\na;b", "has ';' between its columns. Save it with commas"),
+])  # fmt: skip
 def test_faults_of_files(tmp_path, error, name, text, problem):
     (tmp_path / name).write_text(text)
     with pytest.raises(error, match=problem):
@@ -180,20 +156,11 @@ def test_faults_of_files(tmp_path, error, name, text, problem):
 
 
 REWRITES = [
-    {
-        "prompt": "{} was performed by",
-        "subject": "Hey Jude",
-        "question": "Who performed Hey Jude?",
-        "target_new": {"str": "Madonna"},
-        "target_true": {"str": "The Beatles"},
-    },
-    {
-        "prompt": "{} is a citizen of",
-        "subject": "Madonna",
-        "question": "Of what country is Madonna?",
-        "target_new": {"str": "Peru"},
-    },
-]
+    {"prompt": "{} was performed by", "subject": "Hey Jude", "question": "Who performed Hey Jude?",
+        "target_new": {"str": "Madonna"}, "target_true": {"str": "The Beatles"}},
+    {"prompt": "{} is a citizen of", "subject": "Madonna", "question": "Of what country is Madonna?",
+        "target_new": {"str": "Peru"}},
+]  # fmt: skip
 MQUAKE = {
     "case_id": 7,
     "requested_rewrite": REWRITES,
@@ -208,11 +175,9 @@ QAEDIT = {
     "target": "Wilt",
     "subject": "most 70 point games",
     "rephrase": "Who scored 70 most often?",
-    "locality": [
-        {"loc": "who protects police officers", "loc_ans": "Michael"},
-        {"loc": "when did she", "loc_ans": "1994"},
-    ],
-}
+    "locality": [{"loc": "who protects police officers", "loc_ans": "Michael"},
+        {"loc": "when did she", "loc_ans": "1994"}],
+}  # fmt: skip
 BIGEDIT = {
     "tag": "3",
     "subject": "Olu",
@@ -238,13 +203,10 @@ UNKE = {
 UNKE |= {"sub_answer": ["1815"], "mmlu_question": "x"}
 AKEW = {
     **COUNTERFACT,
-    "requested_rewrite": {
-        **COUNTERFACT["requested_rewrite"],
-        "prompt_full": "Where was Ada born? Ada was born in",
-        "fact_new_uns": "Ada is of Rome. So they say.",
-        "unsfact_triplets_GPT": [{"subject": "Ada", "prompt": "{} is of", "target": "Rome"}],
-    },
-}
+    "requested_rewrite": {**COUNTERFACT["requested_rewrite"],
+        "prompt_full": "Where was Ada born? Ada was born in", "fact_new_uns": "Ada is of Rome. So they say.",
+        "unsfact_triplets_GPT": [{"subject": "Ada", "prompt": "{} is of", "target": "Rome"}]},
+}  # fmt: skip
 
 
 def test_a_chain_of_edits_is_an_edit_each(tmp_path):
@@ -432,14 +394,11 @@ def test_easyedits_own_names_decide_whatever_else_a_record_holds(tmp_path):
     assert (record.request.prompt, record.request.target) == ("The owner of the shop is", "Ann")
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"text": "Ada speaks", "subject": "Ada", "target_new": "French"},
-        {"prompt": "Ada speaks", "concept": "Ada", "labels": "French"},
-        {"text": "Ada speaks", "concept": "Ada", "labels": "French"},
-    ],
-)
+@pytest.mark.parametrize("record", [
+    {"text": "Ada speaks", "subject": "Ada", "target_new": "French"},
+    {"prompt": "Ada speaks", "concept": "Ada", "labels": "French"},
+    {"text": "Ada speaks", "concept": "Ada", "labels": "French"},
+])  # fmt: skip
 def test_knowedits_names_may_be_mixed(tmp_path, record):
     (read,) = read_records(write(tmp_path / "r.json", [record]))
     assert (read.request.prompt, read.request.subject, read.request.target) == ("Ada speaks", "Ada", "French")
@@ -464,23 +423,17 @@ def test_braces_in_a_question_are_text(tmp_path):
     assert record.request.prompt == record.request.subject == "What does {} mean?"
 
 
-@pytest.mark.parametrize(
-    ("record", "field", "problem"),
-    [
-        ({**ZSRE, "alt": None}, "alt", "missing"),
-        ({**ZSRE, "rephrase": 3}, "rephrase", "neither a text"),
-        ({**BIGEDIT, "ans": None}, "ans", "missing"),
-        ({**UNKE, "question": ""}, "question", "empty"),
-        ({**UNKE, "answer": 5}, "answer", "is a int"),
-        ({**QAEDIT, "target": ""}, "target", "empty"),
-        ({**QAEDIT, "id": 1.5}, "id", "is a float"),
-        (
-            {**FLAT, "locality": {"near": {"prompt": "a", "ground_truth": " "}}},
-            "locality.near.ground_truth",
-            "empty",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("record", "field", "problem"), [
+    ({**ZSRE, "alt": None}, "alt", "missing"),
+    ({**ZSRE, "rephrase": 3}, "rephrase", "neither a text"),
+    ({**BIGEDIT, "ans": None}, "ans", "missing"),
+    ({**UNKE, "question": ""}, "question", "empty"),
+    ({**UNKE, "answer": 5}, "answer", "is a int"),
+    ({**QAEDIT, "target": ""}, "target", "empty"),
+    ({**QAEDIT, "id": 1.5}, "id", "is a float"),
+    ({**FLAT, "locality": {"near": {"prompt": "a", "ground_truth": " "}}}, "locality.near.ground_truth",
+        "empty"),
+])  # fmt: skip
 def test_faults_are_told_in_the_files_own_names(tmp_path, record, field, problem):
     with pytest.raises(RequestError, match=problem) as caught:
         read_records(write(tmp_path / "r.json", [record]))

@@ -19,15 +19,11 @@ EASYEDIT = {
 }
 COUNTERFACT = {
     "case_id": 7,
-    "requested_rewrite": {
-        "prompt": "The capital of {} is",
-        "subject": "France",
-        "target_new": {"str": "Lyon", "id": "Q456"},
-        "target_true": {"str": "Paris", "id": "Q90"},
-    },
+    "requested_rewrite": {"prompt": "The capital of {} is", "subject": "France",
+        "target_new": {"str": "Lyon", "id": "Q456"}, "target_true": {"str": "Paris", "id": "Q90"}},
     "paraphrase_prompts": ["France's capital is"],
     "neighborhood_prompts": ["The Louvre stands in"],
-}
+}  # fmt: skip
 
 
 def test_both_formats_state_the_same_fact():
@@ -94,33 +90,27 @@ def test_where_the_subject_stands(prompt, subject, before, after):
     assert (request.before, request.subject, request.after) == (before, subject, after)
 
 
-@pytest.mark.parametrize(
-    ("change", "field", "message"),
-    [
-        ({"subject": "Spain"}, "prompt", "does not contain the subject 'Spain'.*Write the subject"),
-        ({"prompt": "{} and {}"}, "prompt", "has 2 places"),
-        ({"target_new": "  "}, "target_new", "is empty"),
-        ({"target_new": None}, "target_new", "is missing"),
-        ({"target_new": 7}, "target_new", "is a int, not text"),
-        ({"subject": ""}, "subject", "is empty"),
-        ({"importance": 0}, "importance", "from 1e-06 to 1e"),
-        ({"importance": float("inf")}, "importance", "from 1e-06 to 1e"),
-        ({"importance": float("nan")}, "importance", "from 1e-06 to 1e"),
-        ({"importance": 10**400}, "importance", "a very long number"),
-        ({"importance": 1e7}, "importance", "from 1e-06 to 1e"),
-        ({"importance": True}, "importance", "is True"),
-        ({"case_id": 10**5000}, "case_id", "is a int"),
-        ({"case_id": 1.5}, "case_id", "is a float"),
-        ({"case_id": ["a"]}, "case_id", "is a list"),
-        ({"ground_truth": None, "neighborhood_prompts": ["Spain is"]}, "target_true", "is missing"),
-        (
-            {"locality": {"n": {"prompt": ["a", "b"], "ground_truth": ["c"]}}},
-            "locality",
-            "2 prompts and 1 answers",
-        ),
-        ({"rephrase_prompt": [3]}, "rephrase_prompt", "neither a text nor a list"),
-    ],
-)
+@pytest.mark.parametrize(("change", "field", "message"), [
+    ({"subject": "Spain"}, "prompt", "does not contain the subject 'Spain'.*Write the subject"),
+    ({"prompt": "{} and {}"}, "prompt", "has 2 places"),
+    ({"target_new": "  "}, "target_new", "is empty"),
+    ({"target_new": None}, "target_new", "is missing"),
+    ({"target_new": 7}, "target_new", "is a int, not text"),
+    ({"subject": ""}, "subject", "is empty"),
+    ({"importance": 0}, "importance", "from 1e-06 to 1e"),
+    ({"importance": float("inf")}, "importance", "from 1e-06 to 1e"),
+    ({"importance": float("nan")}, "importance", "from 1e-06 to 1e"),
+    ({"importance": 10**400}, "importance", "a very long number"),
+    ({"importance": 1e7}, "importance", "from 1e-06 to 1e"),
+    ({"importance": True}, "importance", "is True"),
+    ({"case_id": 10**5000}, "case_id", "is a int"),
+    ({"case_id": 1.5}, "case_id", "is a float"),
+    ({"case_id": ["a"]}, "case_id", "is a list"),
+    ({"ground_truth": None, "neighborhood_prompts": ["Spain is"]}, "target_true", "is missing"),
+    ({"locality": {"n": {"prompt": ["a", "b"], "ground_truth": ["c"]}}}, "locality",
+        "2 prompts and 1 answers"),
+    ({"rephrase_prompt": [3]}, "rephrase_prompt", "neither a text nor a list"),
+])  # fmt: skip
 def test_faults_name_request_field_and_cure(change, field, message):
     with pytest.raises(RequestError, match=f"Request 1, field '{field}'.*{message}") as caught:
         parse_requests([EASYEDIT, {**EASYEDIT, **change}])
@@ -166,20 +156,14 @@ def test_a_subject_is_not_found_within_an_accented_letter():
         parse_requests({"prompt": "The Caf\u00e9 Central is in", "subject": "Cafe", "target_new": "x"})
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "is_same"),
-    [
-        (
-            ("The Eiffel Tower stands in", "Eiffel Tower"),
-            ("The Eiffel Tower stands in", "The Eiffel Tower"),
-            True,
-        ),
-        (("The Caf\u00e9 stands in", "Caf\u00e9"), ("The Cafe\u0301 stands in", "Cafe\u0301"), True),
-        (("The Eiffel\u00a0Tower stands  in ", "Tower"), ("The Eiffel Tower stands in", "Tower"), True),
-        (("The Eiffel Tower stands in", "Tower"), ("The Eiffel Tower lies in", "Tower"), False),
-        (("The eiffel tower stands in", "tower"), ("The Eiffel Tower stands in", "Tower"), False),
-    ],
-)
+@pytest.mark.parametrize(("one", "other", "is_same"), [
+    (("The Eiffel Tower stands in", "Eiffel Tower"), ("The Eiffel Tower stands in", "The Eiffel Tower"),
+        True),
+    (("The Caf\u00e9 stands in", "Caf\u00e9"), ("The Cafe\u0301 stands in", "Cafe\u0301"), True),
+    (("The Eiffel\u00a0Tower stands  in ", "Tower"), ("The Eiffel Tower stands in", "Tower"), True),
+    (("The Eiffel Tower stands in", "Tower"), ("The Eiffel Tower lies in", "Tower"), False),
+    (("The eiffel tower stands in", "tower"), ("The Eiffel Tower stands in", "Tower"), False),
+])  # fmt: skip
 def test_what_is_asked_is_the_whole_prompt(one, other, is_same):
     first, second = parse_requests(
         [{"prompt": prompt, "subject": subject, "target_new": "x"} for prompt, subject in (one, other)]

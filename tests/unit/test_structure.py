@@ -147,14 +147,11 @@ class Adapter(nn.Module):
         self.lora_B = nn.Linear(4, 32)
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (Packed, r"mlp.down_proj is quantized \(Packed\).* Load the model in float32"),
-        (Eight, r"mlp.down_proj is quantized \(Eight\)"),
-        (Adapter, r"mlp.down_proj carries an adapter \(Adapter\). Merge it"),
-    ],
-)
+@pytest.mark.parametrize(("module", "message"), [
+    (Packed, r"mlp.down_proj is quantized \(Packed\).* Load the model in float32"),
+    (Eight, r"mlp.down_proj is quantized \(Eight\)"),
+    (Adapter, r"mlp.down_proj carries an adapter \(Adapter\). Merge it"),
+])  # fmt: skip
 def test_weights_that_are_not_plain_are_refused_and_say_why(module, message):
     model = tiny_llama()
     for layer in model.model.layers:

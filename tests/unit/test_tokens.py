@@ -144,19 +144,16 @@ def test_perplexity_has_the_start_token_before_each_window(starting, plain, wide
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like, qwen_like])
-@pytest.mark.parametrize(
-    ("prompt", "behind"),
-    [
-        ("The river", " goes by"),
-        ("The river", "s"),
-        ("西游记的作者是", "小明"),
-        ("def area(w, h):\n", "    return w * h"),
-        ("def area(w, h):\n   ", "    return w * h"),
-        ("ends in ", " spaces"),
-        ("e", "\u0301x"),
-        ("1", "2"),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "behind"), [
+    ("The river", " goes by"),
+    ("The river", "s"),
+    ("西游记的作者是", "小明"),
+    ("def area(w, h):\n", "    return w * h"),
+    ("def area(w, h):\n   ", "    return w * h"),
+    ("ends in ", " spaces"),
+    ("e", "\u0301x"),
+    ("1", "2"),
+])  # fmt: skip
 def test_a_continuation_leaves_the_prompt_alone_and_reads_as_it_is(demo_text, make, prompt, behind):
     tok = make(demo_text)
     encoded = encode(tok, prompt)

@@ -85,27 +85,20 @@ def compiled_layer():
 MERGE = r"carries an adapter \(\w+\). Merge it into the model first: model = model.merge_and_unload\(\)"
 WRAPPED = {
     "peft": (adapted, rf"layers.0.self_attn.q_proj {MERGE}"),
-    "peft's prompts": (
-        lambda: get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
-        r"wrapped by an adapter \(PeftModel\w*\). Hand over the model in it: model.get_base_model\(\)",
-    ),
+    "peft's prompts": (lambda: get_peft_model(tiny_llama(),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        r"wrapped by an adapter \(PeftModel\w*\). Hand over the model in it: model.get_base_model\(\)"),
     "inside": (with_adapter_inside, rf"model.layers.0.mlp.down_proj {MERGE}"),
     "stand-in": (with_stand_in, rf"model.layers.3.self_attn.q_proj {MERGE}"),
-    "compiled": (
-        lambda: torch.compile(tiny_llama()),
-        r"torch.compile \(OptimizedModule\).* Hand over model._orig_mod",
-    ),
-    "compiled in place": (
-        compiled_in_place,
-        r"The model is compiled .* Load the model anew, and compile it after editing",
-    ),
+    "compiled": (lambda: torch.compile(tiny_llama()),
+        r"torch.compile \(OptimizedModule\).* Hand over model._orig_mod"),
+    "compiled in place": (compiled_in_place,
+        r"The model is compiled .* Load the model anew, and compile it after editing"),
     "compiled layer": (compiled_layer, r"Model.layers.2 is compiled"),
     "parallel": (lambda: nn.DataParallel(tiny_llama()), r"wrapped \(DataParallel\).* Hand over model.module"),
-    "no model": (
-        lambda: nn.Linear(2, 2),
-        r"Linear is no model of transformers. Load it with AutoModelForCausalLM",
-    ),
-}
+    "no model": (lambda: nn.Linear(2, 2),
+        r"Linear is no model of transformers. Load it with AutoModelForCausalLM"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRAPPED)
