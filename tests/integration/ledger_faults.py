@@ -36,6 +36,7 @@ from easyedit_rls._base import files
 from easyedit_rls.ledger import journal, ledger, tidy
 from easyedit_rls.ledger.reading import latest
 from tests.conftest import tiny_llama, tiny_settings
+from tests.helpers import same
 
 CHILD_LIMIT_S = 300.0  # a child takes a second or two
 
@@ -163,10 +164,6 @@ def examine(tok, folder, reported, expected, after_each):
 
 def weights(one):
     return {str(layer): weight.snapshot() for layer, weight in one.layout.edited.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def main(tokenizer, scratch, n_random, shard, n_shards):

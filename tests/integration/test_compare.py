@@ -25,6 +25,7 @@ from easyedit_rls.ledger.inspect import layer_figures
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_manifest, read_moment, read_prior
 from tests.conftest import REPOSITORY, tiny_llama, tiny_settings
+from tests.tolerances import TERMS
 
 ARGUMENTS = [
     "alg_name=RLSEdit,RLSEdit-short",
@@ -98,9 +99,9 @@ def test_the_objective_is_the_ledgers(tok, requests, tmp_path):
         layer_figures(read_prior(journal, n), solution, snapshot.history, n, manifest)
         for n, solution in snapshot.solutions.items()
     ]
-    assert found["edits"] == pytest.approx(sum(layer.edits_term for layer in layers), rel=1e-3)
-    assert found["deviation"] == pytest.approx(sum(layer.deviation_term for layer in layers), rel=1e-3)
-    assert found["anchors"] == pytest.approx(sum(layer.anchor_term for layer in layers), rel=1e-3)
+    assert found["edits"] == pytest.approx(sum(layer.edits_term for layer in layers), rel=TERMS)
+    assert found["deviation"] == pytest.approx(sum(layer.deviation_term for layer in layers), rel=TERMS)
+    assert found["anchors"] == pytest.approx(sum(layer.anchor_term for layer in layers), rel=TERMS)
     assert min(found.values()) > 0
 
 

@@ -23,14 +23,8 @@ from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.editors import rls as editor_module
 from easyedit_rls.facts.keys import LayerWalk, locate_facts, value_states
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
-
-
-def weights(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
+from tests.helpers import same, tensors_of
+from tests.tolerances import DRIFT, SOLVED, SUMS
 
 
 def target_nll(model, tok, requests):
@@ -41,18 +35,18 @@ def target_nll(model, tok, requests):
 
 
 def test_edits_land_and_only_the_edited_weights_change(model, tok, requests, settings):
-    before, nll_before = weights(model), target_nll(model, tok, requests)
+    before, nll_before = tensors_of(model), target_nll(model, tok, requests)
     editor = RLSEditor(model, tok, settings(mom2_update_weight=1.0, early_stopping_margin=1.0))
     report = editor.edit(requests[:2])
     assert editor.edit(requests[2:]).n_edits == len(requests)
-    after = weights(model)
+    after = tensors_of(model)
     names = {weight.parameter_name for weight in editor.layout.edited.values()}
     assert {name for name in before if not torch.equal(before[name], after[name])} == names
     gains = [a - b for a, b in zip(nll_before, target_nll(model, tok, requests))]
     assert sorted(gains)[1] > 2.3  # ten times as probable, but for the one that random attention can't reach
     assert evaluate(model, tok, requests).rewrite_accuracy >= 0.75
     assert all(fact.miss < 0.5 for fact in report.facts)
-    assert report.to_dict()["layers"][0]["drift"] < 1e-4
+    assert report.to_dict()["layers"][0]["drift"] < DRIFT
 
 
 @pytest.mark.parametrize("targets", ["residual", "published"])
@@ -87,7 +81,7 @@ def test_the_weights_are_the_batch_solution_of_keys_and_targets(
         solution = torch.linalg.solve(A, prior @ W_0[layer] + K.T @ (d[:, None] * V))
         assert (
             float((editor.layout.edited[layer].read() - solution).norm() / (solution - W_0[layer]).norm())
-            < 1e-3
+            < SOLVED
         )
 
 
@@ -112,11 +106,9 @@ def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(
     editor.edit(requests)
     for layers_left, (K, V, W, h) in zip((2, 1), seen):
         share = (z[0].z - h) / layers_left
-        torch.testing.assert_close(
-            V, K @ W + (share if keys == "mean" else share[:, None]), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(V, K @ W + (share if keys == "mean" else share[:, None]), **SUMS)
     rows = LayerWalk(model, editor.layout, facts, 10_000, keys).keys(2)
-    torch.testing.assert_close(seen[1][0], rows, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[1][0], rows, **SUMS)
 
 
 def test_the_published_targets_miss_by_more(model, tok, requests, settings):
@@ -139,7 +131,7 @@ def test_two_runs_with_one_seed_are_identical(family, tok, requests, settings):
         editor = RLSEditor(model, tok, settings(context_templates=None, seed=seed))
         editor.edit(requests[:2])
         editor.edit(requests[2:])
-        results.append((weights(model), editor.state.templates))
+        results.append((tensors_of(model), editor.state.templates))
     assert results[0][1] == results[1][1] != results[2][1]
     assert same(results[0][0], results[1][0])
     assert not same(results[0][0], results[2][0])
@@ -158,7 +150,7 @@ def test_preparing_beforehand_changes_nothing_but_when(family, tok, requests, se
             assert editor.n_edits == 0
         editor.edit(requests)
         assert len(editor.state.templates) == 2
-        results.append(weights(model))
+        results.append(tensors_of(model))
     assert same(*results)
 
 
@@ -183,7 +175,7 @@ def test_editing_works_inside_inference_mode(model, tok, requests, settings):
     RLSEditor(twin, tok, settings()).edit(requests)
     with torch.inference_mode():
         RLSEditor(model, tok, settings()).edit(requests)
-    assert same(weights(model), weights(twin))
+    assert same(tensors_of(model), tensors_of(twin))
 
 
 def test_rollback_is_bit_for_bit_and_once(model, tok, requests, settings):
@@ -191,11 +183,11 @@ def test_rollback_is_bit_for_bit_and_once(model, tok, requests, settings):
     with pytest.raises(StateMismatchError, match="No batch"):
         editor.rollback()
     editor.edit(requests[:2])
-    kept, covariance = weights(model), editor.state.layers[1].covariance()
+    kept, covariance = tensors_of(model), editor.state.layers[1].covariance()
     editor.edit(requests[2:])
-    assert not same(weights(model), kept)
+    assert not same(tensors_of(model), kept)
     editor.rollback()
-    assert same(weights(model), kept)
+    assert same(tensors_of(model), kept)
     assert torch.equal(editor.state.layers[1].covariance(), covariance)
     assert editor.n_edits == 2
     with pytest.raises(StateMismatchError, match="only once"):
@@ -212,7 +204,7 @@ def test_going_on_after_a_rollback_equals_never_having_made_the_batch(model, tok
     editor.edit(requests[1:3])
     editor.rollback()
     assert editor.edit(requests[3:]).batch == 2
-    assert same(weights(model), weights(twin))
+    assert same(tensors_of(model), tensors_of(twin))
 
 
 def test_state_follows_weights_that_the_host_rolled_back(model, tok, requests, settings):
@@ -220,11 +212,11 @@ def test_state_follows_weights_that_the_host_rolled_back(model, tok, requests, s
     straight = RLSEditor(twin, tok, settings())
     straight.edit(requests[:2])
     editor = RLSEditor(model, tok, settings())
-    found = weights(model)
+    found = tensors_of(model)
     editor.edit(requests[2:])
     model.load_state_dict(found)  # the host puts the weights back and tells nobody
     assert editor.edit(requests[:2]).n_edits == 2
-    assert same(weights(model), weights(twin))
+    assert same(tensors_of(model), tensors_of(twin))
 
 
 def test_weights_that_somebody_else_changed_are_refused(model, tok, requests, settings):
@@ -232,11 +224,11 @@ def test_weights_that_somebody_else_changed_are_refused(model, tok, requests, se
     editor.edit(requests[:2])
     with torch.no_grad():
         editor.layout.edited[2].parameter.add_(0.01)
-    changed = weights(model)
+    changed = tensors_of(model)
     for act in (lambda: editor.edit(requests[2:]), editor.rollback):
         with pytest.raises(StateMismatchError, match=r"layers \[2\].*reset\(\).*adopt_weights\(\)"):
             act()
-        assert same(weights(model), changed)
+        assert same(tensors_of(model), changed)
     editor.adopt_weights()
     assert editor.edit(requests[2:]).n_edits == 4
     with torch.no_grad():
@@ -250,7 +242,7 @@ def test_two_editors_share_nothing(model, tok, requests, settings):
     first, second = RLSEditor(model, tok, settings()), RLSEditor(twin, tok, settings())
     first.edit(requests[:2])
     assert second.edit(requests[:2]).n_edits == 2
-    assert same(weights(model), weights(twin))
+    assert same(tensors_of(model), tensors_of(twin))
 
 
 def bad_request(change, index=0):
@@ -328,14 +320,14 @@ def test_what_fails_changes_nothing(
         editor.edit({"prompt": "The moon is made of", "subject": "moon", "target_new": "bread"})
     with monkeypatch.context() as patch:
         given = spoil(editor, requests, patch)
-        before = weights(model)
+        before = tensors_of(model)
         n_edits, covariances = (
             editor.n_edits,
             {layer: state.covariance() for layer, state in editor.state.layers.items()},
         )
         with pytest.raises(error, match=message):
             editor.edit(given)
-    after = weights(model)
+    after = tensors_of(model)
     assert all(torch.equal(before[name].nan_to_num(123.0), after[name].nan_to_num(123.0)) for name in before)
     assert editor.n_edits == n_edits
     assert all(
@@ -345,7 +337,7 @@ def test_what_fails_changes_nothing(
     if error is KeyboardInterrupt:  # and the same call goes through afterwards, as if nothing had happened
         twin = copy.deepcopy(model)
         assert editor.edit(requests).n_edits == n_edits + len(requests)
-        assert not same(weights(model), weights(twin))
+        assert not same(tensors_of(model), tensors_of(twin))
 
 
 def test_an_interrupted_batch_leaves_no_trace(model, tok, requests, settings, monkeypatch):
@@ -360,7 +352,7 @@ def test_an_interrupted_batch_leaves_no_trace(model, tok, requests, settings, mo
         with pytest.raises(KeyboardInterrupt):
             editor.edit(requests[2:])
     editor.edit(requests[2:])
-    assert same(weights(model), weights(twin))
+    assert same(tensors_of(model), tensors_of(twin))
 
 
 def test_a_layer_that_the_model_lacks(model, tok, settings):
@@ -427,7 +419,7 @@ def test_bad_anchors(model, tok, requests, settings, pairs, message):
 
 
 def test_a_singular_prior_names_the_cure(model, tok, requests, settings):
-    before = weights(model)
+    before = tensors_of(model)
     with pytest.raises(NumericalError, match=r"Prior of layer 1 .*Raise lambda_reg"):
         RLSEditor(model, tok, settings(lambda_reg=0.0), anchors=["One text"]).edit(requests)
-    assert same(weights(model), before)
+    assert same(tensors_of(model), before)

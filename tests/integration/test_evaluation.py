@@ -12,6 +12,7 @@ from easyedit_rls import RequestError, evaluate, perplexity
 from easyedit_rls.data.requests import Probe
 from easyedit_rls.evaluation import scores as scoring
 from easyedit_rls.evaluation.scores import score
+from tests.tolerances import SCORES
 
 RECORDS = [
     {"case_id": 3, "requested_rewrite": {"prompt": "The {} is made of", "subject": "bread",
@@ -38,7 +39,7 @@ def test_scores_equal_one_prompt_at_a_time(model, tok):
     probes = [Probe("The bread", "is warm"), Probe("A", "b"), Probe("The slow and wide river goes", "by")]
     for one, probe in zip(score(model, tok, probes, batch_tokens=20), probes):
         nll, is_argmax = plain(model, tok, probe.prompt, probe.answer)
-        assert one.nll == pytest.approx(nll, rel=1e-4)
+        assert one.nll == pytest.approx(nll, rel=SCORES)
         assert one.is_argmax == is_argmax
 
 
@@ -53,7 +54,7 @@ def test_an_argmax_answer_is_found(model, tok):
             break
     (found,) = score(model, tok, [Probe("The slow river", answer.strip())])
     assert found.is_argmax == (token == int(order[0]))
-    assert found.nll == pytest.approx(plain(model, tok, "The slow river", answer.strip())[0], rel=1e-4)
+    assert found.nll == pytest.approx(plain(model, tok, "The slow river", answer.strip())[0], rel=SCORES)
 
 
 def test_counterfact_figures_equal_the_formulae(model, tok):
@@ -158,7 +159,7 @@ def test_perplexity_equals_the_plain_one(model, tok, demo_text, batch_tokens):
                 total += float(F.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="sum"))
             count += row.shape[1] - 1
     found = perplexity(model, tok, text, window=window, max_tokens=61, batch_tokens=batch_tokens)
-    assert found == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found == pytest.approx(math.exp(total / count), rel=SCORES)
 
 
 def test_perplexity_needs_text(model, tok):
@@ -197,7 +198,7 @@ def test_answers_share_passes(model, tok, monkeypatch):
     assert sum(rows for rows, _ in seen) == 2
     for one, probe in zip(scores, probes):
         nll, is_argmax = plain(model, tok, probe.prompt, probe.answer)
-        assert one.nll == pytest.approx(nll, rel=1e-4)
+        assert one.nll == pytest.approx(nll, rel=SCORES)
         assert one.is_argmax == is_argmax
         assert 0 <= one.accuracy <= 1
         assert len(one.predicted) == len(tok(f"{probe.prompt} {probe.answer}")["input_ids"]) - len(

@@ -15,7 +15,7 @@ from easyedit_rls.ledger.rebuild import rebuilt
 from easyedit_rls.ledger.snapshot import read_manifest, read_prior
 from easyedit_rls.model.hooks import tap
 from tests.conftest import FAMILIES
-from tests.tolerances import FLOAT32
+from tests.tolerances import FLOAT32, REBUILT, WEIGHTS
 
 TEMPLATES = ["The well is old. ", "Leaves fall. ", "He said: "]
 
@@ -57,7 +57,7 @@ def test_rows_are_the_templates_own_keys_and_their_shares_make_the_mean(fresh, t
         for row, key in zip(fact.rows, keys):
             with torch.no_grad(), tap(inputs={"key": editor.layout.edited[1].module}) as seen:
                 editor.model(torch.tensor([row.ids[: row.place + 1]]))
-            torch.testing.assert_close(seen["key"].reshape(-1, key.shape[0])[-1], key, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(seen["key"].reshape(-1, key.shape[0])[-1], key, **WEIGHTS)
 
 
 def test_the_bare_prompt_and_every_template_are_written(fresh, tok, requests, each):
@@ -125,9 +125,9 @@ def test_the_objective_counts_every_row(fresh, tok, requests, each, tmp_path):
         figures = layer_figures(
             read_prior(journal, layer), solution, editor.state.history, layer, read_manifest(journal)
         )
-        assert figures.edits_term == pytest.approx(missed, rel=1e-4)
+        assert figures.edits_term == pytest.approx(missed, rel=FLOAT32)
         total += missed
-    assert objective.terms(editor)["edits"] == pytest.approx(total, rel=1e-4)
+    assert objective.terms(editor)["edits"] == pytest.approx(total, rel=FLOAT32)
 
 
 def test_a_covariance_is_rebuilt_from_every_row(fresh, requests, each, tmp_path):
@@ -137,8 +137,8 @@ def test_a_covariance_is_rebuilt_from_every_row(fresh, requests, each, tmp_path)
     for layer, solution in editor.state.layers.items():
         again = rebuilt(read_prior(latest(tmp_path), layer).beginning, solution, editor.state.history, layer)
         assert again.n_edits == 3
-        torch.testing.assert_close(again.weight.float(), solution.weight, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(again.covariance().float(), solution.covariance(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(again.weight.float(), solution.weight, **REBUILT)
+        torch.testing.assert_close(again.covariance().float(), solution.covariance(), **REBUILT)
 
 
 def test_a_ledger_of_means_is_not_gone_on_with(fresh, requests, each, tmp_path):

@@ -16,7 +16,7 @@ from easyedit_rls.model.hooks import skip_layers, undisturbed
 from easyedit_rls.model.layout import find_layout
 from tests.conftest import FAMILIES
 from tests.reference import hidden_at, plain_key, plain_value
-from tests.tolerances import BFLOAT16, PADDING, VALUES
+from tests.tolerances import BATCHES, BFLOAT16, LOGITS, NEARLY_ZERO, PADDING, VALUES
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_batched_values_equal_the_plain_path(model, located, settings, early_sto
         assert int(values.steps[i]) == steps
         assert float((values.z[i] - z).norm() / (z - values.h[i]).norm().clamp(min=1e-6)) < VALUES
         assert float(values.loss[i]) == pytest.approx(loss, rel=VALUES)
-        assert float(values.nll[i]) == pytest.approx(nll, rel=VALUES, abs=1e-4)
+        assert float(values.nll[i]) == pytest.approx(nll, rel=VALUES, abs=NEARLY_ZERO)
     if early_stopping == "argmax":
         assert len(set(values.steps.tolist())) > 1  # each fact stops by itself
         assert (
@@ -107,7 +107,7 @@ def test_settled_texts_keep_their_gradient_for_some_steps(model, located, settin
         assert int(values.steps[i]) == steps
         assert float((values.z[i] - z).norm() / (z - values.h[i]).norm().clamp(min=1e-6)) < VALUES
         assert float(values.loss[i]) == pytest.approx(loss, rel=VALUES)  # at the end every text has run
-        assert float(values.nll[i]) == pytest.approx(nll, rel=VALUES, abs=1e-4)
+        assert float(values.nll[i]) == pytest.approx(nll, rel=VALUES, abs=NEARLY_ZERO)
     if early_stopping == "off":
         assert lazy < 0.9 * sum(n_rows)
     assert not torch.equal(values.z, full.z)
@@ -314,7 +314,7 @@ def test_padded_forward_passes_equal_unpadded_ones(model, located, side):
         logits = run(model, batch).logits
         for i, row in enumerate(rows):
             alone = model(torch.tensor([row])).logits[0]
-            torch.testing.assert_close(logits[i][batch.mask[i].bool()], alone, rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits[i][batch.mask[i].bool()], alone, rtol=0, atol=LOGITS)
 
 
 def test_bad_targets_name_their_request(tok, requests):
@@ -376,17 +376,13 @@ def test_a_walk_upward_equals_starting_anew_and_runs_less(model, located, settin
     for layer, weight in layout.edited.items():
         keys, states = walk.keys(layer), walk.value_states(layer)
         per_layer.append(len(runs))
-        torch.testing.assert_close(
-            keys, collect_keys(model, layout, facts, layer, 10_000), rtol=1e-5, atol=1e-6
-        )
-        torch.testing.assert_close(states, value_states(model, layout, facts, 10_000), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(keys, collect_keys(model, layout, facts, layer, 10_000), **BATCHES)
+        torch.testing.assert_close(states, value_states(model, layout, facts, 10_000), **BATCHES)
         runs.clear()
         with torch.no_grad():
             weight.parameter.mul_(1.3)
     last = max(layout.edited)
-    torch.testing.assert_close(
-        walk.value_states(last), value_states(model, layout, facts, 10_000), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(walk.value_states(last), value_states(model, layout, facts, 10_000), **BATCHES)
     handle.remove()
     assert per_layer == [
         per_layer[0],

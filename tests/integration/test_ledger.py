@@ -22,17 +22,10 @@ from easyedit_rls.ledger.rebuild import rebuilt
 from easyedit_rls.ledger.snapshot import read_history, read_manifest, read_moment, read_prior
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.conftest import FAMILIES, spoil, tiny_settings
-from tests.tolerances import FLOAT32
+from tests.helpers import edited_weights, same
+from tests.tolerances import FLOAT32, WEIGHTS
 
 FORGETTING = [1.0, 0.9, "adaptive"]
-
-
-def weights(editor):
-    return {layer: weight.snapshot() for layer, weight in editor.layout.edited.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def same_state(one, other):
@@ -42,7 +35,7 @@ def same_state(one, other):
     ]
     return (
         same(*tensors)
-        and same(weights(one), weights(other))
+        and same(edited_weights(one), edited_weights(other))
         and one.state.history.live == other.state.history.live
     )
 
@@ -54,7 +47,7 @@ def same_solution(one, other):
     ]
     return (
         same(*covariances)
-        and same(weights(one), weights(other))
+        and same(edited_weights(one), edited_weights(other))
         and one.state.history.live == other.state.history.live
     )
 
@@ -89,14 +82,14 @@ def test_three_batches_equal_two_a_new_process_and_one(
     first = fresh(hp, tmp_path / "state", dtype)
     first.edit(requests[:1])
     first.edit(requests[1:3])
-    after_two = weights(first)
+    after_two = edited_weights(first)
     if has_checkpoint:
         first.close()
     else:
         first.state.ledger.close()  # as when the process is killed
     torch.manual_seed(1234)
     second = fresh(hp, tmp_path / "state", dtype)
-    assert same(weights(second), after_two)
+    assert same(edited_weights(second), after_two)
     assert second.n_edits == 3
     assert second.edit(requests[3:]).batch == 3
     assert same_state(second, straight)
@@ -153,15 +146,15 @@ def test_every_kind_of_change_comes_back(fresh, requests, settings, tmp_path):
 def test_the_last_batch_can_be_rolled_back_in_a_new_process(fresh, requests, settings, tmp_path):
     first = fresh(settings(), tmp_path)
     first.edit(requests[:2])
-    kept = weights(first)
+    kept = edited_weights(first)
     first.edit(requests[2:])
     first.close()
     second = fresh(settings(), tmp_path)
     second.rollback()
-    assert same(weights(second), kept)
+    assert same(edited_weights(second), kept)
     second.state.ledger.close()
     third = fresh(settings(), tmp_path)
-    assert same(weights(third), kept)
+    assert same(edited_weights(third), kept)
     with pytest.raises(StateMismatchError, match="No batch"):
         third.rollback()
 
@@ -169,7 +162,7 @@ def test_the_last_batch_can_be_rolled_back_in_a_new_process(fresh, requests, set
 def test_a_batch_that_the_host_rolled_back_leaves_the_ledger(fresh, requests, settings, tmp_path):
     editor = fresh(settings(), tmp_path)
     editor.edit(requests[:1])
-    found = weights(editor)
+    found = edited_weights(editor)
     editor.edit(requests[1:2])
     for layer, parameter in found.items():
         editor.layout.edited[layer].restore(parameter)
@@ -181,7 +174,7 @@ def test_a_batch_that_the_host_rolled_back_leaves_the_ledger(fresh, requests, se
     ]
     assert [line.kind for line in latest(tmp_path).lines] == ["begin", "entry", "entry", "rollback", "entry"]
     editor.close()
-    assert same(weights(fresh(settings(), tmp_path)), weights(editor))
+    assert same(edited_weights(fresh(settings(), tmp_path)), edited_weights(editor))
 
 
 @pytest.mark.parametrize("at", ["unedited", "earlier", "now"])
@@ -320,10 +313,10 @@ def test_conflicts(fresh, requests, settings):
     assert keeping.edit([other, requests[0]]).n_edits == 6
     strict = fresh(settings(on_conflict="error"))
     strict.edit(requests[:2])
-    before = weights(strict)
+    before = edited_weights(strict)
     with pytest.raises(RequestError, match="edited before, as edits 1"):
         strict.edit([other, requests[3]])
-    assert same(weights(strict), before)
+    assert same(edited_weights(strict), before)
     assert strict.amend(1, other).superseded == [1]  # what is amended is no conflict
     with pytest.raises(RequestError, match="edited before, as edits 3"):
         strict.amend(2, other)
@@ -404,7 +397,7 @@ def test_unknown_numbers_are_refused(fresh, requests, settings):
     with pytest.raises(RequestError, match="no such edit: 1; 0 edits stand"):
         editor.retract(1)
     editor.edit(requests)
-    before = weights(editor)
+    before = edited_weights(editor)
     for act in (
         lambda: editor.retract([1, 9]),
         lambda: editor.retract([]),
@@ -414,20 +407,21 @@ def test_unknown_numbers_are_refused(fresh, requests, settings):
             act()
     with pytest.raises(RequestError, match="'subject'"):
         editor.amend(1, {"prompt": "x", "target_new": "y"})
-    assert same(weights(editor), before)
+    assert same(edited_weights(editor), before)
 
 
 def test_an_amendment_that_fails_leaves_the_old_edit(fresh, requests, settings, tmp_path, monkeypatch):
     editor = fresh(settings(), tmp_path)
     editor.edit(requests)
-    before, on_disk, covariance = weights(editor), content(tmp_path), editor.state.layers[1].covariance()
+    before, on_disk = edited_weights(editor), content(tmp_path)
+    covariance = editor.state.layers[1].covariance()
     with monkeypatch.context() as patch:
         patch.setattr(
             "easyedit_rls.editors.rls.optimize_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             editor.amend(2, {**requests[1], "target_new": "bread"})
-    assert same(weights(editor), before)
+    assert same(edited_weights(editor), before)
     assert content(tmp_path) == on_disk
     assert torch.equal(editor.state.layers[1].covariance(), covariance)
     assert editor.amend(2, {**requests[1], "target_new": "bread"}).n_edits == 4
@@ -472,9 +466,7 @@ def test_without_a_ledger_drift_is_mended_too(fresh, requests, settings, caplog)
     assert one.state.layers[2].weight.dtype == torch.float64
     for layer, solution in one.state.layers.items():
         assert solution.drift() < FLOAT32
-        torch.testing.assert_close(
-            solution.weight.float(), other.state.layers[layer].weight, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(solution.weight.float(), other.state.layers[layer].weight, **WEIGHTS)
 
 
 def test_anchors_with_values_of_their_own_come_back(fresh, tok, requests, settings, tmp_path):
@@ -554,10 +546,10 @@ def test_a_disk_that_fails_leaves_weights_and_ledger_as_before(
     for at in range(1, counting.n + 1):
         folder = tmp_path / str(at)
         editor = prepared(folder)
-        before, on_disk, n_edits = weights(editor), content(folder), editor.n_edits
+        before, on_disk, n_edits = edited_weights(editor), content(folder), editor.n_edits
         with pytest.raises(LedgerError, match=error.strerror):
             edit_with(editor, FailingOs(at, error))
-        assert same(weights(editor), before)
+        assert same(edited_weights(editor), before)
         assert editor.n_edits == n_edits
         if (
             history and latest(folder).lines[-1].kind == "checkpoint"
@@ -595,7 +587,7 @@ def test_an_interrupt_while_the_ledger_is_written_takes_the_batch_back(
         editor = fresh(hp, folder)
         for request in requests[: at % 2]:  # the first batch begins a journal, the second goes on
             editor.edit(request)
-        before, n_edits = weights(editor), editor.n_edits
+        before, n_edits = edited_weights(editor), editor.n_edits
         interrupting = InterruptingOs(at, None)
         with monkeypatch.context() as patch:
             for module in (files, journal, ledger, tidy):
@@ -607,14 +599,14 @@ def test_an_interrupt_while_the_ledger_is_written_takes_the_batch_back(
                 is_interrupted = True
         assert is_interrupted == (interrupting.n >= at)
         if is_interrupted:
-            assert same(weights(editor), before)
+            assert same(edited_weights(editor), before)
             assert editor.n_edits == n_edits
         editor.state.ledger.close()
         again = fresh(hp, folder)
         assert again.n_edits == editor.n_edits
-        assert same(weights(again), weights(editor))
+        assert same(edited_weights(again), edited_weights(editor))
         again.edit(requests[1])
-        assert same(weights(again), weights(editor)) is False
+        assert same(edited_weights(again), edited_weights(editor)) is False
         again.close()
         if not is_interrupted and at % 2 == 0:
             assert at > 12

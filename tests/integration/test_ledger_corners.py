@@ -17,6 +17,8 @@ from easyedit_rls.ledger.reading import at_one_moment, latest
 from easyedit_rls.ledger.snapshot import read_history, read_moment
 from easyedit_rls.model.weights import EditedWeight
 from tests.conftest import tiny_llama, tiny_settings
+from tests.helpers import edited_weights, same
+from tests.tolerances import REPLAYED
 
 FACTS = [
     {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
@@ -34,19 +36,11 @@ def make(tok):
     return make
 
 
-def weights(editor):
-    return {layer: weight.snapshot() for layer, weight in editor.layout.edited.items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[layer], b[layer]) for layer in a)
-
-
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_a_handler_that_closes_the_editor_in_the_middle_of_an_edit(make, tmp_path, monkeypatch, goes_on):
     editor = make(tmp_path)
     editor.edit(FACTS[0])
-    before = weights(editor)
+    before = edited_weights(editor)
 
     def close(*_):
         editor.close()
@@ -64,10 +58,10 @@ def test_a_handler_that_closes_the_editor_in_the_middle_of_an_edit(make, tmp_pat
             editor.edit(FACTS[1])
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert same(weights(editor), before)
+    assert same(edited_weights(editor), before)
     again = make(tmp_path)
     assert again.n_edits == editor.n_edits == 1
-    assert same(weights(again), before)
+    assert same(edited_weights(again), before)
     again.close()
 
 
@@ -75,7 +69,7 @@ def test_what_could_not_be_undone_is_undone_by_close(make, tmp_path, monkeypatch
     editor = make(tmp_path, checkpoint_every=1)
     editor.edit(FACTS[0])
     editor.state.checkpoint(1)
-    before = weights(editor)
+    before = edited_weights(editor)
 
     def fail(*_):
         raise OSError(5, "Input/output error")
@@ -91,12 +85,12 @@ def test_what_could_not_be_undone_is_undone_by_close(make, tmp_path, monkeypatch
         patch.setattr(ledger_module, "put_back", fail)
         with pytest.raises(LedgerError, match="can't be taken back either"):
             editor.edit(FACTS[1])
-        assert same(weights(editor), before)
+        assert same(edited_weights(editor), before)
         assert len(read_history(latest(tmp_path)).live) == 2
     editor.close()
     again = make(tmp_path)
     assert again.n_edits == 1
-    assert same(weights(again), before)
+    assert same(edited_weights(again), before)
     again.close()
 
 
@@ -109,13 +103,13 @@ def test_a_layer_that_was_summed_anew_is_after_compaction_too(make, tmp_path):
     assert main(["state", "compact", str(tmp_path)]) == 0
     now, replayed = (read_moment(latest(tmp_path), from_start=from_start) for from_start in (False, True))
     for layer, solution in now.solutions.items():
-        torch.testing.assert_close(replayed.solutions[layer].weight, solution.weight, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(replayed.solutions[layer].weight, solution.weight, **REPLAYED)
 
 
 def test_weights_that_are_not_finite_are_not_adopted(make, tmp_path):
     editor = make(tmp_path)
     editor.edit(FACTS[0])
-    before = weights(editor)
+    before = edited_weights(editor)
     editor.layout.edited[1].parameter.data[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="weight of layer 1 holds NaN"):
         editor.adopt_weights()
@@ -134,7 +128,7 @@ def test_a_deep_copy_needs_nothing_of_the_ledger(make, tok, tmp_path):
     editor.close()
     shutil.rmtree(tmp_path)
     twin.retract(1)
-    assert same(weights(twin), weights(editor))
+    assert same(edited_weights(twin), edited_weights(editor))
     twin.rollback()
     twin.edit({**FACTS[2], "importance": 1e6})  # sums anew
 
@@ -159,10 +153,10 @@ def test_a_copy_of_hard_links_goes_its_own_way(make, tmp_path):
 def test_texts_too_long_to_be_read_back_are_not_written(make, tmp_path, text):
     editor = make(tmp_path)
     editor.edit(FACTS[0])
-    before = weights(editor)
+    before = edited_weights(editor)
     with pytest.raises(LedgerError, match="a ledger takes 8 MB at once"):
         editor.edit({**FACTS[1], "rephrase_prompt": text})
-    assert same(weights(editor), before)
+    assert same(edited_weights(editor), before)
     editor.edit({**FACTS[1], "rephrase_prompt": "x" * 1_000_000 + "語" * 500_000})
     editor.close()
     assert make(tmp_path).n_edits == 2
@@ -209,7 +203,7 @@ def test_a_weight_that_does_not_take_what_is_written_is_told(make, tmp_path, mon
     """As where something computes it anew behind the package's back."""
     editor = make(tmp_path)
     editor.edit(FACTS[0])
-    before = weights(editor)
+    before = edited_weights(editor)
     real = EditedWeight.write
     with monkeypatch.context() as patch, pytest.raises(NumericalError, match="do not hold what was written"):
         patch.setattr(EditedWeight, "write", lambda weight, W: real(weight, W * 1.001))
@@ -230,10 +224,10 @@ def test_after_compaction_a_model_saved_before_what_was_dropped_is_still_known(m
         editor.edit(FACTS[1])
         editor.retract(1)
         editor.edit(FACTS[2])
-        wanted = weights(editor)
+        wanted = edited_weights(editor)
     assert main(["state", "compact", str(tmp_path)]) == 0
     with RLSEditor(old, tok, editor.hparams, state_dir=tmp_path) as again:
-        assert same(weights(again), wanted)
+        assert same(edited_weights(again), wanted)
 
 
 def test_what_a_reader_found_amiss_while_a_writer_was_at_work_is_read_again(make, tmp_path):

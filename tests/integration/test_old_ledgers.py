@@ -19,6 +19,7 @@ from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_moment
 from easyedit_rls.ledger.state import EditorState
 from easyedit_rls.model.weights import weights_fingerprint
+from tests.tolerances import WEIGHTS
 
 LEDGERS = Path(__file__).parents[1] / "data" / "ledgers"
 READ = ["format-1-first", "format-1-forgetting", "format-1-last"]
@@ -39,9 +40,7 @@ def test_an_older_ledger_is_read_and_gone_on_with(name, tmp_path, capsys):
     assert fingerprint(moment) == moment.history.entries[-1].weights  # bit for bit
     again = read_moment(journal, from_start=True)
     for layer, solution in again.solutions.items():
-        torch.testing.assert_close(
-            solution.weight.float(), moment.solutions[layer].weight.float(), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(solution.weight.float(), moment.solutions[layer].weight.float(), **WEIGHTS)
 
     ledger = Ledger(folder)
     state = EditorState(ledger, ledger.place())

@@ -5,23 +5,15 @@ import warnings
 from dataclasses import replace
 
 import pytest
-import torch
 
 from easyedit_rls import NumericalError, RLSEditor, RLSEditWarning, UnsaidWarning
 from easyedit_rls.data.requests import Probe, parse_requests
 from easyedit_rls.editors.outcome import advice
 from easyedit_rls.evaluation.scores import score
 from tests.conftest import tiny_llama, tiny_settings
+from tests.helpers import same, tensors_of
 
 WEAK = {"mom2_update_weight": 1e6, "v_num_grad_steps": 20}  # an anchor that lets next to nothing be written
-
-
-def weights(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def said(model, tok, requests):
@@ -99,14 +91,14 @@ def large_step(model, tok, settings, requests, **changes):
 
 def test_a_batch_that_moves_much_for_nothing_is_taken_back(model, tok, requests, settings):
     editor, bad = large_step(model, tok, settings, requests, max_deviation=0.5)
-    before, templates = weights(model), editor.state.n_edits
+    before, templates = tensors_of(model), editor.state.n_edits
     with pytest.raises(NumericalError) as caught:
         editor.edit(bad)
     message = str(caught.value)
     assert "moved layer" in message
     assert "does not say 2 of its 2 facts" in message
     assert message.endswith("or set max_deviation: off.")
-    assert same(weights(model), before)
+    assert same(tensors_of(model), before)
     assert editor.n_edits == templates == 0
     with pytest.raises(NumericalError):
         editor.edit(
@@ -116,7 +108,7 @@ def test_a_batch_that_moves_much_for_nothing_is_taken_back(model, tok, requests,
     report = editor.edit(bad)
     assert len(report.unsaid) == 2
     assert max(layer.step for layer in report.layers) > 0.5
-    assert not same(weights(model), before)
+    assert not same(tensors_of(model), before)
 
 
 def test_a_refused_batch_leaves_the_earlier_ones(model, tok, requests, settings):
@@ -125,15 +117,15 @@ def test_a_refused_batch_leaves_the_earlier_ones(model, tok, requests, settings)
     other, _ = large_step(twin, tok, settings, requests, max_deviation="off")
     for one in (editor, other):
         one.edit(requests[3:])
-    held = weights(model)
+    held = tensors_of(model)
     editor.hparams = replace(editor.hparams, max_deviation=0.5)
     with pytest.raises(NumericalError):
         editor.edit(bad)
-    assert same(weights(model), held)
+    assert same(tensors_of(model), held)
     editor.hparams = replace(editor.hparams, max_deviation="off")
     for one in (editor, other):
         one.edit(requests[2:3])
-    assert same(weights(model), weights(twin))
+    assert same(tensors_of(model), tensors_of(twin))
 
 
 def test_a_large_step_that_is_said_passes(tok, requests):

@@ -6,6 +6,7 @@ import torch
 from easyedit_rls.anchors.prior import _moment_gram
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.conftest import tiny_settings
+from tests.tolerances import BATCHES, FLOAT64
 
 D_K, D_V = 12, 5
 
@@ -32,8 +33,8 @@ def test_ordinary_directions_weigh_more(moment):
     mean, eigenvalues, vectors = moment
     gram = _moment_gram(mean, settings(nullspace_weight=1e4, nullspace_threshold=0.02))
     expected = 50 * eigenvalues + 1e4 * (eigenvalues >= 0.02)
-    assert torch.allclose((vectors.T @ gram @ vectors).diagonal(), expected, rtol=1e-9)
-    assert torch.allclose(gram, (vectors * expected) @ vectors.T, rtol=1e-9, atol=1e-9)
+    assert torch.allclose((vectors.T @ gram @ vectors).diagonal(), expected, rtol=FLOAT64)
+    assert torch.allclose(gram, (vectors * expected) @ vectors.T, rtol=FLOAT64, atol=FLOAT64)
     assert 0 < int((eigenvalues >= 0.02).sum()) < D_K
 
 
@@ -51,4 +52,4 @@ def test_alphaedit_is_the_limit(moment):
     )
     solution = RecursiveLeastSquares(W, _moment_gram(mean, hp), lambda_reg=1.0, mu_reg=1.0)
     solution = solution.update(K, K @ W + R)
-    assert torch.allclose(solution.weight - W, expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(solution.weight - W, expected, **BATCHES)

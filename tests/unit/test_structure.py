@@ -19,6 +19,7 @@ from easyedit_rls.model.discovery import read_structure
 from easyedit_rls.model.layout import find_layout
 from tests import zoo
 from tests.conftest import tiny_llama, tiny_settings
+from tests.tolerances import TWO_DIGITS
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)
@@ -104,7 +105,9 @@ def test_settings_of_a_model_that_has_no_file(tmp_path):
         for layer in model.model.layers:
             layer.mlp.down_proj.weight *= 10
             layer.self_attn.o_proj.weight *= 10
-    assert RLSEditHyperParams.for_model(model, layers=[1, 2]).v_lr == pytest.approx(10 * hp.v_lr, rel=0.1)
+    assert RLSEditHyperParams.for_model(model, layers=[1, 2]).v_lr == pytest.approx(
+        10 * hp.v_lr, rel=TWO_DIGITS
+    )
     with pytest.raises(HyperParamsError, match="did you mean 'layers'"):
         RLSEditHyperParams.for_model(model, layer=[1])
 

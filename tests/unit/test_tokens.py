@@ -14,6 +14,7 @@ from easyedit_rls.model.subject import answer_rows, prompt_rows, tokenize_fact
 from easyedit_rls.model.tokens import continue_with, encode, end_tokens, start_tokens
 from tests.conftest import tiny_llama, tiny_settings
 from tests.tokenizers import byte_level, qwen_like, sentencepiece_like
+from tests.tolerances import SCORES
 
 FACT = {
     "prompt": "The bread is made of",
@@ -137,9 +138,9 @@ def test_perplexity_has_the_start_token_before_each_window(starting, plain, wide
                 torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")[len(start) :]
             )
         expected = float(torch.cat(losses).mean().exp())
-        assert perplexity(wide_model, tok, text, window=window) == pytest.approx(expected, rel=1e-4)
+        assert perplexity(wide_model, tok, text, window=window) == pytest.approx(expected, rel=SCORES)
         assert perplexity(wide_model, tok, f"<s>{text}" if start else text, window=window) == pytest.approx(
-            expected, rel=1e-4
+            expected, rel=SCORES
         )
 
 
