@@ -82,18 +82,10 @@ def tiny_tokenizer(text: str) -> PreTrainedTokenizerFast:
 def tiny_llama(vocabulary: int = 600) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15,
+        bos_token_id=None, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
@@ -103,16 +95,9 @@ def tiny_gpt2(vocabulary: int = 600) -> GPT2LMHeadModel:
     """
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=vocabulary,
-        n_embd=32,
-        n_inner=32,
-        n_layer=4,
-        n_head=4,
-        n_positions=256,
-        initializer_range=0.15,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
+        vocab_size=vocabulary, n_embd=32, n_inner=32, n_layer=4, n_head=4, n_positions=256,
+        initializer_range=0.15, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 
@@ -157,21 +142,11 @@ def tiny_settings(family: str, **changes) -> RLSEditHyperParams:
         },
     }[family]
     settings = {
-        **names,
-        "model_name": f"tiny-{family}",
-        "layers": [1, 2],
-        "clamp_norm_factor": 4.0,
-        "v_num_grad_steps": 20,
-        "v_lr": 0.3,
-        "v_loss_layer": 3,
-        "v_weight_decay": 0.01,
-        "kl_factor": 0.0625,
-        "mom2_update_weight": 20.0,
-        "mom2_n_samples": 8,
-        "lambda_reg": 0.1,
-        "context_templates": ["The weather was fine. ", "In the morning we met. "],
-        "max_deviation": "off",
-    }
+        **names, "model_name": f"tiny-{family}", "layers": [1, 2], "clamp_norm_factor": 4.0,
+        "v_num_grad_steps": 20, "v_lr": 0.3, "v_loss_layer": 3, "v_weight_decay": 0.01, "kl_factor": 0.0625,
+        "mom2_update_weight": 20.0, "mom2_n_samples": 8, "lambda_reg": 0.1,
+        "context_templates": ["The weather was fine. ", "In the morning we met. "], "max_deviation": "off",
+    }  # fmt: skip
     return RLSEditHyperParams.from_dict({**settings, **changes})
 
 

@@ -8,12 +8,8 @@ import transformers
 from transformers import PreTrainedModel
 
 _SPECIAL = {
-    "vocab_size": 600,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-    "initializer_range": 0.15,
-}
+    "vocab_size": 600, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, "initializer_range": 0.15,
+}  # fmt: skip
 _PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, **_SPECIAL}
 _GATED = {"intermediate_size": 48, "num_key_value_heads": 2, **_PLAIN}
 _GPT = {"n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, **_SPECIAL}
@@ -77,12 +73,8 @@ def mixture() -> PreTrainedModel:
 def half_mixture() -> PreTrainedModel:
     """Layers 0 and 1 have plain MLPs, 2 and 3 mixtures of experts."""
     heads = {
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 8,
-    }
+        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    }  # fmt: skip
     experts = {
         "n_routed_experts": 4,
         "first_k_dense_replace": 2,
@@ -106,13 +98,9 @@ def by_count() -> PreTrainedModel:
 def with_pictures() -> PreTrainedModel:
     """A text decoder beside a vision tower, which has layers too."""
     vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 14,
-    }
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
     config = transformers.Gemma3Config(text_config={"head_dim": 8, **_GATED}, vision_config=vision)
     torch.manual_seed(0)
     return transformers.Gemma3ForConditionalGeneration(config).eval()

@@ -22,19 +22,11 @@ from tests.reference import plain_key, plain_value
 from tests.tolerances import BFLOAT16, BFLOAT16_SUM, LINEAR, PADDING, SUMS, VALUES
 
 SETTINGS = {
-    "layers": [1, 2],
-    "v_lr": 0.3,
-    "v_num_grad_steps": 12,
-    "v_weight_decay": 0.01,
-    "kl_factor": 0.0625,
-    "early_stopping_margin": 0.0,
-    "overshoot": 1.2,
-    "statements": ["{}:"],
-    "mom2_adjustment": False,
-    "max_deviation": "off",
-    "lambda_reg": 0.1,
+    "layers": [1, 2], "v_lr": 0.3, "v_num_grad_steps": 12, "v_weight_decay": 0.01, "kl_factor": 0.0625,
+    "early_stopping_margin": 0.0, "overshoot": 1.2, "statements": ["{}:"], "mom2_adjustment": False,
+    "max_deviation": "off", "lambda_reg": 0.1,
     "context_templates": ["The weather was fine. ", "In the morning we met. "],
-}
+}  # fmt: skip
 
 STRONGER = {
     "layers": [0, 1, 2],

@@ -15,22 +15,12 @@ PROMPTS = ["The bread is made of", "The slow and wide river"]
 COMMON = list(range(100, 400))  # tokens that a tiny model writes now and then
 
 TRAPS = {
-    "repetition_penalty": 3.0,
-    "num_beams": 3,
-    "no_repeat_ngram_size": 1,
-    "stop_strings": ["e", "a", "o"],
-    "forced_eos_token_id": 7,
-    "bad_words_ids": [[token] for token in COMMON],
-    "suppress_tokens": COMMON,
-    "begin_suppress_tokens": COMMON,
-    "sequence_bias": [[[token], 50.0] for token in COMMON],
-    "exponential_decay_length_penalty": (1, 50.0),
-    "min_p": 0.9,
-    "typical_p": 0.05,
-    "epsilon_cutoff": 0.5,
-    "guidance_scale": 4.0,
-    "return_dict_in_generate": True,
-}
+    "repetition_penalty": 3.0, "num_beams": 3, "no_repeat_ngram_size": 1, "stop_strings": ["e", "a", "o"],
+    "forced_eos_token_id": 7, "bad_words_ids": [[token] for token in COMMON], "suppress_tokens": COMMON,
+    "begin_suppress_tokens": COMMON, "sequence_bias": [[[token], 50.0] for token in COMMON],
+    "exponential_decay_length_penalty": (1, 50.0), "min_p": 0.9, "typical_p": 0.05, "epsilon_cutoff": 0.5,
+    "guidance_scale": 4.0, "return_dict_in_generate": True,
+}  # fmt: skip
 TOGETHER = {name: value for name, value in TRAPS.items() if name != "guidance_scale"} | {
     "num_return_sequences": 2
 }

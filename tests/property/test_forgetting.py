@@ -14,15 +14,9 @@ from tests.tolerances import FLOAT64, RETRACTION
 def forgetting(problem, factor, dtype=torch.float64, memory=20.0):
     cross = None if problem.cross is None else problem.cross.to(dtype)
     return ForgettingLeastSquares(
-        problem.W_0.to(dtype),
-        problem.gram.to(dtype),
-        lambda_reg=problem.lam,
-        mu_reg=problem.mu,
-        anchor_cross=cross,
-        factor=factor,
-        memory=memory,
-        name="layer 0",
-    )
+        problem.W_0.to(dtype), problem.gram.to(dtype), lambda_reg=problem.lam, mu_reg=problem.mu,
+        anchor_cross=cross, factor=factor, memory=memory, name="layer 0",
+    )  # fmt: skip
 
 
 def feed(state, problem, start, end, **how):

@@ -83,15 +83,10 @@ class Promise(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="promise-"))
         self.dtype, self.has_ledger = dtype, has_ledger
         self.hparams = tiny_settings(
-            "llama",
-            v_num_grad_steps=2,
-            forgetting_factor=forgetting,
-            keys=keys,
-            rehearsal=rehearsal,
-            checkpoint_every=checkpoint_every,
-            mom2_adjustment=has_moments,
+            "llama", v_num_grad_steps=2, forgetting_factor=forgetting, keys=keys, rehearsal=rehearsal,
+            checkpoint_every=checkpoint_every, mom2_adjustment=has_moments,
             context_templates=["The weather was fine. "],
-        )
+        )  # fmt: skip
         self.model = tiny_llama().to(dtype)
         self.editor = self.make_editor()
         self.live, self.next_id = {}, 1  # number -> prompt

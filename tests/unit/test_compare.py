@@ -28,20 +28,11 @@ from easyedit_rls.compare.results import (
 from easyedit_rls.compare.run import run_all
 
 PLAN = Plan(
-    model="model",
-    hparams=RLSEditHyperParams.from_hparams("smollm2-135m").to_dict(),
-    templates=("It was late. ",),
-    data="records.json",
-    first=0,
-    count=5,
-    batch=2,
-    every=2,
-    text=None,
-    answers=False,
-    fluency=0,
-    threads=1,
+    model="model", hparams=RLSEditHyperParams.from_hparams("smollm2-135m").to_dict(),
+    templates=("It was late. ",), data="records.json", first=0, count=5, batch=2, every=2, text=None,
+    answers=False, fluency=0, threads=1,
     contenders=(Contender("RLSEdit"), Contender("RLSEdit-soft", {"v_lr": 0.1})),
-)
+)  # fmt: skip
 
 
 def checkpoint(hits: list[int], **more) -> dict:
