@@ -2,7 +2,6 @@
 the real SmolLM2, requests.
 """
 
-import importlib.resources
 import os
 import signal
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from easyedit_rls import RLSEditHyperParams
+from easyedit_rls.data.packaged import packaged_text
 
 REPOSITORY = Path(__file__).parents[1]
 SMOLLM2 = Path(os.environ.get("EASYEDIT_RLS_TEST_MODEL", REPOSITORY / "models" / "smollm2-135m"))
@@ -54,9 +54,7 @@ def demo_text() -> str:
 
 
 def shipped_text() -> str:
-    return (
-        importlib.resources.files("easyedit_rls.data").joinpath("demo_text.txt").read_text(encoding="utf-8")
-    )
+    return packaged_text("demo_text.txt")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 written by the model itself.
 """
 
-import importlib.resources
 import random
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.files import read_text
 from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.packaged import packaged_text
 from easyedit_rls.errors import AnchorError
 from easyedit_rls.model.limits import n_positions, refuse_unknown_tokens
 from easyedit_rls.model.sampling import sample_texts
@@ -94,11 +94,7 @@ def shipped_text() -> str:
     """The text that comes with the package, written for it: encyclopaedia articles most, and of other kinds
     of English text, of program code and of other languages a little.
     """
-    return (
-        importlib.resources.files("easyedit_rls.data")
-        .joinpath("ordinary_text.txt")
-        .read_text(encoding="utf-8")
-    )
+    return packaged_text("ordinary_text.txt")
 
 
 def _paragraphs(text: str, seed: int) -> list[str]:

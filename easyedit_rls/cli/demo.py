@@ -1,6 +1,5 @@
 """``easyedit-rls demo``: edit facts into a real model, batch after batch, then measure all of them."""
 
-import importlib.resources
 import json
 import platform
 import time
@@ -22,6 +21,7 @@ from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
 from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.packaged import demo_facts, packaged_text
 from easyedit_rls.data.records import read_records
 from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.editors.rls import RLSEditor
@@ -38,10 +38,11 @@ def main(config: DictConfig) -> None:
     if config.hparams is not None:
         RLSEditHyperParams.from_hparams(config.hparams)  # what can't be read fails before the model is loaded
     if config.facts is None:
-        records = parse_requests(json.loads(_packaged("demo_facts.json")))
+        records = demo_facts()
     else:
         records = [record.request for record in read_records(config.facts)]
-    text = _packaged("demo_text.txt") if config.text is None else read_text(config.text, cure="Change text=.")
+    is_ours = config.text is None
+    text = packaged_text("demo_text.txt") if is_ours else read_text(config.text, cure="Change text=.")
     _cut(records, config.batches)  # a wrong number fails here too
     if not (user_path(config.model) / "config.json").is_file():
         raise LayoutError(
@@ -165,10 +166,6 @@ def _cut(records: list[EditRequest], n_batches: int) -> list[list[EditRequest]]:
         raise HyperParamsError(f"batches is {n_batches}; allowed: 1 to the number of facts, {len(records)}.")
     size = -(-len(records) // n_batches)
     return [records[start : start + size] for start in range(0, len(records), size)]
-
-
-def _packaged(name: str) -> str:
-    return importlib.resources.files("easyedit_rls.data").joinpath(name).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

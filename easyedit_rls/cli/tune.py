@@ -1,7 +1,6 @@
 """``easyedit-rls tune``: search for a model's settings on development records."""
 
 import argparse
-import importlib.resources
 import json
 import math
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from easyedit_rls.cli.loading import add_on_bad, add_trust, run_command, setting
 from easyedit_rls.cli.records import fits, fitting
 from easyedit_rls.cli.schema import check_folder
 from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.data.packaged import packaged_text
 from easyedit_rls.data.records import read_records
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.model.load import load_model
@@ -158,10 +158,4 @@ def _table(trials: list[Trial], best: Trial) -> Table:
 
 
 def _text(path: Path | None) -> str:
-    if path is None:
-        return (
-            importlib.resources.files("easyedit_rls.data")
-            .joinpath("demo_text.txt")
-            .read_text(encoding="utf-8")
-        )
-    return read_text(path, cure="Check --text.")
+    return packaged_text("demo_text.txt") if path is None else read_text(path, cure="Check --text.")

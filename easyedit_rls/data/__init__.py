@@ -1,1 +1,1 @@
-"""Example data, written for this package."""
+"""Requests and records, checked; and facts and texts that come with the package."""

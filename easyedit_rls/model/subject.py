@@ -145,11 +145,6 @@ def answer_rows(
     return [Row(ids.ids + answer, len(ids.ids) - 1, len(ids.ids)) for ids, answer in zip(encoded, answers)]
 
 
-def tokenize_answer(tok: PreTrainedTokenizerBase, prompt: str, answer: str) -> Row:
-    """Tokenize a plain prompt and an answer; see `answer_rows`."""
-    return answer_rows(tok, [Probe(prompt, answer)])[0]
-
-
 def _prepared(tok: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> list[Prompt]:
     return prepare(tok, [(probe.prompt, probe.joint, probe.chat) for probe in probes])
 

@@ -69,10 +69,6 @@ class EditedWeight:
         weight = self.parameter.detach()
         return weight.T if self._is_transposed else weight
 
-    def snapshot_of(self, W: Tensor) -> Tensor:
-        """What `snapshot` would return if W, (d_k, d_v), had been written."""
-        return (W.T if self._is_transposed else W).to(self.parameter.dtype, copy=True).contiguous()
-
     def write(self, W: Tensor) -> None:
         """Round W, (d_k, d_v), to the parameter's dtype and write it in place."""
         with torch.no_grad():

@@ -1,7 +1,6 @@
 """A first look at settings made for a model: a batch of facts is edited, measured, and taken out again."""
 
 import importlib.resources
-import json
 import time
 import warnings
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors.cache import moments
 from easyedit_rls.config.hparams import RLSEditHyperParams
-from easyedit_rls.data.requests import EditRequest, parse_requests
+from easyedit_rls.data.packaged import demo_facts, packaged_text
+from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.editors.outcome import advice
 from easyedit_rls.editors.reports import EditReport
 from easyedit_rls.editors.rls import RLSEditor
@@ -95,11 +95,11 @@ def try_settings(
         show_progress: None shows bars on a terminal only.
     """
     begun = time.perf_counter()
-    shipped = importlib.resources.files("easyedit_rls.data")
     facts = _facts(n_facts)
-    text = shipped.joinpath("demo_text.txt").read_text(encoding="utf-8")
+    text = packaged_text("demo_text.txt")
     before = _measure(model, tok, facts, text, show_progress)
     look = FirstLook(hparams, before)
+    shipped = importlib.resources.files("easyedit_rls.data")
     with importlib.resources.as_file(shipped.joinpath("demo_text.txt")) as path:
         try:
             tried = replace(hparams, state_dir=None)
@@ -121,13 +121,6 @@ def try_settings(
     return replace(look, seconds=time.perf_counter() - begun)
 
 
-def _facts(n: int) -> list[EditRequest]:
-    """Shipped facts, evenly spaced: those of one relation stand together."""
-    shipped = importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json")
-    facts = parse_requests(json.loads(shipped.read_text(encoding="utf-8")))
-    return facts[:: max(1, len(facts) // n)][:n]
-
-
 def _held(
     model: PreTrainedModel,
     tok: PreTrainedTokenizerBase,
@@ -141,6 +134,12 @@ def _held(
     mean = max(float(moment.mean.diagonal().mean()) for moment in found)
     ridge = _SHRINKAGE * mean * hparams.mom2_update_weight * hparams.mu_reg**2
     return replace(hparams, lambda_reg=max(hparams.lambda_reg, ridge**0.5))
+
+
+def _facts(n: int) -> list[EditRequest]:
+    """Shipped facts, evenly spaced."""
+    facts = demo_facts()
+    return facts[:: max(1, len(facts) // n)][:n]
 
 
 def _measure(

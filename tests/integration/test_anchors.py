@@ -1,6 +1,5 @@
 """Second moments: right, cached by all that changes them, and readable by and from EasyEdit."""
 
-import importlib.resources
 import logging
 import sys
 
@@ -12,6 +11,7 @@ from easyedit_rls import AnchorError, RLSEditor
 from easyedit_rls.anchors import cache as anchors
 from easyedit_rls.anchors.moments import Moment, _Convergence, sum_moments
 from easyedit_rls.anchors.text import token_blocks
+from easyedit_rls.data.packaged import packaged_text
 from easyedit_rls.model.layout import find_layout
 from tests.reference import hidden_at
 from tests.tolerances import FLOAT32
@@ -117,7 +117,7 @@ def test_the_shipped_text_is_read_in_an_order_of_its_own(model, tok, settings):
 
 
 def paragraphs(name):
-    text = importlib.resources.files("easyedit_rls.data").joinpath(name).read_text(encoding="utf-8")
+    text = packaged_text(name)
     return {part.strip() for part in text.split("\n\n") if part.strip()}
 
 

@@ -1,6 +1,5 @@
 """Metrics against the published formulae, computed one prompt at a time."""
 
-import importlib.resources
 import json
 import math
 
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from easyedit_rls import RequestError, evaluate, perplexity
+from easyedit_rls.data.packaged import packaged_text
 from easyedit_rls.data.requests import Probe
 from easyedit_rls.evaluation import scores as scoring
 from easyedit_rls.evaluation.scores import score
@@ -114,9 +114,7 @@ def holds_the_formulae(model, tok, records):
 
 @pytest.fixture(scope="module")
 def fifty():
-    records = json.loads(
-        importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8")
-    )
+    records = json.loads(packaged_text("demo_facts.json"))
     return records[:50]
 
 

@@ -3,13 +3,13 @@ tests.
 """
 
 import copy
-import importlib.resources
 import json
 
 import pytest
 import torch
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, perplexity
+from easyedit_rls.data.packaged import packaged_text
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.facts.keys import locate_facts
 from easyedit_rls.facts.values import optimize_values
@@ -21,9 +21,7 @@ from tests.tolerances import VALUES
 
 @pytest.fixture(scope="module")
 def facts():
-    records = json.loads(
-        importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8")
-    )
+    records = json.loads(packaged_text("demo_facts.json"))
     return [records[i] for i in (2, 10, 32, 42, 48, 57)]
 
 

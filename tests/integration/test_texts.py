@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate
+from easyedit_rls.data.packaged import packaged_text
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.evaluation import answers, edit_quality
 from easyedit_rls.evaluation.scores import score
@@ -48,11 +49,7 @@ _NAMES = ("area", "side", "width", "height", "box", "table", "field", "square", 
 
 def records() -> list[dict]:
     """200 records: English, chat, Chinese and code, 50 of each."""
-    facts = parse_requests(
-        json.loads(
-            importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text("utf-8")
-        )
-    )
+    facts = parse_requests(json.loads(packaged_text("demo_facts.json")))
     english = [
         {"prompt": f.prompt, "subject": f.subject, "target_new": f.target, "ground_truth": f.target_true}
         for f in facts[:_EACH]

@@ -1,6 +1,5 @@
 """Sixty facts in, twenty taken back, on the real model with the shipped settings; minutes long."""
 
-import importlib.resources
 import json
 
 import pytest
@@ -8,15 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate
+from easyedit_rls.data.packaged import packaged_text
 from tests.conftest import SMOLLM2
 
 
 @pytest.mark.slow
 def test_what_is_retracted_goes_back_and_the_others_stay(smollm2, tmp_path):
     model, tok = smollm2
-    facts = json.loads(
-        importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8")
-    )[:60]
+    facts = json.loads(packaged_text("demo_facts.json"))[:60]
     gone, kept = facts[::3], [fact for i, fact in enumerate(facts) if i % 3]
     unedited = [record.efficacy for record in evaluate(model, tok, gone).records]
     hparams = RLSEditHyperParams.from_hparams("smollm2-135m")

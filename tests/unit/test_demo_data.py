@@ -1,15 +1,13 @@
 """The facts that come with the package are what the README says they are."""
 
-import importlib.resources
 import json
 
+from easyedit_rls.data.packaged import packaged_text
 from easyedit_rls.data.requests import parse_requests
 
 
 def test_demo_facts():
-    raw = json.loads(
-        importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json").read_text(encoding="utf-8")
-    )
+    raw = json.loads(packaged_text("demo_facts.json"))
     assert len(raw) >= 60
     assert len({record["requested_rewrite"]["relation_id"] for record in raw}) >= 10
     assert {record["kind"] for record in raw} == {"update", "counterfactual"}

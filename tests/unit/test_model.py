@@ -10,11 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from easyedit_rls import RLSEditor
+from easyedit_rls.data.requests import Probe
 from easyedit_rls.errors import LayoutError, RequestError
 from easyedit_rls.model.batching import pack_batches, pad, pass_overhead, run
 from easyedit_rls.model.hooks import tap, undisturbed
 from easyedit_rls.model.layout import cast_copy, find_layout
-from easyedit_rls.model.subject import tokenize_answer, tokenize_fact
+from easyedit_rls.model.subject import answer_rows, tokenize_fact
 from easyedit_rls.model.weights import EditedWeight, fingerprint
 from tests.conftest import tiny_gpt2, tiny_llama, tiny_settings
 
@@ -250,7 +251,7 @@ def test_no_value_is_put_at_a_texts_first_token(tok, before, after, place):
 
 
 def test_the_answers_tokens(tok):
-    row = tokenize_answer(tok, "Bread is made of", "flour and water")
+    (row,) = answer_rows(tok, [Probe("Bread is made of", "flour and water")])
     assert tok.decode(row.target).strip() == "flour and water"
     assert tok.decode(row.ids[: row.target_start]) == "Bread is made of"
 
