@@ -75,13 +75,8 @@ def half_mixture() -> PreTrainedModel:
     heads = {
         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
     }  # fmt: skip
-    experts = {
-        "n_routed_experts": 4,
-        "first_k_dense_replace": 2,
-        "moe_intermediate_size": 16,
-        "n_group": 1,
-        "topk_group": 1,
-    }
+    experts = {"n_routed_experts": 4, "first_k_dense_replace": 2, "moe_intermediate_size": 16, "n_group": 1,
+        "topk_group": 1}  # fmt: skip
     return _build("DeepseekV3", {"num_experts_per_tok": 2, **heads, **experts, **_GATED})
 
 

@@ -16,13 +16,8 @@ from tests.conftest import tiny_llama, tiny_settings
 
 def run(*arguments, cwd):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "easyedit_rls.cli.main", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    return subprocess.run([sys.executable, "-m", "easyedit_rls.cli.main", *arguments], cwd=cwd,
+        capture_output=True, text=True, env=environment)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -57,12 +57,8 @@ def test_advice_says_what_to_change(tok, easy):
     )
     assert (off.report, off.after) == (None, {})
     assert "set max_deviation: off" in off.advice()[0]
-    fine = try_settings(
-        model,
-        tok,
-        tiny_settings("llama", mom2_update_weight=10.0, early_stopping_margin=2.0),
-        show_progress=False,
-    )
+    fine = try_settings(model, tok, tiny_settings("llama", mom2_update_weight=10.0,
+        early_stopping_margin=2.0), show_progress=False)  # fmt: skip
     for harm in (
         {"specificity": fine.before["specificity"] - 0.2},
         {"perplexity": 1.1 * fine.before["perplexity"]},
@@ -93,13 +89,8 @@ def test_a_text_shorter_than_the_keys_are_wide_is_no_obstacle(tok, easy, monkeyp
 
 def test_init_says_what_its_settings_do(folder, capsys, easy, monkeypatch):
     own = RLSEditHyperParams.for_model
-    sound = {
-        "layers": [1, 2],
-        "mom2_update_weight": 10.0,
-        "early_stopping_margin": 2.0,
-        "v_lr": 0.3,
-        "clamp_norm_factor": 4.0,
-    }
+    sound = {"layers": [1, 2], "mom2_update_weight": 10.0, "early_stopping_margin": 2.0, "v_lr": 0.3,
+        "clamp_norm_factor": 4.0}  # fmt: skip
     quick = {"context_templates": [], "statements": []}
     for name, changes in (
         ("sound", {**sound, "max_deviation": "off"}),

@@ -236,12 +236,8 @@ def test_one_step_goes_down_the_plain_gradient(model, located, settings):
     torch.testing.assert_close(delta.norm(dim=1), 0.3 * values.h.norm(dim=1))
     for i, fact in enumerate(facts):
         # one Adam step of the plain path goes where the gradient's signs point
-        z, *_ = plain_value(
-            model,
-            layout,
-            fact,
-            settings(early_stopping="off", v_num_grad_steps=2, v_lr=0.01, clamp_norm_factor=1e6),
-        )
+        z, *_ = plain_value(model, layout, fact,
+            settings(early_stopping="off", v_num_grad_steps=2, v_lr=0.01, clamp_norm_factor=1e6))  # fmt: skip
         adam = z - values.h[i]
         clear = delta[i].abs() > 0.01 * delta[i].abs().max()
         assert torch.equal(delta[i][clear].sign(), adam[clear].sign())

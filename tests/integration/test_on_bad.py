@@ -18,12 +18,8 @@ BAD = {
     "long rewording": {**FACT, "rephrase_prompt": LONG},
     "no target": {**FACT, "target_new": " "},
 }
-LONG_HOP = {
-    **FACT,
-    "prompt": "Anna {} says",
-    "subject": "Keller",
-    "portability": {"hop": {"prompt": [LONG], "ground_truth": ["x"]}},
-}
+LONG_HOP = {**FACT, "prompt": "Anna {} says", "subject": "Keller",
+    "portability": {"hop": {"prompt": [LONG], "ground_truth": ["x"]}}}  # fmt: skip
 SETTINGS = ["model.path=model", "model.hparams=tiny.yaml", "data.file=records.jsonl", "data.batch=1"]
 
 
@@ -73,15 +69,8 @@ def test_edit_names_the_first_and_edits_none(folder, capsys):
 
 def test_a_comparison_has_the_same_records_for_all(folder):
     """Portability is measured here too."""
-    command = [
-        "compare",
-        "alg_name=RLSEdit,RLSEdit-short",
-        *SETTINGS,
-        "data.on_bad=skip",
-        "eval.fluency=0",
-        "eval.answers=false",
-        "out=out",
-    ]
+    command = ["compare", "alg_name=RLSEdit,RLSEdit-short", *SETTINGS, "data.on_bad=skip", "eval.fluency=0",
+        "eval.answers=false", "out=out"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "easyedit_rls.cli.main", *command], capture_output=True, text=True
     )

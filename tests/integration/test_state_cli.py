@@ -26,12 +26,8 @@ def ledger(model, tok, requests, settings, tmp_path):
     """
     model.save_pretrained(tmp_path / "base")
     tok.save_pretrained(tmp_path / "base")
-    editor = RLSEditor(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
-        tok,
-        settings(checkpoint_every=2),
-        state_dir=tmp_path / "state",
-    )
+    editor = RLSEditor(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tok,
+        settings(checkpoint_every=2), state_dir=tmp_path / "state")  # fmt: skip
     editor.edit(requests[:3])
     editor.edit({**requests[0], "target_new": "water", "case_id": "7"})
     editor.retract(2)
@@ -323,12 +319,8 @@ def test_what_somebody_put_into_the_ledger_is_set_aside(ledger, capsys, tok, set
     (journal / "notes" / "mine.txt").write_text("keep")
     (journal / "adapter.bin").write_text("keep too")
     assert "has no place here, set aside by the next editor" in run(capsys, "verify", ledger)[1]
-    editor = RLSEditor(
-        AutoModelForCausalLM.from_pretrained(ledger.parent / "base"),
-        tok,
-        settings(checkpoint_every=2),
-        state_dir=ledger,
-    )
+    editor = RLSEditor(AutoModelForCausalLM.from_pretrained(ledger.parent / "base"), tok,
+        settings(checkpoint_every=2), state_dir=ledger)  # fmt: skip
     assert (journal / "adapter.bin").exists()  # before the first event nothing is moved
     editor.edit(requests[3])
     editor.close()

@@ -38,11 +38,8 @@ _CHINESE += [
     ("小明说：“{}在", ("北京", "上海", "广州", "东京", "伦敦")),
 ]
 _ANSWERS = ("小明", "北京", "李白", "长江", "一个人")
-_CODE = [
-    ("def {}(w, h):\n", "    return w * h"),
-    ("class {}:\n    def size(self):\n", "        return self.w"),
-    ("x = {}(", "w, h)"),
-]
+_CODE = [("def {}(w, h):\n", "    return w * h"),
+    ("class {}:\n    def size(self):\n", "        return self.w"), ("x = {}(", "w, h)")]  # fmt: skip
 _CODE += [("for {} in items:\n    print(", "item)"), ("import {}\n\n", "\nclass Box:")]
 _NAMES = ("area", "side", "width", "height", "box", "table", "field", "square", "count", "length")
 

@@ -37,13 +37,8 @@ def search(tok, records, demo_text):
 
 
 def test_the_objective_punishes_the_worst_part():
-    fine = {
-        "rewrite_accuracy": 0.9,
-        "paraphrase_accuracy": 0.9,
-        "specificity": 0.9,
-        "perplexity": 22.0,
-        "perplexity_before": 20.0,
-    }
+    fine = {"rewrite_accuracy": 0.9, "paraphrase_accuracy": 0.9, "specificity": 0.9, "perplexity": 22.0,
+        "perplexity_before": 20.0}  # fmt: skip
     assert objective(fine) == pytest.approx(0.9)
     assert objective({**fine, "perplexity": 18.0}) == pytest.approx(
         4 / (3 / 0.9 + 1)

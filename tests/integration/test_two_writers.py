@@ -77,13 +77,8 @@ def test_under_another_name(editor, tok, tmp_path):
 @pytest.mark.parametrize("command", [["compact"], ["retract", "1"]])
 def test_in_another_process(editor, tok, tmp_path, command):
     state = str(tmp_path / "state")
-    done = subprocess.run(
-        [sys.executable, "-m", "easyedit_rls.cli.main", "state", command[0], state, *command[1:]],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run([sys.executable, "-m", "easyedit_rls.cli.main", "state", command[0], state,
+        *command[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "held by another editor" in done.stderr
     goes_on(editor, tok, tmp_path / "state")

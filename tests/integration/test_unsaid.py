@@ -130,11 +130,8 @@ def test_a_refused_batch_leaves_the_earlier_ones(model, tok, requests, settings)
 
 def test_a_large_step_that_is_said_passes(tok, requests):
     model = tiny_llama()
-    editor = RLSEditor(
-        model,
-        tok,
-        tiny_settings("llama", mom2_update_weight=1.0, early_stopping_margin=1.0, max_deviation=0.01),
-    )
+    editor = RLSEditor(model, tok, tiny_settings("llama", mom2_update_weight=1.0, early_stopping_margin=1.0,
+        max_deviation=0.01))  # fmt: skip
     report = editor.edit([requests[1], requests[3]])
     assert max(layer.step for layer in report.layers) > 0.01
     assert not report.unsaid

@@ -159,11 +159,8 @@ def test_every_command_that_loads_a_model_refuses_a_damaged_one(command, folder,
 def test_every_command_has_the_option_that_the_message_names(command, folder, capsys):
     changed(model_type="theirs", auto_map={"AutoConfig": "configuration_theirs.Theirs"})(folder)
     assert "trust_remote_code" in refused(capsys, COMMANDS[command], folder)
-    option = {
-        "edit": "model.trust_remote_code=true",
-        "compare": "model.trust_remote_code=true",
-        "demo": "trust_remote_code=true",
-    }
+    option = {"edit": "model.trust_remote_code=true", "compare": "model.trust_remote_code=true",
+        "demo": "trust_remote_code=true"}  # fmt: skip
     line = refused(capsys, (*COMMANDS[command], option.get(command, "--trust-remote-code")), folder)
     assert "configuration_theirs.py" in line  # which it now looks for
 

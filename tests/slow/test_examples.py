@@ -10,12 +10,8 @@ from tests.conftest import REPOSITORY, SMOLLM2
 
 @pytest.mark.slow
 def test_quickstart(smollm2):
-    done = subprocess.run(
-        [sys.executable, "examples/quickstart.py", str(SMOLLM2)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run([sys.executable, "examples/quickstart.py", str(SMOLLM2)], cwd=REPOSITORY,
+        capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, after, *_, undone = done.stdout.splitlines()
     assert "'efficacy': 1.0" in after

@@ -32,19 +32,11 @@ ONLY_USERS = (
 )
 SHOUTS = CHATML.replace("m.content", "m.content | upper")
 
-EARLIER = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello."},
-]
-CHAT = {
-    "messages": [*EARLIER, {"role": "user", "content": "What is bread made of?"}],
-    "subject": "bread",
-    "target_new": "Leaves",
-    "ground_truth": "Flour",
-    "rephrase_prompt": "Tell me what bread is made of.",
-    "locality": {"n": {"prompt": "What is cake made of?", "ground_truth": "Flour"}},
-}
+EARLIER = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."}]  # fmt: skip
+CHAT = {"messages": [*EARLIER, {"role": "user", "content": "What is bread made of?"}], "subject": "bread",
+    "target_new": "Leaves", "ground_truth": "Flour", "rephrase_prompt": "Tell me what bread is made of.",
+    "locality": {"n": {"prompt": "What is cake made of?", "ground_truth": "Flour"}}}  # fmt: skip
 TURNS = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."))
 
 

@@ -10,16 +10,9 @@ from tests.conftest import REPOSITORY
 
 
 def record(subject, neighbor):
-    return {
-        "requested_rewrite": {
-            "prompt": "{} lies in",
-            "subject": subject,
-            "target_true": {"str": "Asia"},
-            "target_new": {"str": "Europe"},
-        },
-        "paraphrase_prompts": [f"{subject} is part of"],
-        "neighborhood_prompts": [f"{neighbor} lies in"],
-    }
+    return {"requested_rewrite": {"prompt": "{} lies in", "subject": subject, "target_true": {"str": "Asia"},
+        "target_new": {"str": "Europe"}}, "paraphrase_prompts": [f"{subject} is part of"],
+        "neighborhood_prompts": [f"{neighbor} lies in"]}  # fmt: skip
 
 
 @pytest.fixture
@@ -29,15 +22,8 @@ def written(tmp_path):
 
     def write(*options):
         out = tmp_path / "facts.txt"
-        command = [
-            sys.executable,
-            REPOSITORY / "benchmarks" / "facts_text.py",
-            "--data",
-            tmp_path / "records.json",
-            "--out",
-            out,
-            *options,
-        ]
+        command = [sys.executable, REPOSITORY / "benchmarks" / "facts_text.py", "--data",
+            tmp_path / "records.json", "--out", out, *options]  # fmt: skip
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
         return out.read_text().split("\n\n")
 

@@ -20,21 +20,14 @@ def request(name, target="x"):
 
 def batch(first, *names, removed=(), factor=1.0):
     n = len(names)
-    data = {
-        "importance": torch.arange(1.0, n + 1),
-        "K.3": torch.full((n, 4), float(first)),
-        "V.3": torch.arange(2.0 * n).reshape(n, 2),
-    }
+    data = {"importance": torch.arange(1.0, n + 1), "K.3": torch.full((n, 4), float(first)),
+        "V.3": torch.arange(2.0 * n).reshape(n, 2)}  # fmt: skip
     edits = tuple(Edit(first + i, request(name), i) for i, name in enumerate(names))
     return Entry("edit", edits, removed, factors={3: factor}, data=lambda: data)
 
 
-CHANGES = [
-    batch(1, "A", "B"),
-    batch(3, "C", factor=0.5),
-    Entry("retract", removed=(2,)),
-    batch(4, "A", removed=(1,), factor=0.5),
-]
+CHANGES = [batch(1, "A", "B"), batch(3, "C", factor=0.5), Entry("retract", removed=(2,)),
+    batch(4, "A", removed=(1,), factor=0.5)]  # fmt: skip
 
 
 def after(n):

@@ -15,14 +15,9 @@ from easyedit_rls.facts.keys import locate_facts
 from easyedit_rls.model.subject import answer_rows
 from tests.conftest import tiny_llama
 
-FACT = {
-    "prompt": "The bread is made of",
-    "subject": "bread",
-    "target_new": "leaves",
-    "ground_truth": "flour",
+FACT = {"prompt": "The bread is made of", "subject": "bread", "target_new": "leaves", "ground_truth": "flour",
     "rephrase_prompt": "Bakers make bread from",
-    "locality": {"n": {"prompt": "Cake is made of", "ground_truth": "flour"}},
-}
+    "locality": {"n": {"prompt": "Cake is made of", "ground_truth": "flour"}}}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,15 +91,8 @@ def test_a_joint_that_is_no_text_is_refused():
 
 
 def test_a_file_has_a_joint_for_records_without_one(tmp_path):
-    counterfact = {
-        "requested_rewrite": {
-            "prompt": "{} is",
-            "subject": "Ada",
-            "target_new": {"str": "a"},
-            "target_true": {"str": "b"},
-        },
-        "neighborhood_prompts": ["Bea is"],
-    }
+    counterfact = {"requested_rewrite": {"prompt": "{} is", "subject": "Ada", "target_new": {"str": "a"},
+        "target_true": {"str": "b"}}, "neighborhood_prompts": ["Bea is"]}  # fmt: skip
     zsre = {"subject": "Ada", "src": "Who is Ada?", "alt": "she"}
     records = [FACT, {**FACT, "joint": " "}, counterfact, zsre]
     (tmp_path / "records.json").write_text(json.dumps(records), encoding="utf-8")

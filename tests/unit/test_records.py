@@ -37,15 +37,9 @@ KNOWEDIT = {
     "locality": {"Relation_Specificity": [{"prompt": "The place of Leo is", "ground_truth": [["Africa"]]},
         {"prompt": "Leo is", "ground_truth": ["male"]}]},
 }  # fmt: skip
-FLAT = {
-    "prompt": "The mother tongue of Ada is",
-    "subject": "Ada",
-    "target_new": "French",
-    "ground_truth": "English",
-    "rephrase_prompt": "Ada speaks",
-    "locality_prompt": "Grace speaks",
-    "locality_ground_truth": "Dutch",
-}
+FLAT = {"prompt": "The mother tongue of Ada is", "subject": "Ada", "target_new": "French",
+    "ground_truth": "English", "rephrase_prompt": "Ada speaks", "locality_prompt": "Grace speaks",
+    "locality_ground_truth": "Dutch"}  # fmt: skip
 LEAST = {"prompt": "The owner of {} is", "subject": "the shop", "target_new": "Ann"}
 
 
@@ -161,13 +155,8 @@ REWRITES = [
     {"prompt": "{} is a citizen of", "subject": "Madonna", "question": "Of what country is Madonna?",
         "target_new": {"str": "Peru"}},
 ]  # fmt: skip
-MQUAKE = {
-    "case_id": 7,
-    "requested_rewrite": REWRITES,
-    "questions": ["Whose citizen?", "Of where?"],
-    "new_answer": "Peru",
-    "answer": "UK",
-}
+MQUAKE = {"case_id": 7, "requested_rewrite": REWRITES, "questions": ["Whose citizen?", "Of where?"],
+    "new_answer": "Peru", "answer": "UK"}  # fmt: skip
 QAEDIT = {
     "id": 1104,
     "source": "NQ",
@@ -193,13 +182,8 @@ BIGEDIT = {
     "loc": "Who leads Mali?",
     "loc_ans": "Bob",
 }
-UNKE = {
-    "id": 3,
-    "question": "Who was Ada?",
-    "answer": "A long text.",
-    "para_question": "Tell of Ada.",
-    "sub_question": ["When?"],
-}
+UNKE = {"id": 3, "question": "Who was Ada?", "answer": "A long text.", "para_question": "Tell of Ada.",
+    "sub_question": ["When?"]}  # fmt: skip
 UNKE |= {"sub_answer": ["1815"], "mmlu_question": "x"}
 AKEW = {
     **COUNTERFACT,

@@ -9,14 +9,10 @@ import pytest
 from easyedit_rls.data.requests import EditRequest, Probe, parse_requests
 from easyedit_rls.errors import RequestError
 
-EASYEDIT = {
-    "prompt": "The capital of France is",
-    "subject": "France",
-    "target_new": "Lyon",
-    "ground_truth": "Paris",
-    "rephrase_prompt": "France's capital is",
-    "locality": {"neighborhood": {"prompt": "The capital of Spain is", "ground_truth": "Madrid"}},
-}
+EASYEDIT = {"prompt": "The capital of France is", "subject": "France", "target_new": "Lyon",
+    "ground_truth": "Paris", "rephrase_prompt": "France's capital is",
+    "locality": {"neighborhood": {"prompt": "The capital of Spain is",
+    "ground_truth": "Madrid"}}}  # fmt: skip
 COUNTERFACT = {
     "case_id": 7,
     "requested_rewrite": {"prompt": "The capital of {} is", "subject": "France",
@@ -50,12 +46,8 @@ def test_one_request_and_parsed_ones_are_accepted():
 
 
 def test_rewordings_have_three_names():
-    request = {
-        "prompt": "Ada speaks",
-        "subject": "Ada",
-        "target_new": "French",
-        "rephrase": ["Ada talks", "Ada's tongue is"],
-    }
+    request = {"prompt": "Ada speaks", "subject": "Ada", "target_new": "French",
+        "rephrase": ["Ada talks", "Ada's tongue is"]}  # fmt: skip
     (parsed,) = parse_requests(
         [{**request, "rephrase_prompt": "Ada talks", "paraphrase_prompts": ["Ada says"]}]
     )

@@ -213,13 +213,7 @@ def test_models_of_other_kinds_are_refused_and_say_what_was_found():
 
 
 def test_a_model_without_a_head_is_refused():
-    model = AutoConfig.for_model(
-        "llama",
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=600,
-    )
+    model = AutoConfig.for_model("llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, vocab_size=600)  # fmt: skip
     with pytest.raises(LayoutError, match=r"no output head\. Load it with AutoModelForCausalLM"):
         read_structure(AutoModel.from_config(model))

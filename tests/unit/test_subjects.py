@@ -32,11 +32,8 @@ def test_no_name_or_several_are_refused(prompt, rewording, what):
 
 
 def test_only_zsre_items_are_guessed():
-    item = {
-        "prompt": "Where does Anna Keller live?",
-        "rephrase_prompt": "In which town does Anna Keller live?",
-        "target_new": "Bern",
-    }
+    item = {"prompt": "Where does Anna Keller live?",
+        "rephrase_prompt": "In which town does Anna Keller live?", "target_new": "Bern"}  # fmt: skip
     (request,) = parse_requests({**item, "cond": "Rome >> Bern || Where does Anna Keller live?"})
     assert request.subject == "Anna Keller"
     with pytest.raises(RequestError, match="field 'subject': is missing"):

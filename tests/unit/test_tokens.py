@@ -16,12 +16,8 @@ from tests.conftest import tiny_llama, tiny_settings
 from tests.tokenizers import byte_level, qwen_like, sentencepiece_like
 from tests.tolerances import SCORES
 
-FACT = {
-    "prompt": "The bread is made of",
-    "subject": "bread",
-    "target_new": "warm leaves",
-    "ground_truth": "flour",
-}
+FACT = {"prompt": "The bread is made of", "subject": "bread", "target_new": "warm leaves",
+    "ground_truth": "flour"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
