@@ -10,6 +10,7 @@ from typing import Any
 from easyedit_rls.data import readers
 from easyedit_rls.data.readers import FLAT, OTHER_NAMES, SHARED, Flat
 
+Tells = Callable[[Mapping[str, Any]], bool]
 Read = Callable[[Mapping[str, Any]], list[Flat]]
 
 
@@ -28,7 +29,7 @@ class Format:
     """
 
     name: str
-    tells: Callable[[Mapping[str, Any]], bool]
+    tells: Tells
     read: Read
     fields: frozenset[str]
     beginnings: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ def format_of(raw: Mapping[str, Any]) -> Format:
     return FORMATS[-1] if is_flat else next(one for one in FORMATS if one.tells(raw))
 
 
-def _has(*names: str, but: str = "") -> Callable[[Mapping[str, Any]], bool]:
+def _has(*names: str, but: str = "") -> Tells:
     return lambda raw: all(name in raw for name in names) and but not in raw
 
 
@@ -81,79 +82,41 @@ _HALLU = (
     "multiple_choices multiple_choice_with_letters multiple_choice_labels "
     "paraphrased_question yes_question no_question locality_question reversed_relation_question"
 )
+_COUNTERFACT = (
+    f"{_REWRITE} pararel_idx paraphrase_prompts neighborhood_prompts attribute_prompts generation_prompts"
+)
+_ZSRE = "subject src alt pred rephrase answers loc loc_ans cond portability"
+_BIGEDIT = "tag subject relation object update ans rephrase loc loc_ans mhop mhop_ans ground_truth timestep"
+_UNKE = "id question answer para_question para_answer sub_question sub_answer"
+_QAEDIT = "id source prompt target subject rephrase locality portability ground_truth"
+_EASYEDIT = f"{FLAT} {_SECTIONS} {' '.join(OTHER_NAMES.values())} id"
 
-_NAMES = {
-    "ZsRE": {"prompt": "src", "target_new": "alt", "rephrase_prompt": "rephrase", "ground_truth": "answers"},
-    "WikiBigEdit": {"prompt": "update", "target_new": "ans", "rephrase_prompt": "rephrase"},
-    "HalluEditBench": {
-        "prompt": "question",
-        "target_new": "object",
-        "rephrase_prompt": "paraphrased_question",
-    },
-    "UnKE": {
-        "prompt": "question",
-        "subject": "question",
-        "target_new": "answer",
-        "rephrase_prompt": "para_question",
-    },
-    "QAEdit": {"target_new": "target", "rephrase_prompt": "rephrase"},
-}
 
-FORMATS = tuple(
-    Format(name, tells, read, frozenset(fields.split()), beginnings, _NAMES.get(name, {}))
-    for name, tells, read, fields, beginnings in (
-        ("MQuAKE", _is_chain, readers.mquake, f"{_REWRITE} {_CHAIN}", ()),
-        (
-            "CounterFact",
-            _has("requested_rewrite"),
-            readers.counterfact,
-            (
-                f"{_REWRITE} pararel_idx "
-                "paraphrase_prompts neighborhood_prompts attribute_prompts generation_prompts"
-            ),
-            (),
-        ),
-        (
-            "ZsRE",
-            _has("src", "alt"),
-            readers.zsre,
-            "subject src alt pred rephrase answers loc loc_ans cond portability",
-            (),
-        ),
-        (
-            "WikiBigEdit",
-            _has("update", "ans"),
-            readers.wikibigedit,
-            "tag subject relation object update ans rephrase loc loc_ans mhop mhop_ans ground_truth timestep",
-            ("personas",),
-        ),
-        (
-            "HalluEditBench",
-            _has("question", "object", "subject"),
-            readers.halluedit,
-            _HALLU,
-            ("output_", "eval_", "question_", "answer_"),
-        ),
-        (
-            "UnKE",
-            _has("question", "answer", but="prompt"),
-            readers.unke,
-            "id question answer para_question para_answer sub_question sub_answer",
-            ("mmlu_",),
-        ),
-        (
-            "QAEdit",
-            _has("prompt", "target", but="target_new"),
-            readers.qaedit,
-            "id source prompt target subject rephrase locality portability ground_truth",
-            (),
-        ),
-        (
-            "EasyEdit",
-            lambda raw: True,
-            readers.easyedit,
-            f"{FLAT} {_SECTIONS} {' '.join(OTHER_NAMES.values())} id",
-            (),
-        ),
-    )
+_is_hallu = _has("question", "object", "subject")
+# Our name = theirs, where it is another
+_ZSRE_NAMES = "prompt=src target_new=alt rephrase_prompt=rephrase ground_truth=answers"
+_BIGEDIT_NAMES = "prompt=update target_new=ans rephrase_prompt=rephrase"
+_HALLU_NAMES = "prompt=question target_new=object rephrase_prompt=paraphrased_question"
+_HALLU_BEGINNINGS = "output_ eval_ question_ answer_"
+_UNKE_NAMES = "prompt=question subject=question target_new=answer rephrase_prompt=para_question"
+_QAEDIT_NAMES = "target_new=target rephrase_prompt=rephrase"
+
+
+def _format(
+    name: str, tells: Tells, read: Read, fields: str, names: str = "", beginnings: str = ""
+) -> Format:
+    """A format; `names` are pairs of our name and its own, `fields` and `beginnings` as they are."""
+    theirs = dict(pair.split("=") for pair in names.split())
+    return Format(name, tells, read, frozenset(fields.split()), tuple(beginnings.split()), theirs)
+
+
+FORMATS = (
+    _format("MQuAKE", _is_chain, readers.mquake, f"{_REWRITE} {_CHAIN}"),
+    _format("CounterFact", _has("requested_rewrite"), readers.counterfact, _COUNTERFACT),
+    _format("ZsRE", _has("src", "alt"), readers.zsre, _ZSRE, _ZSRE_NAMES),
+    _format("WikiBigEdit", _has("update", "ans"), readers.wikibigedit, _BIGEDIT, _BIGEDIT_NAMES, "personas"),
+    _format("HalluEditBench", _is_hallu, readers.halluedit, _HALLU, _HALLU_NAMES, _HALLU_BEGINNINGS),
+    _format("UnKE", _has("question", "answer", but="prompt"), readers.unke, _UNKE, _UNKE_NAMES, "mmlu_"),
+    _format("QAEdit", _has("prompt", "target", but="target_new"), readers.qaedit, _QAEDIT, _QAEDIT_NAMES),
+    _format("EasyEdit", lambda raw: True, readers.easyedit, _EASYEDIT),
 )
