@@ -1,29 +1,25 @@
 """Keys: where a fact sits (MEMIT, Meng et al. 2023, section 4).
 
 The key of a fact at a layer is the input of the MLP's output projection at the subject's last token, averaged
-over context
-templates: the bare prompt counts half, the templates with a text in front share the other half. A subject at
-    the very start of a
-text has keys that are far from those it has further on (the first tokens draw attention to themselves; Xiao
-et al. 2024, arXiv 2309.17453), and a mean of both is neither: with ``keys: each`` every template's key is a
-row of its own, with the same shares as weights. Attention is causal, so prompts run only up to the subject.
+over context templates: the bare prompt counts half, the templates with a text in front share the other half.
+A subject at the very start of a text has keys that are far from those it has further on (the first tokens
+draw attention to themselves; Xiao et al. 2024, arXiv 2309.17453), and a mean of both is neither: with ``keys:
+each`` every template's key is a row of its own, with the same shares as weights. Attention is causal, so
+prompts run only up to the subject.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.errors import RequestError
-from easyedit_rls.model.batching import Batch, device_of, pack_batches, pad, pass_overhead, run
-from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.limits import refuse_unfit
-from easyedit_rls.model.prefix_cache import fork, share_prefixes
+from easyedit_rls.model.staged import StagedRows
 from easyedit_rls.model.subject import Row, tokenize_fact
 
 
@@ -140,8 +136,8 @@ class LayerWalk:
         if keys == "each":
             self.importance = self.importance[:, None] * _shares(self._n_templates)
         rows = [row.ids[: row.place + 1] for fact in facts for row in fact.rows]
-        self._all = _Stage(model, layout, rows, batch_tokens)
-        self._bare = _Stage(model, layout, rows[:: self._n_templates], batch_tokens)
+        self._all = StagedRows(model, layout, rows, batch_tokens)
+        self._bare = StagedRows(model, layout, rows[:: self._n_templates], batch_tokens)
 
     def keys(self, layer: int) -> Tensor:
         """Keys at one layer, (facts, d_k), or with 'each' (facts, templates, d_k), float32.
@@ -206,96 +202,3 @@ def collect_keys(
 def value_states(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int) -> Tensor:
     """Hidden states h at the value layer with the weights as they are now: (facts, d), float32."""
     return LayerWalk(model, layout, facts, batch_tokens).value_states(0)
-
-
-@dataclass
-class _Part:
-    """Rows that run together.
-
-    Attributes:
-        rows: their numbers.
-        batch: their tokens.
-        common_prefixes: for each row, the shared beginning that comes before it; None if there are none.
-        level: layers whose output is known for good.
-        forms: what these layers return beside the hidden states.
-        hidden: output of the last of them, (rows, length, d); None at level 0.
-    """
-
-    rows: list[int]
-    batch: Batch
-    common_prefixes: Tensor | None = None
-    level: int = 0
-    forms: list[Any] = field(default_factory=list)
-    hidden: Tensor | None = None
-
-
-class _Stage:
-    """Rows of tokens on their way up through the layers. What several rows begin with runs once, into a
-    cache.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int
-    ) -> None:
-        self._model, self._layers, self._n_rows = model, layout.lower_layers, len(rows)
-        device = device_of(model)
-        self._shared = share_prefixes([row[:-1] for row in rows], device)
-        rests = rows if self._shared is None else [row[n:] for row, n in zip(rows, self._shared.lengths)]
-        self._parts = []
-        for group in pack_batches([len(rest) for rest in rests], batch_tokens, pass_overhead(device)):
-            mask, numbers = (
-                (None, None)
-                if self._shared is None
-                else (self._shared.mask[group], self._shared.numbers[group])
-            )
-            self._parts.append(_Part(group, pad([rests[i] for i in group], "left", device, mask), numbers))
-        if self._shared is not None:
-            self._common = _Part([], self._shared.texts)
-            self._cache = DynamicCache(config=model.config)
-            with torch.no_grad():  # through all layers, since a model may ask any of them for the length
-                run(model, self._shared.texts, cache=self._cache, use_cache=True)
-
-    def last_states(self, module: nn.Module, is_input: bool, level: int) -> Tensor:
-        """Input or output of a module at each row's last token, (rows, width), float32; keeps the states
-        below `level`.
-        """
-        wanted = {"inputs" if is_input else "outputs": {"state": module}}
-        if self._shared is not None:
-            cache = DynamicCache(config=self._model.config)
-            below = self._common.level
-            self._run(self._common, wanted, level, cache)
-            self._cache.layers[below:] = [
-                new if new.is_initialized else old
-                for new, old in zip(cache.layers[below:], self._cache.layers[below:])
-            ]
-        found: list[Tensor | None] = [None] * self._n_rows
-        for part in self._parts:
-            for i, state in zip(
-                part.rows, self._run(part, wanted, level, self._cache_of(part))[:, -1].float()
-            ):
-                found[i] = state
-        return torch.stack(found)  # type: ignore[arg-type]
-
-    def _run(self, part: _Part, wanted: dict[str, Any], level: int, cache: DynamicCache | None) -> Tensor:
-        """What the wanted module sees, (rows, length, width); the part goes up to `level`."""
-        below, between = self._layers[: part.level], self._layers[part.level : level]
-        with (
-            torch.no_grad(),
-            skip_layers(below, part.forms, part.hidden),
-            record_outputs(between) as outputs,
-            tap(**wanted, stop=True) as seen,
-        ):
-            run(self._model, part.batch, cache=cache, use_cache=cache is not None)
-        if between:
-            part.level, part.hidden = level, hidden_of(outputs[-1])
-            part.forms = part.forms + [form_of(output) for output in outputs]
-        return seen["state"].reshape(
-            *part.batch.ids.shape, -1
-        )  # some models flatten rows and tokens before the MLP
-
-    def _cache_of(self, part: _Part) -> DynamicCache | None:
-        if part.common_prefixes is None:
-            return None
-        cache = fork(self._cache)
-        cache.batch_select_indices(part.common_prefixes)
-        return cache
