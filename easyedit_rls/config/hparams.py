@@ -119,7 +119,9 @@ class RLSEditHyperParams:
     targets: str = _setting(
         "'residual': V = K W + (z − h)/(layers left), right. "
         "'published': V = (z − h), divided after the old output is subtracted, as the authors' code does; "
-        "only to reproduce their figures.",
+        "only to reproduce their figures. "
+        "'first_layer': V = K W + (z_l − h_l), z optimized at the first edited layer "
+        "and z_l what each makes of it (MEMIT-FE).",
         "residual",
     )
     keys: str = _setting(
@@ -479,7 +481,7 @@ _CHOICES = {
     "fact_token": ("subject_last",),
     "mom2_dtype": ("float32", "float64"),
     "v_dtype": (None, "float32", "bfloat16", "float16"),
-    "targets": ("residual", "published"),
+    "targets": ("residual", "published", "first_layer"),
     "value_at": (None, "hidden", "output"),
     "keys": ("mean", "each"),
     "values": ("adam", "gradient"),

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.arguments import listed
@@ -25,6 +24,7 @@ from easyedit_rls.editors.rehearsal import due_edits, lost_edits
 from easyedit_rls.editors.reports import EditReport, LayerReport, RetractReport
 from easyedit_rls.errors import ArgumentError, RequestError, RLSEditWarning
 from easyedit_rls.facts.keys import Fact, LayerWalk, locate_facts, refuse_unfit_facts
+from easyedit_rls.facts.targets import target_outputs
 from easyedit_rls.facts.templates import templates_of
 from easyedit_rls.facts.values import Values, optimize_values
 from easyedit_rls.ledger.change import Change
@@ -384,15 +384,10 @@ class RLSEditor:
 
     def _write(self, change: Change, walk: LayerWalk, values: Values) -> None:
         """Write the values into all layers, lowest first."""
-        hp = self.hparams
-        for i, (layer, weight) in enumerate(self.layout.edited.items()):
-            W, layers_left = change.solutions[layer].weight, len(hp.layers) - i
-            K = walk.keys(layer).to(W.device)
-            if values.goals is None:
-                share = walk.needed(layer, (values.z - walk.value_states(layer)) / layers_left)
-            else:
-                share = walk.left(layer, values.goals[i].state, values.goals[i].output)
-            V = _targets(K.to(W), W, share.to(W), layers_left, hp.targets).to(K)
+        for layer, weight in self.layout.edited.items():
+            W = change.solutions[layer].weight
+            K = walk.advance_to(layer).to(W.device)
+            V = target_outputs(K, W, walk, values, layer, self.hparams)
             change.bring_in(layer, K, V, walk.importance)
             weight.write(change.solutions[layer].weight)
 
@@ -403,16 +398,3 @@ class RLSEditor:
             step, deviation = (float((solution.weight - W).norm() / W_0.norm()) for W in (before, W_0))
             reports.append(LayerReport(layer, step, deviation, solution.drift()))
         return reports
-
-
-def _targets(K: Tensor, W: Tensor, share: Tensor, layers_left: int, kind: str) -> Tensor:
-    """Target outputs V of one layer: the old output plus this layer's share of what is missing at the value
-    layer.
-    """
-    output = K @ W
-    share = share if K.dim() == 2 else share[:, None]  # a fact's rows all change alike
-    if (
-        kind == "published"
-    ):  # the authors' code takes z − h itself for the target output, and shares out what that leaves
-        return output + share - output / layers_left
-    return output + share

@@ -139,8 +139,8 @@ class LayerWalk:
         self._all = StagedRows(model, layout, rows, batch_tokens)
         self._bare = StagedRows(model, layout, rows[:: self._n_templates], batch_tokens)
 
-    def keys(self, layer: int) -> Tensor:
-        """Keys at one layer, (facts, d_k), or with 'each' (facts, templates, d_k), float32.
+    def advance_to(self, layer: int) -> Tensor:
+        """Go up to a layer; its keys, (facts, d_k), or with 'each' (facts, templates, d_k), float32.
 
         From here on, the layers below it must not change any more.
         """
@@ -158,29 +158,27 @@ class LayerWalk:
         """
         return self._bare.last_states(self._layout.value_layer, False, layer)
 
-    def needed(self, layer: int, change: Tensor) -> Tensor:
-        """The change of the projection's output that a change of the layer's output, (facts, d), asks for,
-        (facts, d), float32.
-        """
-        residual = self._layout.residuals[layer]
-        return residual.needed(
-            change, None if residual.norm is None else self._bare.last_states(residual.norm, True, layer)
-        )
+    def layer_states(self, layer: int) -> Tensor:
+        """Hidden states that this layer passes on, as `value_states`: (facts, d), float32."""
+        return self._bare.last_states(self._layout.layers[layer], False, layer)
 
-    def left(self, layer: int, state: Tensor, output: Tensor) -> Tensor:
-        """The change of the projection's output that brings the layer to a goal, (facts, d), float32.
+    def needed(self, layer: int, change: Tensor, output: Tensor | None = None) -> Tensor:
+        """The change of the projection's output that a change of the layer's output asks for, (facts, d),
+        float32.
 
         Args:
             layer: see `value_states`.
-            state: what the layer shall pass on, (facts, d).
-            output: what the projection would write for that if all came to the layer as planned, (facts, d).
+            change: of the layer's output, (facts, d).
+            output: what the projection would write if all came to the layer as planned, (facts, d), to start
+                the search from; None starts from what it writes now.
         """
         residual = self._layout.residuals[layer]
-        missing = state - self._bare.last_states(self._layout.layers[layer], False, layer)
         if residual.norm is None:
-            return residual.needed(missing, None)
-        planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
-        return residual.needed(missing, self._bare.last_states(residual.norm, True, layer), planned)
+            return residual.needed(change, None)
+        planned = None
+        if output is not None:
+            planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
+        return residual.needed(change, self._bare.last_states(residual.norm, True, layer), planned)
 
 
 def _shares(n_templates: int) -> Tensor:
@@ -196,7 +194,7 @@ def collect_keys(
     model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int
 ) -> Tensor:
     """Keys of facts at one layer, with the weights as they are now: (facts, d_k), float32."""
-    return LayerWalk(model, layout, facts, batch_tokens).keys(layer)
+    return LayerWalk(model, layout, facts, batch_tokens).advance_to(layer)
 
 
 def value_states(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int) -> Tensor:

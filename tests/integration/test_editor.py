@@ -115,7 +115,7 @@ def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(
         torch.testing.assert_close(
             V, K @ W + (share if keys == "mean" else share[:, None]), rtol=1e-4, atol=1e-4
         )
-    rows = LayerWalk(model, editor.layout, facts, 10_000, keys).keys(2)
+    rows = LayerWalk(model, editor.layout, facts, 10_000, keys).advance_to(2)
     torch.testing.assert_close(seen[1][0], rows, rtol=1e-4, atol=1e-4)
 
 
@@ -324,8 +324,8 @@ def interrupt_write(editor, requests, monkeypatch):
         (nan_weight, NumericalError, "holds NaN.*Load the model again"),
         (nan_elsewhere, NumericalError, "NaN|not finite"),
         (interrupt("optimize_values", 1), KeyboardInterrupt, None),
-        (interrupt("LayerWalk.keys", 1), KeyboardInterrupt, None),
-        (interrupt("LayerWalk.keys", 2), KeyboardInterrupt, None),
+        (interrupt("LayerWalk.advance_to", 1), KeyboardInterrupt, None),
+        (interrupt("LayerWalk.advance_to", 2), KeyboardInterrupt, None),
         (interrupt("LayerWalk.value_states", 2), KeyboardInterrupt, None),
         (interrupt_write, KeyboardInterrupt, None),
     ],
@@ -366,7 +366,7 @@ def test_an_interrupted_batch_leaves_no_trace(model, tok, requests, settings, mo
     editor = RLSEditor(model, tok, settings())
     editor.edit(requests[:2])
     with monkeypatch.context() as patch:
-        interrupt("LayerWalk.keys", 2)(editor, requests, patch)
+        interrupt("LayerWalk.advance_to", 2)(editor, requests, patch)
         with pytest.raises(KeyboardInterrupt):
             editor.edit(requests[2:])
     editor.edit(requests[2:])
