@@ -40,11 +40,16 @@ class Fact:
     kl_prompt: Row
 
 
+# by the request's id, which its fact keeps from being another's (one made by hand may hold lists), and templates
+KnownFacts = dict[tuple[int, tuple[str, ...]], Fact]
+
+
 def locate_facts(
     tok: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     templates: Sequence[str],
     statements: Sequence[str] = (),
+    known: KnownFacts | None = None,
 ) -> list[Fact]:
     """Tokenize requests in every template.
 
@@ -54,33 +59,35 @@ def locate_facts(
         templates: texts to put before the prompt, besides the bare prompt; within the user's turn, where the
             request is a chat.
         statements: short texts with {} for the subject, to put the target behind.
+        known: facts that were tokenized before with these statements; those that are new are added.
 
     Raises:
         RequestError: a subject or a target that the tokenizer can't represent; names the request.
     """
-    facts = []
-    for index, request in enumerate(requests):
-        try:
-            rows = tuple(
-                tokenize_fact(
-                    tok,
-                    template + request.before,
-                    request.subject,
-                    request.after,
-                    request.target,
-                    joint=request.joint,
-                    chat=request.chat,
-                )
-                for template in ("", *templates)
-            )
-            cut = [text.split("{}") for text in statements]
-            short = tuple(
-                tokenize_fact(tok, before, request.subject, after, request.target) for before, after in cut
-            )
-            facts.append(Fact(request, rows, short, tokenize_fact(tok, "", request.subject, " is a")))
-        except RequestError as exc:
-            raise exc.at(index) from exc
-    return facts
+    known = {} if known is None else known
+    keys = [(id(request), tuple(templates)) for request in requests]
+    for index, (key, request) in enumerate(zip(keys, requests)):
+        if key not in known:
+            try:
+                known[key] = _located(tok, request, templates, statements)
+            except RequestError as exc:
+                raise exc.at(index) from exc
+    return [known[key] for key in keys]
+
+
+def _located(
+    tok: PreTrainedTokenizerBase, request: EditRequest, templates: Sequence[str], statements: Sequence[str]
+) -> Fact:
+    subject, after, target = request.subject, request.after, request.target
+    rows = tuple(
+        tokenize_fact(
+            tok, text + request.before, subject, after, target, joint=request.joint, chat=request.chat
+        )
+        for text in ("", *templates)
+    )
+    cut = [text.split("{}") for text in statements]
+    short = tuple(tokenize_fact(tok, front, subject, behind, target) for front, behind in cut)
+    return Fact(request, rows, short, tokenize_fact(tok, "", subject, " is a"))
 
 
 def refuse_unfit_facts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:
