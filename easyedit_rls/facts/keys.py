@@ -40,7 +40,7 @@ class Fact:
     kl_prompt: Row
 
 
-# by the request's id, which its fact keeps from being another's (one made by hand may hold lists), and templates
+# by the request's id (one made by hand may hold lists; its fact keeps it alive) and the templates
 KnownFacts = dict[tuple[int, tuple[str, ...]], Fact]
 
 
