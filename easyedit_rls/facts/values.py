@@ -192,7 +192,7 @@ def _goals(
 def losses_at(
     model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor
 ) -> Tensor:
-    """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all heads in
+    """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all prefixes in
     memory.
 
     Args:
