@@ -65,13 +65,13 @@ class Rival:
             z = optimize_values(self.model, self.layout, facts, self.hparams).z
             walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens)
             for i, (layer, weight) in enumerate(self.layout.edited.items()):
-                K = walk.keys(layer).double()
+                K = walk.advance_to(layer).double()
                 share = ((z - walk.value_states(layer)) / (len(self.layout.edited) - i)).double()
                 weight.write((weight.read().double() + self._step(layer, K, share)).float())
             if self.alg == "AlphaEdit":  # which remembers keys as they are after the edit
                 walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens)
                 for layer in self.layout.edited:
-                    K = walk.keys(layer).double()
+                    K = walk.advance_to(layer).double()
                     self.gram[layer] += K.T @ K
 
     def _step(self, layer: int, K: Tensor, share: Tensor) -> Tensor:

@@ -2,19 +2,18 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors.cache import moments
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.editors.rls import RLSEditor
+from easyedit_rls.evaluation.objective import objective
 from easyedit_rls.model.layout import find_layout
 
 
 class Objective:
-    """``Σ_i d_i ‖k_i W − v_i‖² + λ² ‖W − W_0‖² + μ² ‖K_0 W − K_0 W_0‖²`` summed over the edited layers (arXiv
-    2601.15686, eq. 7).
+    """`evaluation.objective`, summed over the edited layers, with V_0 = K_0 W_0.
 
     λ, μ and K_0ᵀK_0 = n_0 E[kkᵀ] are those of the comparison's settings, for every editor. Only RLSEdit has
     targets v_i.
@@ -32,25 +31,27 @@ class Objective:
         self._weights = find_layout(model, hparams).edited
         self._unedited = {layer: weight.read() for layer, weight in self._weights.items()}
         has_anchors = hparams.mom2_adjustment and hparams.mu_reg > 0
-        self._moments = (
-            {layer: m.mean for layer, m in moments(model, tok, hparams).items()} if has_anchors else {}
-        )
+        found = moments(model, tok, hparams) if has_anchors else {}
+        self._grams = {layer: m.mean * hparams.mom2_update_weight for layer, m in found.items()}
 
     def terms(self, editor: RLSEditor | None) -> dict[str, Any]:
         """The terms now: 'edits' (None for other editors than RLSEdit), 'deviation', 'anchors'."""
-        hp, change = (
-            self._hparams,
-            {layer: self._weight(layer, editor) - W_0 for layer, W_0 in self._unedited.items()},
-        )
-        anchors = sum(
-            float((delta * (self._moments[layer].to(delta) @ delta)).sum())
-            for layer, delta in change.items()
-            if self._moments
-        )
+        hp, edits = self._hparams, _edits(editor)
+        terms = [
+            objective(
+                self._weight(layer, editor),
+                W_0,
+                [edits[layer]] if layer in edits else [],
+                self._grams.get(layer),
+                hp.lambda_reg,
+                hp.mu_reg,
+            )
+            for layer, W_0 in self._unedited.items()
+        ]
         return {
-            "edits": None if editor is None else _missed(editor),
-            "deviation": hp.lambda_reg**2 * sum(float(delta.square().sum()) for delta in change.values()),
-            "anchors": hp.mu_reg**2 * hp.mom2_update_weight * anchors,
+            "edits": None if editor is None else sum(term.edits for term in terms),
+            "deviation": sum(term.deviation for term in terms),
+            "anchors": sum(term.anchors for term in terms),
         }
 
     def _weight(self, layer: int, editor: RLSEditor | None) -> Tensor:
@@ -64,13 +65,9 @@ class Objective:
         return self._weights[layer].read()
 
 
-def _missed(editor: RLSEditor) -> float:
-    """``Σ d_i ‖k_i W − v_i‖²`` over all edits that stand and all layers."""
-    history, solutions = editor.state.history, editor.state.layers
-    if not history.live:
-        return 0.0
-    total = torch.zeros(())
-    for layer, (K, V, D) in history.tensors(history.live, list(solutions)).items():
-        W: Tensor = solutions[layer].weight
-        total += (D.to(W)[..., None] * (K.to(W) @ W - V.to(W)).square()).sum().cpu()
-    return float(total)
+def _edits(editor: RLSEditor | None) -> dict[int, list[Tensor]]:
+    """layer -> keys, targets and importances of all edits that stand."""
+    if editor is None or not editor.state.history.live:
+        return {}
+    history = editor.state.history
+    return history.tensors(history.live, list(editor.state.layers))

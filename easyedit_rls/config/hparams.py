@@ -153,9 +153,11 @@ class RLSEditHyperParams:
     targets: str = setting(
         "'residual': V = K W + (z − h)/(layers left), right. "
         "'published': V = (z − h), divided after the old output is subtracted, as the authors' code does; "
-        "only to reproduce their figures.",
+        "only to reproduce their figures. "
+        "'first_layer': V = K W + (z_l − h_l), z optimized at the first edited layer "
+        "and z_l what each makes of it (MEMIT-FE).",
         "residual",
-        choices=["residual", "published"],
+        choices=["residual", "published", "first_layer"],
     )
     keys: str = of_objective(
         "What becomes of a fact's keys in its context templates: "

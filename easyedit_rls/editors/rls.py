@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.arguments import listed
@@ -24,7 +23,8 @@ from easyedit_rls.editors.outcome import fact_reports, find_said, refuse_if_off,
 from easyedit_rls.editors.rehearsal import due_edits, lost_edits
 from easyedit_rls.editors.reports import EditReport, LayerReport, RetractReport
 from easyedit_rls.errors import ArgumentError, RequestError, RLSEditWarning
-from easyedit_rls.facts.keys import Fact, LayerWalk, locate_facts, refuse_unfit_facts
+from easyedit_rls.facts.keys import Fact, KnownFacts, LayerWalk, locate_facts, refuse_unfit_facts
+from easyedit_rls.facts.targets import target_outputs
 from easyedit_rls.facts.templates import templates_of
 from easyedit_rls.facts.values import Values, optimize_values
 from easyedit_rls.ledger.change import Change
@@ -284,7 +284,8 @@ class RLSEditor:
         self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit]
     ) -> EditReport:
         with undisturbed(self.model):
-            self._locate(requests, self.state.now.templates)  # bad requests fail here, before the long work
+            known: KnownFacts = {}
+            self._locate(requests, self._templates(), known)  # bad requests fail here, before the long work
             clock = [time.perf_counter()]
             self.state.checkpoint(self.hparams.checkpoint_every)
             clock.append(time.perf_counter())
@@ -292,9 +293,9 @@ class RLSEditor:
             requests = [*requests, *(edit.request for edit in lost)]
             removed = sorted({*superseded, *(edit.edit_id for edit in lost)})
             clock.append(time.perf_counter())
-            self._prepare(requests)
+            self._prepare(requests, known)
             clock.append(time.perf_counter())
-            facts = self._locate(requests, self.state.now.templates)
+            facts = self._locate(requests, self._templates(), known)
             with self.state.change(self.layout.edited) as change:
                 # what the new facts contradict, and what was lost, goes first: their values start without it
                 self._open(change, removed)
@@ -344,13 +345,19 @@ class RLSEditor:
             )
         return found
 
-    def _locate(self, requests: Sequence[EditRequest], templates: Sequence[str]) -> list[Fact]:
-        """Tokenize requests, and see that the model can take them."""
-        facts = locate_facts(self.tok, requests, templates, self.hparams.statements)
+    def _templates(self) -> Sequence[str]:
+        """Context templates, as far as they are known: none before the first batch, if they are sampled."""
+        return self.state.now.templates if self.state.layers else self.hparams.context_templates or ()
+
+    def _locate(
+        self, requests: Sequence[EditRequest], templates: Sequence[str], known: KnownFacts
+    ) -> list[Fact]:
+        """Tokenize requests that are not known yet, and see that the model can take all of them."""
+        facts = locate_facts(self.tok, requests, templates, self.hparams.statements, known)
         refuse_unfit_facts(self.model, self.tok, facts)
         return facts
 
-    def _prepare(self, requests: Sequence[EditRequest] = ()) -> None:
+    def _prepare(self, requests: Sequence[EditRequest] = (), known: KnownFacts | None = None) -> None:
         """Before the first batch: context templates, and the prior of each layer; requests that are too long
         behind these fail here.
         """
@@ -360,7 +367,7 @@ class RLSEditor:
         refuse_unsound(self.model)
         weights = {layer: weight.read() for layer, weight in self.layout.edited.items()}
         templates = templates_of(self.model, self.tok, hp)
-        self._locate(requests, templates)
+        self._locate(requests, templates, {} if known is None else known)
         priors = make_priors(self.model, self.tok, hp, weights, self._anchors, self._show_progress)
         has_ledger = self.state.ledger is not None
         self.state.begin(
@@ -384,15 +391,10 @@ class RLSEditor:
 
     def _write(self, change: Change, walk: LayerWalk, values: Values) -> None:
         """Write the values into all layers, lowest first."""
-        hp = self.hparams
-        for i, (layer, weight) in enumerate(self.layout.edited.items()):
-            W, layers_left = change.solutions[layer].weight, len(hp.layers) - i
-            K = walk.keys(layer).to(W.device)
-            if values.goals is None:
-                share = walk.needed(layer, (values.z - walk.value_states(layer)) / layers_left)
-            else:
-                share = walk.left(layer, values.goals[i].state, values.goals[i].output)
-            V = _targets(K.to(W), W, share.to(W), layers_left, hp.targets).to(K)
+        for layer, weight in self.layout.edited.items():
+            W = change.solutions[layer].weight
+            K = walk.advance_to(layer).to(W.device)
+            V = target_outputs(K, W, walk, values, layer, self.hparams)
             change.bring_in(layer, K, V, walk.importance)
             weight.write(change.solutions[layer].weight)
 
@@ -403,16 +405,3 @@ class RLSEditor:
             step, deviation = (float((solution.weight - W).norm() / W_0.norm()) for W in (before, W_0))
             reports.append(LayerReport(layer, step, deviation, solution.drift()))
         return reports
-
-
-def _targets(K: Tensor, W: Tensor, share: Tensor, layers_left: int, kind: str) -> Tensor:
-    """Target outputs V of one layer: the old output plus this layer's share of what is missing at the value
-    layer.
-    """
-    output = K @ W
-    share = share if K.dim() == 2 else share[:, None]  # a fact's rows all change alike
-    if (
-        kind == "published"
-    ):  # the authors' code takes z − h itself for the target output, and shares out what that leaves
-        return output + share - output / layers_left
-    return output + share

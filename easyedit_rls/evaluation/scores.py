@@ -52,7 +52,7 @@ def score(
 ) -> list[Score]:
     """Score each probe's answer behind its prompt.
 
-    What texts have in common at their beginnings is run once where the model lets it (`model/tree.py`), so a
+    What texts have in common at their beginnings is run once where the model lets it (`prefix_tree`), so a
     second answer to a prompt costs its own tokens only.
 
     Args:

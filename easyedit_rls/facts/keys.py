@@ -1,29 +1,25 @@
 """Keys: where a fact sits (MEMIT, Meng et al. 2023, section 4).
 
 The key of a fact at a layer is the input of the MLP's output projection at the subject's last token, averaged
-over context
-templates: the bare prompt counts half, the templates with a text in front share the other half. A subject at
-    the very start of a
-text has keys that are far from those it has further on (the first tokens draw attention to themselves; Xiao
-et al. 2024, arXiv 2309.17453), and a mean of both is neither: with ``keys: each`` every template's key is a
-row of its own, with the same shares as weights. Attention is causal, so prompts run only up to the subject.
+over context templates: the bare prompt counts half, the templates with a text in front share the other half.
+A subject at the very start of a text has keys that are far from those it has further on (the first tokens
+draw attention to themselves; Xiao et al. 2024, arXiv 2309.17453), and a mean of both is neither: with ``keys:
+each`` every template's key is a row of its own, with the same shares as weights. Attention is causal, so
+prompts run only up to the subject.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.errors import RequestError
-from easyedit_rls.model.batching import Batch, device_of, pack_batches, pad, pass_overhead, run
-from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.limits import refuse_unfit
-from easyedit_rls.model.prefix_cache import fork, share_prefixes
+from easyedit_rls.model.staged import StagedRows
 from easyedit_rls.model.subject import Row, tokenize_fact
 
 
@@ -44,11 +40,16 @@ class Fact:
     kl_prompt: Row
 
 
+# by the request's id (one made by hand may hold lists; its fact keeps it alive) and the templates
+KnownFacts = dict[tuple[int, tuple[str, ...]], Fact]
+
+
 def locate_facts(
     tok: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     templates: Sequence[str],
     statements: Sequence[str] = (),
+    known: KnownFacts | None = None,
 ) -> list[Fact]:
     """Tokenize requests in every template.
 
@@ -58,33 +59,35 @@ def locate_facts(
         templates: texts to put before the prompt, besides the bare prompt; within the user's turn, where the
             request is a chat.
         statements: short texts with {} for the subject, to put the target behind.
+        known: facts that were tokenized before with these statements; those that are new are added.
 
     Raises:
         RequestError: a subject or a target that the tokenizer can't represent; names the request.
     """
-    facts = []
-    for index, request in enumerate(requests):
-        try:
-            rows = tuple(
-                tokenize_fact(
-                    tok,
-                    template + request.before,
-                    request.subject,
-                    request.after,
-                    request.target,
-                    joint=request.joint,
-                    chat=request.chat,
-                )
-                for template in ("", *templates)
-            )
-            cut = [text.split("{}") for text in statements]
-            short = tuple(
-                tokenize_fact(tok, before, request.subject, after, request.target) for before, after in cut
-            )
-            facts.append(Fact(request, rows, short, tokenize_fact(tok, "", request.subject, " is a")))
-        except RequestError as exc:
-            raise exc.at(index) from exc
-    return facts
+    known = {} if known is None else known
+    keys = [(id(request), tuple(templates)) for request in requests]
+    for index, (key, request) in enumerate(zip(keys, requests)):
+        if key not in known:
+            try:
+                known[key] = _located(tok, request, templates, statements)
+            except RequestError as exc:
+                raise exc.at(index) from exc
+    return [known[key] for key in keys]
+
+
+def _located(
+    tok: PreTrainedTokenizerBase, request: EditRequest, templates: Sequence[str], statements: Sequence[str]
+) -> Fact:
+    subject, after, target = request.subject, request.after, request.target
+    rows = tuple(
+        tokenize_fact(
+            tok, text + request.before, subject, after, target, joint=request.joint, chat=request.chat
+        )
+        for text in ("", *templates)
+    )
+    cut = [text.split("{}") for text in statements]
+    short = tuple(tokenize_fact(tok, front, subject, behind, target) for front, behind in cut)
+    return Fact(request, rows, short, tokenize_fact(tok, "", subject, " is a"))
 
 
 def refuse_unfit_facts(model: PreTrainedModel, tok: PreTrainedTokenizerBase, facts: Sequence[Fact]) -> None:
@@ -140,11 +143,11 @@ class LayerWalk:
         if keys == "each":
             self.importance = self.importance[:, None] * _shares(self._n_templates)
         rows = [row.ids[: row.place + 1] for fact in facts for row in fact.rows]
-        self._all = _Stage(model, layout, rows, batch_tokens)
-        self._bare = _Stage(model, layout, rows[:: self._n_templates], batch_tokens)
+        self._all = StagedRows(model, layout, rows, batch_tokens)
+        self._bare = StagedRows(model, layout, rows[:: self._n_templates], batch_tokens)
 
-    def keys(self, layer: int) -> Tensor:
-        """Keys at one layer, (facts, d_k), or with 'each' (facts, templates, d_k), float32.
+    def advance_to(self, layer: int) -> Tensor:
+        """Go up to a layer; its keys, (facts, d_k), or with 'each' (facts, templates, d_k), float32.
 
         From here on, the layers below it must not change any more.
         """
@@ -162,29 +165,27 @@ class LayerWalk:
         """
         return self._bare.last_states(self._layout.value_layer, False, layer)
 
-    def needed(self, layer: int, change: Tensor) -> Tensor:
-        """The change of the projection's output that a change of the layer's output, (facts, d), asks for,
-        (facts, d), float32.
-        """
-        residual = self._layout.residuals[layer]
-        return residual.needed(
-            change, None if residual.norm is None else self._bare.last_states(residual.norm, True, layer)
-        )
+    def layer_states(self, layer: int) -> Tensor:
+        """Hidden states that this layer passes on, as `value_states`: (facts, d), float32."""
+        return self._bare.last_states(self._layout.layers[layer], False, layer)
 
-    def left(self, layer: int, state: Tensor, output: Tensor) -> Tensor:
-        """The change of the projection's output that brings the layer to a goal, (facts, d), float32.
+    def needed(self, layer: int, change: Tensor, output: Tensor | None = None) -> Tensor:
+        """The change of the projection's output that a change of the layer's output asks for, (facts, d),
+        float32.
 
         Args:
             layer: see `value_states`.
-            state: what the layer shall pass on, (facts, d).
-            output: what the projection would write for that if all came to the layer as planned, (facts, d).
+            change: of the layer's output, (facts, d).
+            output: what the projection would write if all came to the layer as planned, (facts, d), to start
+                the search from; None starts from what it writes now.
         """
         residual = self._layout.residuals[layer]
-        missing = state - self._bare.last_states(self._layout.layers[layer], False, layer)
         if residual.norm is None:
-            return residual.needed(missing, None)
-        planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
-        return residual.needed(missing, self._bare.last_states(residual.norm, True, layer), planned)
+            return residual.needed(change, None)
+        planned = None
+        if output is not None:
+            planned = output - self._bare.last_states(self._layout.edited[layer].module, False, layer)
+        return residual.needed(change, self._bare.last_states(residual.norm, True, layer), planned)
 
 
 def _shares(n_templates: int) -> Tensor:
@@ -200,102 +201,9 @@ def collect_keys(
     model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], layer: int, batch_tokens: int
 ) -> Tensor:
     """Keys of facts at one layer, with the weights as they are now: (facts, d_k), float32."""
-    return LayerWalk(model, layout, facts, batch_tokens).keys(layer)
+    return LayerWalk(model, layout, facts, batch_tokens).advance_to(layer)
 
 
 def value_states(model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], batch_tokens: int) -> Tensor:
     """Hidden states h at the value layer with the weights as they are now: (facts, d), float32."""
     return LayerWalk(model, layout, facts, batch_tokens).value_states(0)
-
-
-@dataclass
-class _Part:
-    """Rows that run together.
-
-    Attributes:
-        rows: their numbers.
-        batch: their tokens.
-        common_prefixes: for each row, the shared beginning that comes before it; None if there are none.
-        level: layers whose output is known for good.
-        forms: what these layers return beside the hidden states.
-        hidden: output of the last of them, (rows, length, d); None at level 0.
-    """
-
-    rows: list[int]
-    batch: Batch
-    common_prefixes: Tensor | None = None
-    level: int = 0
-    forms: list[Any] = field(default_factory=list)
-    hidden: Tensor | None = None
-
-
-class _Stage:
-    """Rows of tokens on their way up through the layers. What several rows begin with runs once, into a
-    cache.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int
-    ) -> None:
-        self._model, self._layers, self._n_rows = model, layout.lower_layers, len(rows)
-        device = device_of(model)
-        self._shared = share_prefixes([row[:-1] for row in rows], device)
-        rests = rows if self._shared is None else [row[n:] for row, n in zip(rows, self._shared.lengths)]
-        self._parts = []
-        for group in pack_batches([len(rest) for rest in rests], batch_tokens, pass_overhead(device)):
-            mask, numbers = (
-                (None, None)
-                if self._shared is None
-                else (self._shared.mask[group], self._shared.numbers[group])
-            )
-            self._parts.append(_Part(group, pad([rests[i] for i in group], "left", device, mask), numbers))
-        if self._shared is not None:
-            self._common = _Part([], self._shared.texts)
-            self._cache = DynamicCache(config=model.config)
-            with torch.no_grad():  # through all layers, since a model may ask any of them for the length
-                run(model, self._shared.texts, cache=self._cache, use_cache=True)
-
-    def last_states(self, module: nn.Module, is_input: bool, level: int) -> Tensor:
-        """Input or output of a module at each row's last token, (rows, width), float32; keeps the states
-        below `level`.
-        """
-        wanted = {"inputs" if is_input else "outputs": {"state": module}}
-        if self._shared is not None:
-            cache = DynamicCache(config=self._model.config)
-            below = self._common.level
-            self._run(self._common, wanted, level, cache)
-            self._cache.layers[below:] = [
-                new if new.is_initialized else old
-                for new, old in zip(cache.layers[below:], self._cache.layers[below:])
-            ]
-        found: list[Tensor | None] = [None] * self._n_rows
-        for part in self._parts:
-            for i, state in zip(
-                part.rows, self._run(part, wanted, level, self._cache_of(part))[:, -1].float()
-            ):
-                found[i] = state
-        return torch.stack(found)  # type: ignore[arg-type]
-
-    def _run(self, part: _Part, wanted: dict[str, Any], level: int, cache: DynamicCache | None) -> Tensor:
-        """What the wanted module sees, (rows, length, width); the part goes up to `level`."""
-        below, between = self._layers[: part.level], self._layers[part.level : level]
-        with (
-            torch.no_grad(),
-            skip_layers(below, part.forms, part.hidden),
-            record_outputs(between) as outputs,
-            tap(**wanted, stop=True) as seen,
-        ):
-            run(self._model, part.batch, cache=cache, use_cache=cache is not None)
-        if between:
-            part.level, part.hidden = level, hidden_of(outputs[-1])
-            part.forms = part.forms + [form_of(output) for output in outputs]
-        return seen["state"].reshape(
-            *part.batch.ids.shape, -1
-        )  # some models flatten rows and tokens before the MLP
-
-    def _cache_of(self, part: _Part) -> DynamicCache | None:
-        if part.common_prefixes is None:
-            return None
-        cache = fork(self._cache)
-        cache.batch_select_indices(part.common_prefixes)
-        return cache

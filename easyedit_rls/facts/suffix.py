@@ -228,16 +228,15 @@ class Suffixes:
         """What δ, (rows, n, d), makes of rows' first tokens.
 
         Returns:
-            The edited layers' hidden states, and their MLPs' outputs, δ included, each (rows, edited layers,
-            d), float32.
+            The edited layers' hidden states, and where values are put at outputs, their MLPs' outputs, δ
+            included, each (rows, edited layers, d), float32; otherwise (rows, 0, d).
         """
         layers = {("state", number): self._layout.layers[number] for number in self._layout.edited}
+        last = self._layout.layers[max(self._layout.edited)]
         parts: dict[int, tuple[Tensor, Tensor]] = {}
         for one in self.plan(numbers).passes:
             with tap(outputs=layers) as seen:
-                _, outputs = self._with_value(
-                    one.batch, one.cache, one.states, delta[one.places], self._layout.value_layer
-                )
+                _, outputs = self._with_value(one.batch, one.cache, one.states, delta[one.places], last)
             states = torch.stack([seen[key][:, 0].to(outputs.device) for key in layers], dim=1)
             parts |= {
                 k: (state, output) for k, state, output in zip(one.places, states.float(), outputs.float())

@@ -12,7 +12,10 @@ the rest), and kept in a ball of radius clamp_norm_factor · ‖h‖; what is fo
 (`overshoot`). The facts don't interact: the loss is a sum, Adam works coordinate by coordinate, and each fact
 stops by itself.
 
-Each step runs only the tokens that see δ (`suffixes`). A text that already predicts its target well hardly
+With ``targets: first_layer`` z stands at the first edited layer instead, and each edited layer's goal is what
+it makes of that z in the bare prompt.
+
+Each step runs only the tokens that see δ (`suffix`). A text that already predicts its target well hardly
 pulls any more, so it keeps its last gradient for some steps (`settled_nll`, `settled_every`); before a fact
 is called done, all its texts are run.
 """
@@ -31,6 +34,7 @@ from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError, NumericalError
 from easyedit_rls.facts.keys import Fact, value_states
 from easyedit_rls.facts.suffix import Suffixes, SuffixPasses, rows_of
+from easyedit_rls.facts.value_loss import RowLosses
 from easyedit_rls.model.layout import Layout, cast_copy
 
 _LOSS_GOAL = 5e-2  # ROME's and MEMIT's
@@ -42,11 +46,11 @@ class Goal:
 
     Attributes:
         state: the layer's output, (facts, d), float32.
-        output: what its MLP's projection writes there, (facts, d), float32.
+        output: what its MLP's projection writes there, (facts, d), float32, where δ is put at outputs.
     """
 
     state: Tensor
-    output: Tensor
+    output: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,12 @@ class Values:
     """Optimized values of a batch; every tensor has a row a fact and is float32.
 
     Attributes:
-        z: target hidden states at the value layer, (facts, d).
+        z: target hidden states at the last edited layer, (facts, d).
         h: hidden states there before the edit, (facts, d).
         delta: δ, (facts, n, d), which makes h into z: n is 1 at the hidden state, or the number of edited
             layers at their outputs.
-        goals: where δ is put at the outputs of all edited MLPs, what each edited layer shall reach; otherwise
-            None.
+        goals: layer -> what it shall reach, where δ is put at the outputs of all edited MLPs or at the first
+            edited layer; otherwise None.
         loss: the whole loss at the δ found, (facts,), nats, before it is lengthened; with `values: gradient`,
             before the step.
         nll: its first term, (facts,), nats.
@@ -69,7 +73,7 @@ class Values:
     z: Tensor
     h: Tensor
     delta: Tensor
-    goals: list[Goal] | None
+    goals: dict[int, Goal] | None
     loss: Tensor
     nll: Tensor
     steps: Tensor
@@ -105,19 +109,20 @@ def optimize_values(
         model: in evaluation mode, its parameters without gradient.
         layout: its modules.
         facts: tokenized facts.
-        hparams: v_*, clamp_norm_factor, kl_factor, statement_share, early_stopping*, overshoot, settled_*,
-            batch_tokens.
+        hparams: targets, v_*, clamp_norm_factor, kl_factor, statement_share, early_stopping*, overshoot,
+            settled_*, batch_tokens.
         progress: a bar to advance by the facts that are done.
 
     Raises:
         NumericalError: a loss or a value is not finite; names the request.
     """
     dtype = model.dtype if hparams.v_dtype is None else getattr(torch, hparams.v_dtype)
-    low = layout if dtype == model.dtype else cast_copy(layout, dtype)
-    found = _find(low.model, low, facts, hparams, progress)
-    if value_place(layout, hparams) == "output":
-        goals = _goals(model, layout, facts, hparams, found.delta)
-        z, h = goals[-1].state, value_states(model, layout, facts, hparams.batch_tokens)
+    low, place = layout if dtype == model.dtype else cast_copy(layout, dtype), value_place(layout, hparams)
+    found = _find(_with_value_layer(low, hparams), facts, hparams, place, progress)
+    if place == "output" or hparams.targets == "first_layer":
+        goals = _goals(_with_value_layer(layout, hparams), facts, hparams, place, found.delta)
+        z = goals[max(goals)].state
+        h = value_states(model, layout, facts, hparams.batch_tokens)
     else:
         h = found.h[:, 0] if low is layout else value_states(model, layout, facts, hparams.batch_tokens)
         z, goals = h + found.delta[:, 0], None
@@ -130,19 +135,26 @@ def value_place(layout: Layout, hparams: RLSEditHyperParams) -> str:
     """
     has_norm = any(residual.norm is not None for residual in layout.residuals.values())
     place = hparams.value_at or ("output" if has_norm else "hidden")
-    if place == "output" and hparams.targets == "published":
+    if place == "output" and hparams.targets != "residual":
         raise HyperParamsError(
-            "targets: published is the authors' code for values at the hidden state; "
+            f"targets: {hparams.targets} is for values at the hidden state; "
             "these are at the outputs. Set targets: residual, or value_at: hidden."
         )
     return place
 
 
+def _with_value_layer(layout: Layout, hparams: RLSEditHyperParams) -> Layout:
+    """The layout with the value layer that `targets` asks for: the first edited one, or the last."""
+    edge = min if hparams.targets == "first_layer" else max
+    n_lower = edge(layout.edited) + 1
+    return layout if n_lower == layout.n_lower else replace(layout, n_lower=n_lower)
+
+
 def _find(
-    model: PreTrainedModel,
     layout: Layout,
     facts: Sequence[Fact],
     hparams: RLSEditHyperParams,
+    place: str,
     progress: "tqdm[Any] | None",
 ) -> _Found:
     lengths = [
@@ -150,49 +162,45 @@ def _find(
     ]
     parts: dict[int, list[Tensor]] = {}
     for group in _groups(lengths, hparams.batch_tokens):
-        optimization = _Optimization(model, layout, [facts[i] for i in group], hparams)
+        optimization = _Optimization(layout, [facts[i] for i in group], hparams, place)
         found = optimization.run(progress) if hparams.values == "adam" else optimization.step_once(progress)
         for j, i in enumerate(group):
             parts[i] = [found.delta[j], found.h[j], found.loss[j], found.nll[j], found.steps[j]]
     merged = _Found(*(torch.stack(column) for column in zip(*(parts[i] for i in range(len(facts))))))
-    bad = (
-        (~(torch.isfinite(merged.delta).flatten(1).all(1) & torch.isfinite(merged.loss)))
-        .nonzero()
-        .flatten()
-        .tolist()
-    )
-    if bad:
+    is_finite = (merged.delta.isfinite().flatten(1).all(1) & merged.loss.isfinite()).tolist()
+    if not all(is_finite):
+        bad = is_finite.index(False)
         raise NumericalError(
-            f"The value of request {bad[0]} ({facts[bad[0]].request.prompt!r}) is not finite. "
+            f"The value of request {bad} ({facts[bad].request.prompt!r}) is not finite. "
             "Check the model's weights for NaN, or lower v_lr."
         )
     return merged
 
 
 def _goals(
-    model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor
-) -> list[Goal]:
-    """What the edited layers do in bare prompts when δ, (facts, edited layers, d), is put in by hand."""
+    layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, place: str, delta: Tensor
+) -> dict[int, Goal]:
+    """What the edited layers do in bare prompts when δ, (facts, n, d), is put in by hand."""
     bare = [replace(fact, rows=fact.rows[:1], statements=()) for fact in facts]
     rows = [row for row in rows_of(bare, 0.0, shares_kl=False) if not row.has_kl]
-    states, outputs = Suffixes(model, layout, rows, hparams.batch_tokens, "output").with_value(
-        range(len(rows)), delta
-    )
-    return [Goal(state, output) for state, output in zip(states.unbind(1), outputs.unbind(1))]
+    suffixes = Suffixes(layout.model, layout, rows, hparams.batch_tokens, place)
+    states, outputs = suffixes.with_value(range(len(rows)), delta)
+    written = outputs.unbind(1) if place == "output" else [None] * len(layout.edited)
+    return {layer: Goal(*goal) for layer, goal in zip(layout.edited, zip(states.unbind(1), written))}
 
 
 def losses_at(
     model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, delta: Tensor
 ) -> Tensor:
-    """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all heads in
+    """The whole loss of given values, (facts,), nats; in passes of `batch_tokens`, but with all prefixes in
     memory.
 
     Args:
         model, layout, facts, hparams: see `optimize_values`.
         delta: see `Values`.
     """
-    optimization = _Optimization(model, layout, facts, hparams)
-    return optimization.loss_at(delta)
+    place = value_place(layout, hparams)
+    return _Optimization(_with_value_layer(layout, hparams), facts, hparams, place).loss_at(delta)
 
 
 def _groups(n_tokens: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -216,18 +224,15 @@ class _Optimization:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams
+        self, layout: Layout, facts: Sequence[Fact], hparams: RLSEditHyperParams, place: str
     ) -> None:
         self.layout, self.hparams = layout, hparams
-        self.rows = rows_of(
-            facts, hparams.statement_share, shares_kl=hparams.settled_nll == 0
-        )  # a settled row skips steps
-        place = value_place(layout, hparams)
-        self.suffixes = Suffixes(model, layout, self.rows, hparams.batch_tokens, place)
+        # a settled row skips steps
+        self.rows = rows_of(facts, hparams.statement_share, shares_kl=hparams.settled_nll == 0)
+        self.suffixes = Suffixes(layout.model, layout, self.rows, hparams.batch_tokens, place)
         firsts = [next(i for i, row in enumerate(self.rows) if row.fact == f) for f in range(len(facts))]
-        self.h = torch.stack(
-            [self.suffixes.places[i].float() for i in firsts]
-        )  # where δ is put, (facts, n, d)
+        # where δ is put, (facts, n, d)
+        self.h = torch.stack([self.suffixes.places[i].float() for i in firsts])
         self.length = self.h.norm(dim=2, keepdim=True)
         # Adam's unit: hidden states have one length, so v_lr is in their own; outputs of layers don't, so
         # there it is relative
@@ -235,26 +240,18 @@ class _Optimization:
             torch.ones_like(self.length) if place == "hidden" else self.length / self.h.shape[2] ** 0.5
         )
         self.delta = torch.zeros_like(self.h)
-        self.gradient = self.h.new_zeros(
-            len(self.rows), *self.h.shape[1:]
-        )  # of each row's part of the loss, when it last ran
         self.last_plan: tuple[Tensor, SuffixPasses] | None = None  # the rows that ran last
-        self.kl_prompt: Tensor | None = (
-            None  # log-probabilities after "{subject} is a" before the edit, (facts, vocabulary)
-        )
-
+        self.judge = RowLosses(len(facts), hparams.kl_factor, hparams.early_stopping_margin)
         self.fact = torch.tensor([row.fact for row in self.rows])
         self.share = torch.tensor([row.share for row in self.rows])
         self.must_lead = torch.tensor([row.must_lead for row in self.rows])
-        self.part = torch.zeros(len(self.rows))  # of each row's target in its fact's loss, when it last ran
-        self.divergence = torch.zeros(
-            len(self.rows)
-        )  # kl_factor times that at the KL prompt's output, for rows that have it
         self.has_kl = torch.tensor([row.has_kl for row in self.rows])
-        self.falls_short = torch.zeros(
-            len(self.rows), dtype=torch.bool
-        )  # whether its target was not the most probable text
-        self.age = torch.full((len(self.rows),), hparams.settled_every)  # steps since it last ran
+        # of each row when it last ran: its part of the loss, by its target and by the divergence (for rows
+        # that have it), that part's gradient, and whether its target was not the most probable text
+        self.part, self.divergence = torch.zeros(2, len(self.rows))
+        self.gradient = self.h.new_zeros(len(self.rows), *self.h.shape[1:])
+        self.falls_short = torch.zeros(len(self.rows), dtype=torch.bool)
+        self.age = torch.full((len(self.rows),), hparams.settled_every)  # steps since then
         self.decay = torch.zeros(len(facts))
         self.is_active = torch.ones(len(facts), dtype=torch.bool)
 
@@ -338,10 +335,9 @@ class _Optimization:
         delta = self.delta[fact].requires_grad_(wants_gradient)
         plan = self._plan(chosen)
         with torch.set_grad_enabled(wants_gradient):
-            logits = self.layout.logits(self.suffixes.forward(plan, delta)).to(
-                self.h.device
-            )  # the head may lie elsewhere
-        part, divergence, falls_short, slope = self._judge(logits.detach(), plan, fact)
+            logits = self.layout.logits(self.suffixes.forward(plan, delta))
+            logits = logits.to(self.h.device)  # the head may lie elsewhere
+        part, divergence, falls_short, slope = self.judge(logits.detach(), plan, fact)
         if wants_gradient:
             (self.gradient[where],) = torch.autograd.grad(logits, delta, slope)
         decay = self.hparams.v_weight_decay * (self.delta.norm(dim=2, keepdim=True) / self.length**2).mean(
@@ -363,41 +359,6 @@ class _Optimization:
             self.last_plan = None  # its memory first
             self.last_plan = (chosen, self.suffixes.plan(chosen.tolist()))
         return self.last_plan[1]
-
-    def _judge(
-        self, logits: Tensor, plan: SuffixPasses, fact: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the outputs say of the rows that ran.
-
-        Returns:
-            Each row's part of the loss, by its target, (rows,), and by the KL prompt's divergence, (rows,);
-            how many target tokens fall short of the most probable text, (rows,); the gradient of the parts'
-            sum in the logits, (wanted, vocabulary): w·(p − 1_target) for a target token's −w·log p, and
-            kl_factor · p · (log p − log p_0 − KL) for the divergence.
-        """
-        log_probs = F.log_softmax(logits, dim=1)
-        targets, token, kl_places = plan.targets, plan.token, plan.kl_places
-        part, divergences, falls_short = log_probs.new_zeros(3, len(fact))
-        of_target = log_probs[targets, token]
-        part.index_add_(0, plan.number[targets], -of_target * plan.weight)
-        log_probs[targets, token] = -torch.inf
-        others = log_probs.amax(1)[targets]
-        log_probs[targets, token] = of_target
-        is_short = of_target - others <= self.hparams.early_stopping_margin
-        falls_short.index_add_(0, plan.number[targets], is_short.to(falls_short))
-
-        if self.kl_prompt is None:
-            self.kl_prompt = log_probs.new_empty(len(self.h), log_probs.shape[1])
-            self.kl_prompt[fact[plan.number[kl_places]]] = log_probs[kl_places]
-        change = log_probs[kl_places] - self.kl_prompt[fact[plan.number[kl_places]]]
-        slope = log_probs.exp_()
-        divergence = (slope[kl_places] * change).sum(1, keepdim=True)
-        divergences[plan.number[kl_places]] = self.hparams.kl_factor * divergence.squeeze(1)
-        scale = slope.new_ones(len(slope), 1).index_put((targets,), plan.weight[:, None])
-        slope *= scale
-        slope[targets, token] -= plan.weight
-        slope[kl_places] *= self.hparams.kl_factor * (change - divergence)
-        return part, divergences, falls_short, slope
 
     def _whole_gradient(self) -> Tensor:
         """Of each fact's loss in its δ, (facts, n, d)."""

@@ -12,6 +12,7 @@ import torch
 
 from easyedit_rls.anchors.prior import Prior
 from easyedit_rls.errors import NumericalError, RLSEditError
+from easyedit_rls.evaluation.objective import objective
 from easyedit_rls.ledger.files import read_part
 from easyedit_rls.ledger.history import History
 from easyedit_rls.ledger.journal import ENTRIES, HEAD, INDEX, Journal
@@ -115,22 +116,19 @@ def layer_figures(
     """Deviation and the three terms of the paper's objective at the weight as it is."""
     lambda_reg, mu_reg = float(manifest.objective["lambda_reg"]), float(manifest.objective["mu_reg"])
     W, W_0, W_p = (tensor.double() for tensor in (solution.weight, prior.unedited, prior.solution.weight))
-    missed = 0.0
-    for part in history.standing([layer]):
-        K, V, D = (tensor.double() for tensor in part[layer])
-        missed += float((D[..., None] * (K @ W - V).square()).sum())
-    deviation = float((W - W_0).square().sum())
-    A = prior.beginning.information(torch.device("cpu"))
-    if prior.anchor_energy is None:  # V_0 = K_0 W_0: the quadratic form of what moved
-        anchor = float(((W - W_0) * (A @ (W - W_0))).sum()) - lambda_reg**2 * deviation
-    else:
-        gram = A - lambda_reg**2 * torch.eye(len(A), dtype=A.dtype)  # μ² K_0ᵀK_0
-        cross = A @ W_p - lambda_reg**2 * W_0  # μ² K_0ᵀV_0
-        anchor = float((W * (gram @ W)).sum() - 2 * (W * cross).sum()) + mu_reg**2 * prior.anchor_energy
-    relative = deviation**0.5 / float(W_0.norm())
+    gram = cross = None
+    if mu_reg > 0:
+        gram = prior.beginning.information(torch.device("cpu"))  # λ²I + μ² K_0ᵀK_0
+        gram.diagonal().sub_(lambda_reg**2)
+        gram /= mu_reg**2
+        if prior.anchor_energy is not None:  # K_0ᵀV_0, since W_p solves the problem without edits
+            cross = gram @ W_p + (lambda_reg / mu_reg) ** 2 * (W_p - W_0)
+    edits = (part[layer] for part in history.standing([layer]))
+    terms = objective(W, W_0, edits, gram, lambda_reg, mu_reg, cross, prior.anchor_energy or 0.0)
+    relative = float((W - W_0).norm() / W_0.norm())
     d_k, d_v = W.shape
     return LayerFigures(
-        layer, d_k, d_v, relative, missed, lambda_reg**2 * deviation, max(anchor, 0.0), solution.drift()
+        layer, d_k, d_v, relative, terms.edits, terms.deviation, terms.anchors, solution.drift()
     )
 
 

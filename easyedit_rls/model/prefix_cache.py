@@ -1,4 +1,8 @@
-"""The common of texts, run once and kept in the model's own key-value cache."""
+"""Prefixes shared by means of a cache: what several rows begin with runs once, into the model's own key-value
+cache, and the rest of each row runs behind its copy.
+
+(`prefix_tree` shares in one pass instead, without a cache, which suits texts that are run only once.)
+"""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -14,6 +18,67 @@ from easyedit_rls.model.hooks import tap
 
 # tokens; sharing fewer saves little, and rows that differ after them would be kept apart from closer ones
 _LEAST_SHARED = 5
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of like length that run together.
+
+    Attributes:
+        rows: their numbers.
+        batch: what they have behind their shared prefixes, padded on the left; its mask covers both.
+        numbers: for each row, which shared prefix is its own, (rows,); None if there are none.
+    """
+
+    rows: list[int]
+    batch: Batch
+    numbers: Tensor | None
+
+
+class SharedPrefixes:
+    """Rows of tokens, cut behind what several of them begin with, which stands in a cache.
+
+    Args:
+        model: the model.
+        rows: token ids.
+        batch_tokens: tokens in one pass, at most.
+        end: decoder layer after which the pass of the shared prefixes may stop.
+        n_own: so many tokens at the end of each row are never shared.
+
+    Attributes:
+        groups: the rows, in groups of like length.
+        texts: the shared prefixes, each once; None if sharing saves nothing.
+        cache: the texts, a row each.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Sequence[int]],
+        batch_tokens: int,
+        end: nn.Module,
+        n_own: int = 0,
+    ) -> None:
+        device = device_of(model)
+        shared = share_prefixes([row[: len(row) - n_own] for row in rows], device)
+        rests = rows if shared is None else [row[n:] for row, n in zip(rows, shared.lengths)]
+        self.groups = []
+        for group in pack_batches([len(rest) for rest in rests], batch_tokens, pass_overhead(device)):
+            mask, numbers = (None, None) if shared is None else (shared.mask[group], shared.numbers[group])
+            self.groups.append(Group(group, pad([rests[i] for i in group], "left", device, mask), numbers))
+        self.texts = None if shared is None else shared.texts
+        self.cache = DynamicCache(config=model.config)
+        if shared is not None:
+            with torch.no_grad(), tap(outputs={"end": end}, stop=True):
+                run(model, shared.texts, cache=self.cache, use_cache=True)
+
+    def cache_of(self, group: Group) -> DynamicCache | None:
+        """The shared prefixes of a group's rows, in a cache that grows on its own; None if there are none."""
+        if group.numbers is None:
+            return None
+        cache = fork(self.cache)
+        cache.batch_select_indices(group.numbers)
+        return cache
 
 
 class PrefixCache:
@@ -32,16 +97,16 @@ class PrefixCache:
         self._config = model.config
         unlike = sorted(texts)
         self._number = {text: i for i, text in enumerate(unlike)}
-        self._found = _run_prefixes(model, end, unlike, batch_tokens) if any(unlike) else None
-        self._widths = [] if self._found is None else _widths(self._found[1])
+        self._whole = _run_prefixes(model, end, unlike, batch_tokens) if any(unlike) else None
+        self._widths = [] if self._whole is None else _widths(self._whole[1])
 
     def select(self, texts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache | None, Tensor | None]:
         """One cache with a row for each text, and its mask, (rows, cached); (None, None) if the texts have no
         token at all.
         """
-        if self._found is None or not any(texts):
+        if self._whole is None or not any(texts):
             return None, None
-        whole, whole_mask = self._found
+        whole, whole_mask = self._whole
         rows = torch.tensor(
             [self._number[text] for text in texts]
         )  # on the CPU: layers may lie on several devices
@@ -62,30 +127,19 @@ def _widths(mask: Tensor) -> list[int]:
 
 
 def _run_prefixes(
-    model: PreTrainedModel, end: nn.Module, prefixes: Sequence[Sequence[int]], batch_tokens: int
+    model: PreTrainedModel, end: nn.Module, texts: Sequence[Sequence[int]], batch_tokens: int
 ) -> tuple[DynamicCache, Tensor]:
-    """A cache with a row for each prefix, padded on the left, and its mask."""
-    device = device_of(model)
-    shared = share_prefixes(prefixes, device)
-    rests, common = prefixes, DynamicCache(config=model.config)
-    if shared is not None:
-        rests = [prefix[n:] for prefix, n in zip(prefixes, shared.lengths)]
-        with tap(outputs={"end": end}, stop=True):
-            run(model, shared.texts, cache=common, use_cache=True)
-    parts = []
-    for group in pack_batches([len(rest) for rest in rests], batch_tokens, pass_overhead(device)):
-        cache, mask = DynamicCache(config=model.config), None
-        if shared is not None:
-            cache, mask = fork(common), shared.mask[group]
-            cache.batch_select_indices(shared.numbers[group])
-        if any(rests[i] for i in group):
-            batch = pad([rests[i] for i in group], "left", device, after=mask)
+    """A cache with a row for each text, padded on the left, and its mask."""
+    prefixes, parts = SharedPrefixes(model, texts, batch_tokens, end), []
+    for group in prefixes.groups:
+        cache = prefixes.cache_of(group)
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        if group.batch.ids.shape[1]:
             with tap(outputs={"end": end}, stop=True):
-                run(model, batch, cache=cache, use_cache=True)
-            mask = batch.mask
-        if mask is not None:
-            parts.append((group, cache, mask))
-    return _merged(parts, len(prefixes), model)
+                run(model, group.batch, cache=cache, use_cache=True)
+        if group.batch.mask.shape[1]:
+            parts.append((group.rows, cache, group.batch.mask))
+    return _merged(parts, len(texts), model)
 
 
 def _merged(
@@ -116,7 +170,7 @@ class Shared:
     """What rows of tokens begin with together.
 
     Attributes:
-        texts: the common, each once.
+        texts: these prefixes, each once.
         lengths: for each row, how many of its tokens they hold; 0 where it shares nothing.
         numbers: for each row, which text is its own, (rows,), on the CPU; any where it shares nothing.
         mask: for each row, which of the text's tokens it sees, (rows, length).

@@ -1,5 +1,5 @@
-"""Texts that begin alike, packed into rows as trees: a beginning runs once, and a token sees its own text's
-tokens only.
+"""Prefixes shared in one pass: texts that begin alike, packed into rows as trees. A prefix runs once, and a
+token sees its own text's tokens only.
 
 Tree attention as in SpecInfer (Miao et al. 2023, arXiv 2305.09781), there for guesses of what comes next. A
 row holds several texts, so there is less to pad as well. Models that don't take a mask of their own for each

@@ -19,7 +19,7 @@ from easyedit_rls import (
     evaluate,
 )
 from easyedit_rls.anchors.cache import moments as moments_of
-from easyedit_rls.data.requests import parse_requests
+from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.editors import rls as editor_module
 from easyedit_rls.facts.keys import LayerWalk, locate_facts, value_states
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
@@ -107,7 +107,7 @@ def test_targets_are_the_old_output_plus_a_share_of_what_is_missing(
     for layers_left, (K, V, W, h) in zip((2, 1), seen):
         share = (z[0].z - h) / layers_left
         torch.testing.assert_close(V, K @ W + (share if keys == "mean" else share[:, None]), **SUMS)
-    rows = LayerWalk(model, editor.layout, facts, 10_000, keys).keys(2)
+    rows = LayerWalk(model, editor.layout, facts, 10_000, keys).advance_to(2)
     torch.testing.assert_close(seen[1][0], rows, **SUMS)
 
 
@@ -348,7 +348,7 @@ def test_an_interrupted_batch_leaves_no_trace(model, tok, requests, settings, mo
     editor = RLSEditor(model, tok, settings())
     editor.edit(requests[:2])
     with monkeypatch.context() as patch:
-        interrupt("LayerWalk.keys", 2)(editor, requests, patch)
+        interrupt("LayerWalk.advance_to", 2)(editor, requests, patch)
         with pytest.raises(KeyboardInterrupt):
             editor.edit(requests[2:])
     editor.edit(requests[2:])

@@ -261,7 +261,8 @@ def test_a_failing_reset_forgets_nothing(host, model, tok, requests, settings, t
         before = weights(model, hp)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(
-                "easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+                "easyedit_rls.facts.keys.LayerWalk.advance_to",
+                lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
             )
             apply_rls_to_model(model, tok, requests[1:2], hp, reset_cache=True)
         with pytest.raises(RequestError):
@@ -303,7 +304,8 @@ def test_a_first_call_that_fails_leaves_the_model_as_it_was(
     second = copy.deepcopy(unedited)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            "easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "easyedit_rls.facts.keys.LayerWalk.advance_to",
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         apply_rls_to_model(second, tok, requests[2:], hp)
     assert same(weights(second, hp), weights(unedited, hp))
@@ -347,7 +349,8 @@ def test_a_failing_reset_writes_nothing_into_the_old_journal(
     again = copy.deepcopy(unedited)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            "easyedit_rls.facts.keys.LayerWalk.keys", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "easyedit_rls.facts.keys.LayerWalk.advance_to",
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         apply_rls_to_model(again, tok, requests[1:2], hp, reset_cache=True)
     resumed = RLSEditor(copy.deepcopy(unedited), tok, hp)

@@ -47,7 +47,7 @@ def test_rows_are_the_templates_own_keys_and_their_shares_make_the_mean(fresh, t
     weighted = [{**request, "importance": 1.0 + i} for i, request in enumerate(requests)]
     facts = locate_facts(tok, parse_requests(weighted), TEMPLATES)
     walks = {keys: LayerWalk(editor.model, editor.layout, facts, 10_000, keys) for keys in ("mean", "each")}
-    rows, means = walks["each"].keys(1), walks["mean"].keys(1)
+    rows, means = walks["each"].advance_to(1), walks["mean"].advance_to(1)
     assert rows.shape == (len(facts), 4, means.shape[1])
     assert walks["mean"].importance.tolist() == [1.0, 2.0, 3.0, 4.0]
     shares = walks["each"].importance
@@ -68,7 +68,7 @@ def test_the_bare_prompt_and_every_template_are_written(fresh, tok, requests, ea
         editor = fresh(each(mom2_update_weight=0.01, keys=keys))
         W_0 = editor.layout.edited[1].read()
         rows, given = (
-            LayerWalk(editor.model, editor.layout, facts, 10_000, how).keys(1) for how in ("each", keys)
+            LayerWalk(editor.model, editor.layout, facts, 10_000, how).advance_to(1) for how in ("each", keys)
         )
         editor.edit(requests)
         V = editor.state.history.tensors([1, 2, 3, 4], [1])[1][1]

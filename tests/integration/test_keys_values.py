@@ -370,7 +370,7 @@ def test_a_walk_upward_equals_starting_anew_and_runs_less(model, located, settin
     ).register_forward_hook(lambda *_: runs.append(1))
     walk, per_layer = LayerWalk(model, layout, facts, 10_000), []
     for layer, weight in layout.edited.items():
-        keys, states = walk.keys(layer), walk.value_states(layer)
+        keys, states = walk.advance_to(layer), walk.value_states(layer)
         per_layer.append(len(runs))
         torch.testing.assert_close(keys, collect_keys(model, layout, facts, layer, 10_000), **BATCHES)
         torch.testing.assert_close(states, value_states(model, layout, facts, 10_000), **BATCHES)
