@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -20,6 +21,7 @@ from easyedit_rls.cli.console import plain_warnings
 from easyedit_rls.cli.loading import failed
 from easyedit_rls.cli.schema import checked
 from easyedit_rls.errors import RLSEditError
+from easyedit_rls.registry import Registry
 
 
 def output_folder(config: DictConfig) -> Path:
@@ -35,13 +37,16 @@ def output_folder(config: DictConfig) -> Path:
 
 
 def command(
-    config_name: str, package: str = "easyedit_rls.conf"
+    config_name: str,
+    package: str = "easyedit_rls.conf",
+    registries: Mapping[str, Registry[Any]] = MappingProxyType({}),
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:
     """Decorator: run the function with the config of this name, with overrides from the command line.
 
     Args:
         config_name: a file of the package, without its '.yaml'.
         package: where it is.
+        registries: by the word that ``--help`` shows the registry's names in place of.
     """
 
     def decorate(function: Callable[[DictConfig], None]) -> Callable[[], Any]:
@@ -66,7 +71,10 @@ def command(
                 with contextlib.redirect_stdout(shown):
                     return main()  # hydra shows its help and exits
             finally:
-                print(annotated(shown.getvalue(), _comments(package, config_name)), end="")
+                text = annotated(shown.getvalue(), _comments(package, config_name))
+                for word, registry in registries.items():
+                    text = text.replace(word, ", ".join(registry.names()))
+                print(text, end="")
 
         return run
 

@@ -3,13 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls.anchors.cache import moments
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.editors.rls import RLSEditor
+from easyedit_rls.errors import LayoutError
 from easyedit_rls.model.layout import find_layout
+from easyedit_rls.model.weights import EditedWeight
 
 
 class Objective:
@@ -29,19 +31,27 @@ class Objective:
         self, model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: RLSEditHyperParams
     ) -> None:
         self._hparams = hparams
-        self._weights = find_layout(model, hparams).edited
-        self._unedited = {layer: weight.read() for layer, weight in self._weights.items()}
+        edited = find_layout(model, hparams).edited
+        self._names = {layer: weight.parameter_name.rpartition(".")[0] for layer, weight in edited.items()}
+        self._unedited = {layer: weight.read() for layer, weight in edited.items()}
         has_anchors = hparams.mom2_adjustment and hparams.mu_reg > 0
         self._moments = (
             {layer: m.mean for layer, m in moments(model, tok, hparams).items()} if has_anchors else {}
         )
 
-    def terms(self, editor: RLSEditor | None) -> dict[str, Any]:
-        """The terms now: 'edits' (None for other editors than RLSEdit), 'deviation', 'anchors'."""
-        hp, change = (
-            self._hparams,
-            {layer: self._weight(layer, editor) - W_0 for layer, W_0 in self._unedited.items()},
-        )
+    def terms(self, model: nn.Module, editor: RLSEditor | None) -> dict[str, Any]:
+        """The terms now: 'edits' (None for other editors than RLSEdit), 'deviation', 'anchors' (both None
+        where an editor put something else in an edited weight's place).
+
+        Args:
+            model: edited.
+            editor: RLSEdit's, or None.
+        """
+        hp = self._hparams
+        try:
+            change = {n: self._weight(model, n, editor) - W_0 for n, W_0 in self._unedited.items()}
+        except (AttributeError, LayoutError):  # no such module, or none with a weight of its own
+            return {"edits": None, "deviation": None, "anchors": None}
         anchors = sum(
             float((delta * (self._moments[layer].to(delta) @ delta)).sum())
             for layer, delta in change.items()
@@ -53,15 +63,16 @@ class Objective:
             "anchors": hp.mu_reg**2 * hp.mom2_update_weight * anchors,
         }
 
-    def _weight(self, layer: int, editor: RLSEditor | None) -> Tensor:
+    def _weight(self, model: nn.Module, layer: int, editor: RLSEditor | None) -> Tensor:
         """The weight as it is, (d_k, d_v), float32 or wider: RLSEdit's master where the model holds that one
         rounded.
         """
+        weight = EditedWeight(model.get_submodule(self._names[layer]), self._names[layer])
         if editor is not None and layer in editor.state.layers:
             master = editor.state.now.weight(layer)
-            if self._weights[layer].holds(master):
+            if weight.holds(master):
                 return master
-        return self._weights[layer].read()
+        return weight.read()
 
 
 def _missed(editor: RLSEditor) -> float:

@@ -13,12 +13,10 @@ from hydra import compose, initialize_config_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls import RLSEditHyperParams
-from easyedit_rls.compare.editors import make_editor
-from easyedit_rls.compare.plan import Contender, Plan
-from easyedit_rls.host.builtin import BUILTIN
+from easyedit_rls.editors.base import EDITORS, Setup
 from tests.host.test_parity import REQUESTS
 
-NAMES = ("RLSEdit", *BUILTIN)
+NAMES = ("RLSEdit", "AlphaEdit", "MEMIT", "ROME", "FT", "ULTRAEDIT")
 MORE = {"prompt": "The lake Garda", "subject": "lake Garda", "target_new": "stones"}
 
 
@@ -80,7 +78,7 @@ def test_the_unedited_model_is_measured_once_for_all(compared):
     assert not first["deviation"]
     assert all(other == first for other in others)
     logs = ["measures the unedited model" in (compared / f"{name}.log").read_text() for name in NAMES]
-    assert logs == [True, *[False] * len(BUILTIN)]
+    assert logs == [True, *[False] * (len(NAMES) - 1)]
 
 
 def test_alphaedit_goes_on_with_its_history(folder, compared):
@@ -137,28 +135,20 @@ def test_the_tuned_settings_are_the_editors_own(easyeditor, model_folder, demo_t
         **host_settings(easyeditor, "tiny-llama").to_dict(),
         "mom2_dataset": str(tmp_path / "text.txt"),
     }
-    plan = Plan(
-        "tiny-llama",
-        RLSEditHyperParams.from_dict(hparams).to_dict(),
-        ("",),
-        "",
-        0,
-        0,
-        2,
-        1,
-        None,
-        False,
-        0,
-        None,
-        (),
-    )
     for name, changes in tuned.items():
         model = AutoModelForCausalLM.from_pretrained("tiny-llama")
         wanted = {
             key: value for key, value in changes.items() if key not in ("layers", "inner_params")
         }  # the tiny one has four layers
-        editor = make_editor(
-            plan, Contender(name, wanted), model, AutoTokenizer.from_pretrained("tiny-llama"), tmp_path
+        setup = Setup(
+            model,
+            AutoTokenizer.from_pretrained("tiny-llama"),
+            RLSEditHyperParams.from_dict(hparams),
+            ("",),
+            wanted,
+            tmp_path,
         )
+        EDITORS.get(name).check(wanted, setup.hparams)
+        editor = EDITORS.get(name).begin(setup)
         assert wanted.items() <= editor.describe().items()
         editor.close()

@@ -75,7 +75,7 @@ def test_a_comparison_has_the_same_records_for_all(folder):
     """Portability is measured here too."""
     command = [
         "compare",
-        "alg_name=RLSEdit,RLSEdit-short",
+        "alg_name=RLSEdit,RLSEdit--short",
         *SETTINGS,
         "data.on_bad=skip",
         "eval.fluency=0",
@@ -89,7 +89,7 @@ def test_a_comparison_has_the_same_records_for_all(folder):
     assert "left out 3 of 5 records: 1 (" in done.stderr
     plan = json.loads((folder / "out" / "plan.json").read_text())
     assert (plan["count"], plan["n_records"], plan["left_out"]) == (2, 5, [1, 3, 5])
-    for name in ("RLSEdit", "RLSEdit-short"):
+    for name in ("RLSEdit", "RLSEdit--short"):
         assert len(json.loads((folder / "out" / name / "checkpoint-000002.json").read_text())["records"]) == 2
     (folder / "records.jsonl").write_text(json.dumps(FACT))
     again = subprocess.run(
