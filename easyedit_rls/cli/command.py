@@ -21,7 +21,6 @@ from easyedit_rls.cli.console import plain_warnings
 from easyedit_rls.cli.loading import failed
 from easyedit_rls.cli.schema import checked
 from easyedit_rls.errors import RLSEditError
-from easyedit_rls.registry import Registry
 
 
 def output_folder(config: DictConfig) -> Path:
@@ -39,14 +38,14 @@ def output_folder(config: DictConfig) -> Path:
 def command(
     config_name: str,
     package: str = "easyedit_rls.conf",
-    registries: Mapping[str, Registry[Any]] = MappingProxyType({}),
+    words: Mapping[str, Callable[[], str]] = MappingProxyType({}),
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:
     """Decorator: run the function with the config of this name, with overrides from the command line.
 
     Args:
         config_name: a file of the package, without its '.yaml'.
         package: where it is.
-        registries: by the word that ``--help`` shows the registry's names in place of.
+        words: of ``--help``, and what stands in their place when it is shown.
     """
 
     def decorate(function: Callable[[DictConfig], None]) -> Callable[[], Any]:
@@ -72,8 +71,8 @@ def command(
                     return main()  # hydra shows its help and exits
             finally:
                 text = annotated(shown.getvalue(), _comments(package, config_name))
-                for word, registry in registries.items():
-                    text = text.replace(word, ", ".join(registry.names()))
+                for word, meaning in words.items():
+                    text = text.replace(word, meaning())
                 print(text, end="")
 
         return run

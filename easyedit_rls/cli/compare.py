@@ -25,14 +25,17 @@ from easyedit_rls.compare.run import find_waiting, run_all
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.editors.base import EDITORS
 from easyedit_rls.errors import HyperParamsError
-from easyedit_rls.host.find import easyeditor_is_there
 from easyedit_rls.model.load import load_model
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.model.weights import refuse_unsound
-from easyedit_rls.solvers.base import SOLVERS
+from easyedit_rls.solvers.rule import describe_rules
 
 
-@command("compare", "easyedit_rls.conf.streams", {"EDITORS": EDITORS, "SOLVERS": SOLVERS})
+@command(
+    "compare",
+    "easyedit_rls.conf.streams",
+    {"EDITORS": lambda: ", ".join(EDITORS.names()), "SOLVERS": describe_rules},
+)
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = plain_console()
@@ -176,12 +179,10 @@ def _check(contenders: Sequence[Contender], hparams: RLSEditHyperParams) -> None
         HyperParamsError: a setting is unknown or out of range, one has a form of its own, or edits no chats.
     """
     for contender in contenders:
-        editor = EDITORS.get(contender.alg_name)
-        if easyeditor_is_there() or not editor.needs_host:  # without it, nothing of its is left to run
-            try:
-                editor.check(contender.settings, hparams)
-            except HyperParamsError as exc:
-                raise HyperParamsError(f"{contender.name}: {exc}") from exc
+        try:
+            EDITORS.get(contender.alg_name).check(contender.settings, hparams)
+        except HyperParamsError as exc:
+            raise HyperParamsError(f"{contender.name}: {exc}") from exc
         if contender.settings.get("chat_template", hparams.chat_template) != hparams.chat_template:
             raise HyperParamsError(
                 f"{contender.name} has a chat_template of its own. "

@@ -12,7 +12,7 @@ from easyedit_rls._base.files import user_path
 from easyedit_rls.compare.plan import VARIANT, method_of
 from easyedit_rls.editors.base import EDITORS
 from easyedit_rls.errors import HyperParamsError
-from easyedit_rls.solvers.base import check_solver
+from easyedit_rls.solvers.rule import find_rule
 
 
 @dataclass
@@ -201,7 +201,7 @@ def check_settings(settings: Mapping[str, Any], contenders: Collection[str]) -> 
 
 def _is_solver(name: str) -> bool:
     try:
-        check_solver(name, {})
+        find_rule(name)
     except HyperParamsError:
         return False
     return True

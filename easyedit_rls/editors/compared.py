@@ -11,7 +11,7 @@ from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.editors.base import Editor, Setup, register_editor
 from easyedit_rls.editors.reports import EditReport
 from easyedit_rls.editors.rls import RLSEditor
-from easyedit_rls.solvers.base import check_solver
+from easyedit_rls.solvers.rule import find_rule
 
 LEDGER = "ledger"
 
@@ -46,7 +46,7 @@ class RLSEdit(Editor):
     def check(cls, settings: Mapping[str, Any], hparams: RLSEditHyperParams) -> None:
         """See that the settings are RLSEdit's, and those of the solver the solver's."""
         made = _changed(hparams, settings)
-        check_solver(made.solver, made.solver_settings)
+        find_rule(made.solver, made.solver_settings)
 
     @classmethod
     def begin(cls, setup: Setup) -> "RLSEdit":

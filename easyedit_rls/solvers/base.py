@@ -2,13 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from easyedit_rls.errors import HyperParamsError, NumericalError
-from easyedit_rls.registry import Registry
+from easyedit_rls.errors import NumericalError
 from easyedit_rls.solvers.spd import row_major
 from easyedit_rls.solvers.watch import WeightWatch
 
@@ -128,19 +127,3 @@ def flat_rows(K: Tensor, V: Tensor, D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def part_of(stored: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, under the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
-
-
-SOLVERS: "Registry[type[LayerSolver]]" = Registry("solver", "easyedit_rls.solvers", ("easyedit_rls.solvers",))
-register_solver = SOLVERS.register
-register_solver("rls")(LayerSolver)  # type: ignore[type-abstract]
-
-
-def check_solver(name: str, settings: Mapping[str, Any]) -> None:
-    """See that there is such a rule, and that the settings are its.
-
-    Raises:
-        HyperParamsError: there is none, or a setting is unknown.
-    """
-    SOLVERS.get(name)
-    if settings:
-        raise HyperParamsError(f"Solver {name} has no setting {', '.join(settings)}. Leave it out.")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from hydra import compose, initialize_config_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls import RLSEditHyperParams
+from easyedit_rls.compare.versions import commit_of
 from easyedit_rls.editors.base import EDITORS, Setup
 from tests.host.test_parity import REQUESTS
 
@@ -68,6 +70,8 @@ def test_each_editor_is_in_the_table(compared):
         assert [checkpoint["n_edits"] for checkpoint in found["checkpoints"]] == [2, 4]
         assert max(found["checkpoints"][-1]["deviation"].values()) > 0
         assert "P_loc" not in found["settings"]  # a temporary place
+    versions = [found["versions"].get("easyedit", "none") for found in result["contenders"].values()]
+    assert versions == ["none", *[commit_of(Path(os.environ["EASYEDIT_HOME"]))] * (len(NAMES) - 1)]
     table = (compared / "table.md").read_text()
     assert all(f"| {name} |" in table for name in NAMES)
 

@@ -1,13 +1,17 @@
 """Who takes part in a comparison, with which settings; told before anything is read or loaded."""
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 
 from easyedit_rls import HyperParamsError
 from easyedit_rls.cli.compare import _contenders, make_plan
 from easyedit_rls.cli.schema import checked
+from easyedit_rls.compare.progress import changed_weights
 from easyedit_rls.compare.versions import commit_of
+from easyedit_rls.editors.base import EDITORS, Setup
 from easyedit_rls.errors import ModelError
+from tests.conftest import REPOSITORY, tiny_llama, tiny_settings
 
 
 def config(*changes):
@@ -52,7 +56,7 @@ def test_solvers_run_beside_editors_as_rlsedit_with_that_rule():
         (["alg_name=[Foo--RLSEdit]"], "no editor 'Foo'"),
         (["solver=[rsl]"], r"no solver 'rsl'. Did you mean rls\?"),
         (["solver=[rls]", "+settings.rls.solver=memit"], r"settings.rls.solver is 'memit'. Leave it out"),
-        (["solver=[rls]", "+settings.rls.solver_settings.n_O=1"], "rls: Solver rls has no setting n_O"),
+        (["solver=[rls]", "+settings.rls.solver_settings.n_O=1"], "rls: .*n_O"),
         (["+settings.RLSEdit--sotf.v_lr=1"], "settings.RLSEdit--sotf is for a contender that does not run"),
         (["+settings.Foo.v_lr=1"], "no editor 'Foo'"),
         (["+settings.RLSEdit.v_rl=1"], r"RLSEdit: Unknown setting .*did you mean 'v_lr'"),
@@ -104,3 +108,16 @@ def test_no_checkout_has_no_commit(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/unborn\n")
     assert commit_of(tmp_path) is None
+
+
+def test_the_editor_in_the_docs_edits(monkeypatch, tok, tmp_path):
+    monkeypatch.setattr(EDITORS, "_classes", dict(EDITORS._classes))
+    text = (REPOSITORY / "docs" / "comparing.md").read_text(encoding="utf-8")
+    exec(text.partition("```python\n")[2].partition("```")[0], {"__name__": "faded"})
+    model, hparams = tiny_llama(), tiny_settings("llama")
+    editor = EDITORS.get("Faded").begin(Setup(model, tok, hparams, (), {"rate": 0.5}, tmp_path))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    editor.edit([None, None])
+    changed = changed_weights(editor.model, before)
+    assert list(changed) == ["model.layers.2.mlp.down_proj.weight"]
+    assert all(torch.equal(weight, before[name] / 4) for name, weight in changed.items())
