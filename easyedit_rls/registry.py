@@ -66,8 +66,8 @@ class Registry(Generic[T]):
         """The class of a name.
 
         Raises:
-            HyperParamsError: there is none; says which name may be meant. Or an entry point's module
-                can't be imported, or does not register the name that it was given.
+            HyperParamsError: there is none; says which name may be meant. Or an entry point's module does
+                not register the name that it was given.
         """
         self._import_own()
         if name not in self._classes:
