@@ -72,7 +72,13 @@ class Registry(Generic[T]):
         self._import_own()
         if name not in self._classes:
             for point in entry_points(group=self.group, name=name):
-                point.load()
+                try:
+                    point.load()
+                except ImportError as exc:
+                    raise HyperParamsError(
+                        f"The entry point {name} = {point.value} of {self.group} can't be imported: {exc}. "
+                        "Mend the package that brings it, or uninstall it."
+                    ) from exc
                 if name not in self._classes:
                     raise HyperParamsError(
                         f"The entry point {name} = {point.value} of {self.group} registers no {self.kind} "

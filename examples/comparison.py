@@ -31,7 +31,7 @@ def main(model: str, hparams: str, data: str, out: str) -> None:
         threads=None,
         contenders=(
             Contender("RLSEdit"),
-            Contender("RLSEdit-soft", {"mom2_update_weight": settings.mom2_update_weight / 3}),
+            Contender("RLSEdit--soft", {"mom2_update_weight": settings.mom2_update_weight / 3}),
         ),
     )
     folder = Path(out)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -35,13 +36,16 @@ def output_folder(config: DictConfig) -> Path:
 
 
 def command(
-    config_name: str, package: str = "easyedit_rls.conf"
+    config_name: str,
+    package: str = "easyedit_rls.conf",
+    words: Mapping[str, Callable[[], str]] = MappingProxyType({}),
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], Any]]:
     """Decorator: run the function with the config of this name, with overrides from the command line.
 
     Args:
         config_name: a file of the package, without its '.yaml'.
         package: where it is.
+        words: of ``--help``, and what stands in their place when it is shown.
     """
 
     def decorate(function: Callable[[DictConfig], None]) -> Callable[[], Any]:
@@ -66,7 +70,10 @@ def command(
                 with contextlib.redirect_stdout(shown):
                     return main()  # hydra shows its help and exits
             finally:
-                print(annotated(shown.getvalue(), _comments(package, config_name)), end="")
+                text = annotated(shown.getvalue(), _comments(package, config_name))
+                for word, meaning in words.items():
+                    text = text.replace(word, meaning())
+                print(text, end="")
 
         return run
 

@@ -4,6 +4,7 @@ fare.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,25 @@ from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
 from easyedit_rls.cli.records import fits, fitting, records_of, without_contradictions
-from easyedit_rls.cli.schema import check_settings, refuse_unknown_editors
-from easyedit_rls.compare.plan import Contender, Plan
+from easyedit_rls.cli.schema import check_settings, refuse_unknown_editor
+from easyedit_rls.compare.plan import Contender, Plan, method_of
 from easyedit_rls.compare.report import write_report
 from easyedit_rls.compare.results import METRICS
-from easyedit_rls.compare.run import run_all
+from easyedit_rls.compare.run import find_waiting, run_all
 from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.editors.base import EDITORS
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.model.load import load_model
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.model.weights import refuse_unsound
+from easyedit_rls.solvers.rule import describe_rules
 
 
-@command("compare", "easyedit_rls.conf.streams")
+@command(
+    "compare",
+    "easyedit_rls.conf.streams",
+    {"EDITORS": lambda: ", ".join(EDITORS.names()), "SOLVERS": describe_rules},
+)
 def main(config: DictConfig) -> None:
     """Hydra entry point; see ``--help``."""
     console = plain_console()
@@ -64,20 +71,15 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
     """The plan that the configuration asks for.
 
     Raises:
-        HyperParamsError: settings of nobody, or of a method unknown.
+        HyperParamsError: an editor, a solver or a setting is unknown, or a setting out of range.
+        HostError: an editor needs EasyEdit, and it isn't there.
         RequestError: the records can't be read, or don't fit the model.
         TextError: the text can't be read.
         ModelError: the model can't be loaded.
     """
-    names = list(config.alg_name)
-    if len(set(names)) < len(names):
-        raise HyperParamsError(
-            f"alg_name names an editor twice: {', '.join(names)}. "
-            "Tell them apart behind a hyphen, as in RLSEdit-soft."
-        )
-    refuse_unknown_editors(names)
-    changes: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
-    check_settings(changes)
+    contenders = _contenders(config)
+    find_waiting(out, contenders)
+    _check(contenders, _formed(_likely_settings(config.model.hparams), config.chat_template))
     read = records_of(config.data)
     if config.eval.text is not None:
         read_text(config.eval.text, cure="Change eval.text.")
@@ -86,14 +88,8 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
     model, tok = load_model(
         config.model.path, config.dtype, trust_remote_code=trust
     )  # off the GPU, which the editors' processes need
-    hparams = settings_for(model, config.model.path, config.model.hparams)
-    if config.chat_template is not None:
-        hparams = RLSEditHyperParams.from_dict({**hparams.to_dict(), "chat_template": config.chat_template})
-    contenders = tuple(
-        Contender(name, {**changes.get(name.partition("-")[0], {}), **changes.get(name, {})})
-        for name in names
-    )
-    _check_form(contenders, hparams)
+    hparams = _formed(settings_for(model, config.model.path, config.model.hparams), config.chat_template)
+    _check(contenders, hparams)
     n_templates = hparams.n_templates if config.templates is None else config.templates
     refuse_unsound(model)
     templates = tuple(
@@ -134,13 +130,59 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
     )
 
 
-def _check_form(contenders: Sequence[Contender], hparams: RLSEditHyperParams) -> None:
-    """All editors get the prompts in the form in which they are measured.
+def _contenders(config: DictConfig) -> tuple[Contender, ...]:
+    """Editors, and then solvers, which RLSEdit runs; each with the settings of its method and its own."""
+    solvers = list(config.solver)
+    editors = ([] if solvers else ["RLSEdit"]) if config.alg_name is None else list(config.alg_name)
+    names = [*editors, *solvers]
+    if not names:
+        raise HyperParamsError("alg_name and solver are empty. Name an editor or a solver: alg_name=RLSEdit.")
+    if len(set(names)) < len(names):
+        raise HyperParamsError(
+            f"alg_name and solver name a contender twice: {', '.join(names)}. "
+            "Tell them apart behind two hyphens, as in RLSEdit--soft."
+        )
+    for name in editors:
+        refuse_unknown_editor(name)
+    given: dict[str, Any] = OmegaConf.to_container(config.settings, resolve=True) or {}  # type: ignore[assignment]
+    check_settings(given, names)
+    changes: dict[str, dict[str, Any]] = {
+        name: OmegaConf.to_container(OmegaConf.merge(given.get(method_of(name), {}), given.get(name, {})))  # type: ignore[misc]
+        for name in names
+    }
+    for name in solvers:
+        rule = {"solver": method_of(name), "solver_settings": {}}
+        changes[name] = {**rule, **changes[name]}
+        if changes[name]["solver"] != rule["solver"]:
+            raise HyperParamsError(f"settings.{name}.solver is {changes[name]['solver']!r}. Leave it out.")
+    return tuple(
+        Contender(name, changes[name], "RLSEdit" if name in solvers else method_of(name)) for name in names
+    )
+
+
+def _likely_settings(hparams: str | None) -> RLSEditHyperParams:
+    """Settings as they may be for a model that is not loaded yet, to check changes of them against: any
+    layers are in it where no file tells.
+    """
+    found = RLSEditHyperParams.from_hparams("smollm2-135m" if hparams is None else hparams)
+    return found if hparams is not None else replace(found, layers=[0], v_loss_layer=2**31)
+
+
+def _formed(hparams: RLSEditHyperParams, chat_template: bool | None) -> RLSEditHyperParams:
+    return hparams if chat_template is None else replace(hparams, chat_template=chat_template)
+
+
+def _check(contenders: Sequence[Contender], hparams: RLSEditHyperParams) -> None:
+    """Each editor knows its settings, and all get the prompts in the form in which they are measured.
 
     Raises:
-        HyperParamsError: one has a setting of its own, or edits no chats.
+        HyperParamsError: a setting is unknown or out of range, one has a form of its own, or edits no chats.
     """
     for contender in contenders:
+        try:
+            EDITORS.get(contender.alg_name).check(contender.settings, hparams)
+        except HyperParamsError as exc:
+            raise HyperParamsError(f"{contender.name}: {exc}") from exc
         if contender.settings.get("chat_template", hparams.chat_template) != hparams.chat_template:
             raise HyperParamsError(
                 f"{contender.name} has a chat_template of its own. "

@@ -20,7 +20,7 @@ _COMMANDS = {
     ),
 }
 
-_LISTS = ("alg_name", "eval.tasks")  # settings that may be given without brackets
+_LISTS = ("alg_name", "solver", "eval.tasks")  # settings that may be given without brackets
 _WITHOUT_HYDRA = ("init", "tune", "locate", "state")
 
 

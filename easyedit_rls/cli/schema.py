@@ -1,7 +1,6 @@
 """What the settings of commands are: their types and ranges, checked before any work."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from easyedit_rls._base.files import user_path
+from easyedit_rls.compare.plan import VARIANT, method_of
+from easyedit_rls.editors.base import EDITORS
 from easyedit_rls.errors import HyperParamsError
-from easyedit_rls.host.builtin import BUILTIN
+from easyedit_rls.solvers.rule import find_rule
 
 
 @dataclass
@@ -57,7 +58,8 @@ class EditConfig:
 
 @dataclass
 class CompareConfig:
-    alg_name: list[str] = field(default_factory=list)
+    alg_name: list[str] | None = None
+    solver: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -157,31 +159,49 @@ def check_folder(folder: str | Path, name: str) -> None:
         raise HyperParamsError(f"{name} is {folder}, but {there} is a file. Give the name of a folder.")
 
 
-def refuse_unknown_editors(names: Iterable[str]) -> None:
-    """See that there are editors of these names; behind a hyphen stands what sets one apart from others of
-    its method.
+def refuse_unknown_editor(name: str) -> None:
+    """See that there is an editor of a contender's name, up to the two hyphens that mark a variant.
 
     Raises:
         HyperParamsError: there is none; says which name may be meant.
     """
-    known = ("RLSEdit", *BUILTIN)
-    for name in names:
-        method = name.partition("-")[0]
-        if method not in known:
-            close = difflib.get_close_matches(method, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise HyperParamsError(f"There is no editor {method!r}.{hint} Known: {', '.join(known)}.")
+    try:
+        EDITORS.get(method_of(name))
+    except HyperParamsError as exc:
+        known = (editor for editor in EDITORS.names() if method_of(name).startswith(f"{editor}-"))
+        meant = next((f"{editor}{VARIANT}{name.removeprefix(f'{editor}-')}" for editor in known), None)
+        if meant is None:
+            raise
+        raise HyperParamsError(f"{exc} Two hyphens mark a variant of your own: {meant}.") from exc
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """See that settings of editors are mappings by an editor's name.
+def check_settings(settings: Mapping[str, Any], contenders: Collection[str]) -> None:
+    """See that settings are mappings by the name of an editor, a solver or a contender.
+
+    Args:
+        settings: of `compare`.
+        contenders: names of all that run, which are known to be somebody's.
 
     Raises:
         HyperParamsError: they are not.
     """
-    refuse_unknown_editors(settings)
     for name, changes in settings.items():
+        if name not in {*contenders, *map(method_of, contenders)}:
+            if name != method_of(name):
+                raise HyperParamsError(
+                    f"settings.{name} is for a contender that does not run. Name it in alg_name or solver."
+                )
+            if not _is_solver(name):
+                refuse_unknown_editor(name)
         if not isinstance(changes, Mapping):
             raise HyperParamsError(
                 f"settings.{name} is {changes!r}, not settings by name. Write settings.{name}.v_lr=0.5."
             )
+
+
+def _is_solver(name: str) -> bool:
+    try:
+        find_rule(name)
+    except HyperParamsError:
+        return False
+    return True

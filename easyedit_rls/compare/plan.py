@@ -17,6 +17,16 @@ from easyedit_rls.data.requests import as_chat
 from easyedit_rls.errors import HyperParamsError, RequestError
 
 PLAN = "plan.json"
+VARIANT = "--"
+
+
+def method_of(name: str) -> str:
+    """What a contender is without the mark that sets it apart from others of its method.
+
+    >>> method_of("MEMIT-FE--weak")
+    'MEMIT-FE'
+    """
+    return name.partition(VARIANT)[0]
 
 
 @dataclass(frozen=True)
@@ -24,18 +34,18 @@ class Contender:
     """One editor with its settings.
 
     Attributes:
-        name: what tables and figures call it: the method's name, and behind a hyphen what sets it apart from
-            others of that method.
+        name: what tables and figures call it: the method's name, and behind two hyphens what sets it apart
+            from others of that method.
         settings: what differs from the settings made for the model.
+        alg_name: the registered editor that runs it; if empty, the one whose name stands before the hyphens.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    alg_name: str = ""
 
-    @property
-    def alg_name(self) -> str:
-        """The method."""
-        return self.name.partition("-")[0]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alg_name", self.alg_name or method_of(self.name))
 
     @property
     def folder(self) -> str:
@@ -49,7 +59,7 @@ class Plan:
 
     Attributes:
         model: folder or hub name.
-        hparams: settings of RLSEdit, whole; the built-in editors' are made of them.
+        hparams: settings of RLSEdit, whole; the other editors' are made of them.
         templates: texts before prompts, the same for all; RLSEdit takes the first `n_templates`.
         data: file of records.
         first: first record.

@@ -45,11 +45,25 @@ class Progress:
         return cls(seconds, *kinds)
 
     @torch.no_grad()
-    def restore(self, model: PreTrainedModel) -> None:
-        """Write the changed weights into an unedited model."""
+    def restore(self, model: PreTrainedModel) -> bool:
+        """Write the changed weights into an unedited model; False if it lacks one of them."""
         parameters = dict(model.named_parameters())
+        if not self.weights.keys() <= parameters.keys():
+            return False
         for name, weight in self.weights.items():
             parameters[name].copy_(weight)
+        return True
+
+
+def changed_weights(model: PreTrainedModel, unedited: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that have changed, detached, of those that the unedited model has by name and shape."""
+    return {
+        name: weight.detach()
+        for name, weight in model.named_parameters()
+        if name in unedited
+        and weight.shape == unedited[name].shape
+        and not torch.equal(weight, unedited[name])
+    }
 
 
 def write_progress(
@@ -60,11 +74,7 @@ def write_progress(
     seconds: Sequence[float],
 ) -> None:
     """Write down that another batch is done; the last such file stays until this one is whole."""
-    changed = {
-        name: weight.detach()
-        for name, weight in model.named_parameters()
-        if not torch.equal(weight, unedited[name])
-    }
+    changed = changed_weights(model, unedited)
     tensors = {f"{_WEIGHT}{name}": weight.contiguous() for name, weight in changed.items()}
     tensors |= {f"{_MEMORY}{name}": tensor.contiguous() for name, tensor in memory.items()}
     write_file(place / PROGRESS, save(tensors, {"seconds": json.dumps(list(seconds))}))

@@ -53,14 +53,14 @@ class Run:
         settings: its whole settings.
         before: checkpoint of the unedited model, on all records.
         checkpoints: in order of edits; each with n_edits, records, deviation, perplexity, seconds_per_edit.
-        versions: of the package, torch and Python.
+        versions: see `versions.versions`.
     """
 
     contender: Contender
     settings: Mapping[str, Any]
     before: Mapping[str, Any]
     checkpoints: Sequence[Mapping[str, Any]]
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
 
     @property
     def last(self) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ done are not run again.
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,34 @@ from tqdm.auto import tqdm
 from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.stream import REFUSED, RESULT
+from easyedit_rls.editors.base import EDITORS
 from easyedit_rls.errors import HostError, InputError, RLSEditError
 from easyedit_rls.host.find import easyeditor_is_there
 
 _LAST_LINES = 20
+
+
+def find_waiting(folder: Path, contenders: Sequence[Contender]) -> list[Contender]:
+    """The contenders that have no result yet.
+
+    Args:
+        folder: of the comparison.
+        contenders: all.
+
+    Raises:
+        HyperParamsError: there is no editor of that name.
+        HostError: one that has none needs EasyEdit, and it isn't there.
+    """
+    waiting = [contender for contender in contenders if not (folder / contender.folder / RESULT).is_file()]
+    foreign = [contender.name for contender in waiting if EDITORS.get(contender.alg_name).needs_host]
+    if foreign and not easyeditor_is_there():
+        raise HostError(
+            f"{', '.join(foreign)} need EasyEdit. "
+            "git clone https://github.com/zjunlp/EasyEdit, "
+            "install what its requirements.txt lists, and set EASYEDIT_HOME to its folder; "
+            "or compare settings of RLSEdit with each other: alg_name=RLSEdit,RLSEdit--soft."
+        )
+    return waiting
 
 
 def run_all(folder: Path, plan: Plan, show_progress: bool | None = None, jobs: int = 1) -> None:
@@ -36,17 +61,7 @@ def run_all(folder: Path, plan: Plan, show_progress: bool | None = None, jobs: i
         InputError: a contender can't use what it was given.
         RLSEditError: it failed; with the end of what it printed. The others' results stay.
     """
-    waiting = [
-        contender for contender in plan.contenders if not (folder / contender.folder / RESULT).is_file()
-    ]
-    foreign = [contender.name for contender in waiting if contender.alg_name != "RLSEdit"]
-    if foreign and not easyeditor_is_there():
-        raise HostError(
-            f"{', '.join(foreign)} need EasyEdit. "
-            "git clone https://github.com/zjunlp/EasyEdit, "
-            "install what its requirements.txt lists, and set EASYEDIT_HOME to its folder; "
-            "or compare settings of RLSEdit with each other: alg_name=RLSEdit,RLSEdit-soft."
-        )
+    waiting = find_waiting(folder, plan.contenders)
     n_done = (len(plan.contenders) - len(waiting)) * plan.n_batches
     with progress_bar(len(plan.contenders) * plan.n_batches, "comparing", "batch", show_progress) as bar:
         bar.update(n_done)

@@ -21,14 +21,15 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import easyedit_rls
 from easyedit_rls._base.files import read_text, write_file
-from easyedit_rls.compare.editors import Editor, OurEditor, make_editor
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Contender, Plan
-from easyedit_rls.compare.progress import PROGRESS, Progress, write_progress
+from easyedit_rls.compare.progress import PROGRESS, Progress, changed_weights, write_progress
+from easyedit_rls.compare.versions import versions
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.records import EditRecord
+from easyedit_rls.editors.base import EDITORS, Editor, Setup
+from easyedit_rls.editors.compared import RLSEdit
 from easyedit_rls.errors import InputError
 from easyedit_rls.evaluation import (
     abilities,
@@ -50,6 +51,13 @@ _FLUENT_TOKENS = 100  # ROME's
 
 def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     """Edit and measure; writes into the contender's own folder, and goes on from what is there."""
+    if not _run(folder, plan, contender):
+        shutil.rmtree(folder / contender.folder)
+        _run(folder, plan, contender)
+
+
+def _run(folder: Path, plan: Plan, contender: Contender) -> bool:
+    """Whether it ran; not if the editor can't go on from what is there."""
     place = folder / contender.folder
     progress = Progress.read(place)
     if progress is None:
@@ -67,16 +75,15 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
     before = json.loads((folder / UNEDITED).read_text(encoding="utf-8"))
     scale.quality = before["quality"]
     _write(place / checkpoint_name(0), before["figures"])
-    editor = make_editor(plan, contender, model, tok, place)
+    cls = EDITORS.get(contender.alg_name)
+    hparams = RLSEditHyperParams.from_dict(dict(plan.hparams))
+    editor = cls.begin(Setup(model, tok, hparams, plan.templates, contender.settings, place))
     _say(f"{contender.name}: settings {json.dumps(editor.describe(), default=str)}")
-    if progress is not None:
-        progress.restore(model)
-        if not editor.remember(
-            progress.memory, len(progress.seconds)
-        ):  # killed between the ledger's writing and our own
-            editor.close()
-            shutil.rmtree(place)
-            return run_contender(folder, plan, contender)
+    if progress is not None and not (
+        progress.restore(editor.model) and editor.remember(progress.memory, len(progress.seconds))
+    ):  # it keeps something else than weights, or was killed between the ledger's writing and our own
+        editor.close()
+        return False
     seconds = [] if progress is None else progress.seconds
     for number in range(1, plan.n_batches + 1):
         is_new = number > len(seconds)
@@ -85,7 +92,7 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
             begun = time.perf_counter()
             editor.edit([record.request for record in batch])
             seconds.append((time.perf_counter() - begun) / len(batch))
-            write_progress(place, model, scale.weights, editor.memory(), seconds)
+            write_progress(place, editor.model, scale.weights, editor.memory(), seconds)
         line = (
             f"{contender.name}: batch {number} of {plan.n_batches}, "
             f"{seconds[number - 1]:.2f} s/edit{'' if is_new else ', done before'}"
@@ -96,20 +103,16 @@ def run_contender(folder: Path, plan: Plan, contender: Contender) -> None:
             _write(place / checkpoint_name(n_edits), {**found, "seconds_per_edit": seconds})
             line += f", rewrite accuracy {_mean(found['records'], 'rewrite_accuracy'):.3f} over {n_edits}"
         _say(line)
-    versions = {
-        "easyedit_rls": easyedit_rls.__version__,
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-    }
     result = {
         "name": contender.name,
         "settings": editor.describe(),
-        "versions": versions,
+        "versions": versions(cls.needs_host),
         "threads": torch.get_num_threads(),
     }
     _write(place / RESULT, result)
     editor.close()
     (place / PROGRESS).unlink()
+    return True
 
 
 def checkpoint_name(n_edits: int) -> str:
@@ -135,28 +138,27 @@ class _Measure:
 
     def unedited(self) -> dict[str, Any]:
         """The same before the first edit, on all records: figures, and what locality is taken against."""
-        self.quality = self._easyedit(self._records)
+        self.quality = self._easyedit(self._model, self._records)
         return {"quality": self.quality, "figures": self.now(len(self._records), is_last=True)}
 
     def now(self, n_edits: int, is_last: bool, editor: Editor | None = None) -> dict[str, Any]:
-        """Figures of the first records, and of the model as a whole; of an editor, RLSEdit's targets, if it
-        is that.
-        """
+        """Figures of the first records, and of the model as a whole: the editor's, or the unedited one."""
+        model = self._model if editor is None else editor.model
         records = self._records[:n_edits]
         counterfact = evaluate(
-            self._model, self._tok, [record.request for record in records], show_progress=False
+            model, self._tok, [record.request for record in records], show_progress=False
         ).records
-        quality = self._easyedit(records)
+        quality = self._easyedit(model, records)
         add_locality(self.quality[:n_edits], quality)
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
-        terms = self._objective.terms(editor.editor if isinstance(editor, OurEditor) else None)
-        result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(), "objective": terms}
+        terms = self._objective.terms(model, editor.rls if isinstance(editor, RLSEdit) else None)
+        result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(model), "objective": terms}
         if self._text is not None:
-            result["perplexity"] = perplexity(self._model, self._tok, self._text, show_progress=False)
+            result["perplexity"] = perplexity(model, self._tok, self._text, show_progress=False)
         if is_last and self._plan.answers:
             asked = [record.request.probe(record.request.prompt, record.request.target) for record in records]
             for figures, answer in zip(
-                found, answers(self._model, self._tok, asked, [probe.answer for probe in asked])
+                found, answers(model, self._tok, asked, [probe.answer for probe in asked])
             ):
                 figures |= {
                     "answer": answer.text,
@@ -168,34 +170,28 @@ class _Measure:
                 : self._plan.fluency
             ]
             result["fluency"] = (
-                fluency(generate(self._model, self._tok, prompts, max_new_tokens=_FLUENT_TOKENS, top_k=5))
+                fluency(generate(model, self._tok, prompts, max_new_tokens=_FLUENT_TOKENS, top_k=5))
                 if prompts
                 else None
             )
         if self._plan.has_tasks(-(-n_edits // self._plan.batch)):
             limit, folder = self._plan.tasks_limit, self._plan.tasks_folder
-            result["abilities"] = abilities(
-                self._model, self._tok, self._plan.tasks, limit=limit, folder=folder
-            )
+            result["abilities"] = abilities(model, self._tok, self._plan.tasks, limit=limit, folder=folder)
         return {**result, "records": found}
 
-    def _easyedit(self, records: Sequence[EditRecord]) -> list[dict[str, Any]]:
+    def _easyedit(self, model: PreTrainedModel, records: Sequence[EditRecord]) -> list[dict[str, Any]]:
         """EasyEdit's own figures."""
         return edit_quality(
-            self._model, self._tok, [record.easyedit for record in records], chat_template=self._plan.is_chat
+            model, self._tok, [record.easyedit for record in records], chat_template=self._plan.is_chat
         )
 
-    def _deviation(self) -> dict[str, float]:
-        """‖W − W_0‖/‖W_0‖ of each weight that has changed."""
-        changed = {
-            name: weight.detach().float() - self.weights[name].float()
-            for name, weight in self._model.named_parameters()
+    def _deviation(self, model: PreTrainedModel) -> dict[str, float]:
+        """‖W − W_0‖/‖W_0‖ of each weight that has changed; weights that the editor added have none."""
+        pairs = {
+            name: (weight.float(), self.weights[name].float())
+            for name, weight in changed_weights(model, self.weights).items()
         }
-        return {
-            name: float(change.norm() / self.weights[name].float().norm())
-            for name, change in changed.items()
-            if bool(change.any())
-        }
+        return {name: float((W - W_0).norm() / W_0.norm()) for name, (W, W_0) in pairs.items()}
 
 
 def _easyedit(figures: Mapping[str, Any]) -> dict[str, float | None]:

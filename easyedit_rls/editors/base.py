@@ -47,7 +47,7 @@ class Editor(ABC):
     """Edits facts into one model, batch after batch. Put `register_editor` on a class to compare it by name.
 
     Attributes:
-        model: to be measured; edited in place, or what the editor put around the model that it was given.
+        model: to be measured: that which the editor was given, or what it put around it or in its place.
         needs_host: whether it runs EasyEdit's code.
     """
 
@@ -84,8 +84,12 @@ class Editor(ABC):
         return {}
 
     def remember(self, memory: Mapping[str, Tensor], n_batches: int) -> bool:
-        """Go on behind that many batches, the weights being those of then; False if it can't."""
-        return True
+        """Go on behind that many batches, where the weights that had changed by then are in the model again.
+
+        An editor that keeps nothing else returns True; one that can't go on returns False, as by default, and
+        a comparison that was broken off begins anew with it.
+        """
+        return False
 
     def close(self) -> None:  # noqa: B027
         """Leave nothing behind on disk."""

@@ -149,7 +149,7 @@ def test_commands_take_it(model, tok, requests, settings, tmp_path):
     command = [sys.executable, "-m", "easyedit_rls.cli.main"]
     subprocess.run([*command, "edit", *given, f"out={tmp_path}/edited"], check=True, cwd=tmp_path)
     assert (tmp_path / "edited" / "edits.json").is_file()
-    names = ["alg_name=RLSEdit,RLSEdit-soft", "settings.RLSEdit-soft.lambda_reg=1", "eval.fluency=0"]
+    names = ["alg_name=RLSEdit,RLSEdit--soft", "settings.RLSEdit--soft.lambda_reg=1", "eval.fluency=0"]
     subprocess.run(
         [*command, "compare", *given, *names, f"out={tmp_path}/compared"], check=True, cwd=tmp_path
     )

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,12 +14,11 @@ from hydra import compose, initialize_config_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from easyedit_rls import RLSEditHyperParams
-from easyedit_rls.compare.editors import make_editor
-from easyedit_rls.compare.plan import Contender, Plan
-from easyedit_rls.host.builtin import BUILTIN
+from easyedit_rls.compare.versions import commit_of
+from easyedit_rls.editors.base import EDITORS, Setup
 from tests.host.test_parity import REQUESTS
 
-NAMES = ("RLSEdit", *BUILTIN)
+NAMES = ("RLSEdit", "AlphaEdit", "MEMIT", "ROME", "FT", "ULTRAEDIT")
 MORE = {"prompt": "The lake Garda", "subject": "lake Garda", "target_new": "stones"}
 
 
@@ -70,6 +70,8 @@ def test_each_editor_is_in_the_table(compared):
         assert [checkpoint["n_edits"] for checkpoint in found["checkpoints"]] == [2, 4]
         assert max(found["checkpoints"][-1]["deviation"].values()) > 0
         assert "P_loc" not in found["settings"]  # a temporary place
+    versions = [found["versions"].get("easyedit", "none") for found in result["contenders"].values()]
+    assert versions == ["none", *[commit_of(Path(os.environ["EASYEDIT_HOME"]))] * (len(NAMES) - 1)]
     table = (compared / "table.md").read_text()
     assert all(f"| {name} |" in table for name in NAMES)
 
@@ -80,7 +82,7 @@ def test_the_unedited_model_is_measured_once_for_all(compared):
     assert not first["deviation"]
     assert all(other == first for other in others)
     logs = ["measures the unedited model" in (compared / f"{name}.log").read_text() for name in NAMES]
-    assert logs == [True, *[False] * len(BUILTIN)]
+    assert logs == [True, *[False] * (len(NAMES) - 1)]
 
 
 def test_alphaedit_goes_on_with_its_history(folder, compared):
@@ -137,28 +139,20 @@ def test_the_tuned_settings_are_the_editors_own(easyeditor, model_folder, demo_t
         **host_settings(easyeditor, "tiny-llama").to_dict(),
         "mom2_dataset": str(tmp_path / "text.txt"),
     }
-    plan = Plan(
-        "tiny-llama",
-        RLSEditHyperParams.from_dict(hparams).to_dict(),
-        ("",),
-        "",
-        0,
-        0,
-        2,
-        1,
-        None,
-        False,
-        0,
-        None,
-        (),
-    )
     for name, changes in tuned.items():
         model = AutoModelForCausalLM.from_pretrained("tiny-llama")
         wanted = {
             key: value for key, value in changes.items() if key not in ("layers", "inner_params")
         }  # the tiny one has four layers
-        editor = make_editor(
-            plan, Contender(name, wanted), model, AutoTokenizer.from_pretrained("tiny-llama"), tmp_path
+        setup = Setup(
+            model,
+            AutoTokenizer.from_pretrained("tiny-llama"),
+            RLSEditHyperParams.from_dict(hparams),
+            ("",),
+            wanted,
+            tmp_path,
         )
+        EDITORS.get(name).check(wanted, setup.hparams)
+        editor = EDITORS.get(name).begin(setup)
         assert wanted.items() <= editor.describe().items()
         editor.close()

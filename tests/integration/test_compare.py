@@ -17,19 +17,18 @@ from safetensors.torch import load_file
 from easyedit_rls import RLSEditHyperParams, RLSEditor
 from easyedit_rls.cli.compare import make_plan
 from easyedit_rls.compare import stream
-from easyedit_rls.compare.editors import OurEditor
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Plan
 from easyedit_rls.compare.progress import write_progress
+from easyedit_rls.editors.compared import RLSEdit
 from easyedit_rls.ledger.inspect import layer_figures
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_manifest, read_moment, read_prior
 from tests.conftest import REPOSITORY, tiny_llama, tiny_settings
-from tests.tolerances import TERMS
 
 ARGUMENTS = [
-    "alg_name=RLSEdit,RLSEdit-short",
-    "settings.RLSEdit-short.v_num_grad_steps=2",
+    "alg_name=RLSEdit,RLSEdit--short",
+    "settings.RLSEdit--short.v_num_grad_steps=2",
     "model.path=model",
     "model.hparams=tiny.yaml",
     "data.file=records.jsonl",
@@ -87,21 +86,21 @@ def test_the_objective_is_the_ledgers(tok, requests, tmp_path):
     """
     model, hp = tiny_llama(), tiny_settings("llama", state_dir=str(tmp_path))
     objective = Objective(model, tok, hp)
-    assert objective.terms(None) == {"edits": None, "deviation": 0.0, "anchors": 0.0}
+    assert objective.terms(model, None) == {"edits": None, "deviation": 0.0, "anchors": 0.0}
     with RLSEditor(model, tok, hp) as editor:
-        assert objective.terms(editor)["edits"] == 0.0
+        assert objective.terms(model, editor)["edits"] == 0.0
         editor.edit(requests[:2])
         editor.edit(requests[2:])
-        found = objective.terms(editor)
+        found = objective.terms(model, editor)
     journal = latest(tmp_path)
     snapshot, manifest = read_moment(journal), read_manifest(journal)
     layers = [
         layer_figures(read_prior(journal, n), solution, snapshot.history, n, manifest)
         for n, solution in snapshot.solutions.items()
     ]
-    assert found["edits"] == pytest.approx(sum(layer.edits_term for layer in layers), rel=TERMS)
-    assert found["deviation"] == pytest.approx(sum(layer.deviation_term for layer in layers), rel=TERMS)
-    assert found["anchors"] == pytest.approx(sum(layer.anchor_term for layer in layers), rel=TERMS)
+    assert found["edits"] == pytest.approx(sum(layer.edits_term for layer in layers), rel=1e-3)
+    assert found["deviation"] == pytest.approx(sum(layer.deviation_term for layer in layers), rel=1e-3)
+    assert found["anchors"] == pytest.approx(sum(layer.anchor_term for layer in layers), rel=1e-3)
     assert min(found.values()) > 0
 
 
@@ -157,7 +156,7 @@ def test_everything_is_written(folder, done):
         "RLSEdit.log",
     } <= {p.name for p in out.iterdir()}
     result = json.loads((out / "results.json").read_text())
-    ours, short = (result["contenders"][name] for name in ("RLSEdit", "RLSEdit-short"))
+    ours, short = (result["contenders"][name] for name in ("RLSEdit", "RLSEdit--short"))
     assert [checkpoint["n_edits"] for checkpoint in ours["checkpoints"]] == [2, 4]
     assert ours["rewrite_accuracy"]["mean"] > short["rewrite_accuracy"]["mean"]
     assert (ours["settings"]["v_num_grad_steps"], short["settings"]["v_num_grad_steps"]) == (20, 2)
@@ -170,7 +169,7 @@ def test_everything_is_written(folder, done):
 def test_a_line_a_batch(done):
     for line in (
         "RLSEdit: batch 2 of 2",
-        "RLSEdit-short: batch 1 of 2",
+        "RLSEdit--short: batch 1 of 2",
         '{"v_num_grad_steps": 2}',
         "rewrite accuracy",
     ):
@@ -188,20 +187,20 @@ def test_two_at_once_give_the_same_table(folder, done):
 
 
 def test_one_that_fails_is_told_of(folder, done):
-    changes = ["jobs=2", "out=failing", "settings.RLSEdit-short.max_deviation=1e-9"]
+    changes = ["jobs=2", "out=failing", "settings.RLSEdit--short.max_deviation=1e-9"]
     ran = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 1
-    assert "RLSEdit-short ended with status 1" in ran.stderr
+    assert "RLSEdit--short ended with status 1" in ran.stderr
     assert not (folder / "failing" / "report.html").exists()
 
 
 def test_what_one_cannot_use_is_told_in_a_line(folder, done):
-    changes = ["jobs=2", "out=refused", "settings.RLSEdit-short.layers=[99]"]
+    changes = ["jobs=2", "out=refused", "settings.RLSEdit--short.layer_module_tmp='none.{}'"]
     ran = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2
     lines = [line for line in ran.stderr.splitlines() if line.startswith("easyedit-rls: ")]
     assert len(lines) == 1
-    assert lines[0].startswith("easyedit-rls: RLSEdit-short: In the settings: Setting v_loss_layer is 3")
+    assert lines[0].startswith("easyedit-rls: RLSEdit--short: These settings do not fit LlamaForCausalLM")
     assert "Traceback" not in ran.stderr
 
 
@@ -221,7 +220,7 @@ def test_everybody_has_as_many_texts_before_prompts(folder, monkeypatch, change,
 
 def test_the_whole_settings_are_shown(done):
     shown = [line for line in (done.stdout + done.stderr).splitlines() if ": settings {" in line]
-    assert [line.partition(":")[0].split()[-1] for line in shown] == ["RLSEdit", "RLSEdit-short"]
+    assert [line.partition(":")[0].split()[-1] for line in shown] == ["RLSEdit", "RLSEdit--short"]
     assert json.loads(shown[1].partition("settings ")[2])["v_num_grad_steps"] == 2
 
 
@@ -252,7 +251,7 @@ KILLER = """
 import os, signal, sys
 
 def watch(event, arguments):
-    if event == "os.rename" and str(arguments[1]).endswith("RLSEdit-short/checkpoint-000002.json"):
+    if event == "os.rename" and str(arguments[1]).endswith("RLSEdit--short/checkpoint-000002.json"):
         os.killpg(0, signal.SIGKILL)
 
 sys.addaudithook(watch)
@@ -281,8 +280,8 @@ def test_a_broken_off_run_goes_on_to_the_same_table(folder, done):
     again = subprocess.run(command("out=killed"), cwd=folder, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert (out / "RLSEdit" / "result.json").stat().st_mtime_ns == first
-    assert (out / "RLSEdit-short.log").read_text().count("done before") == 1
-    assert not {"ledger", "progress.safetensors"} & {path.name for path in (out / "RLSEdit-short").iterdir()}
+    assert (out / "RLSEdit--short.log").read_text().count("done before") == 1
+    assert not {"ledger", "progress.safetensors"} & {path.name for path in (out / "RLSEdit--short").iterdir()}
     assert without_times(out / "results.json") == without_times(folder / "out" / "results.json")
 
 
@@ -308,9 +307,9 @@ def test_a_batch_half_written_down(folder, done, monkeypatch, request, broken_of
         patch.setattr(stream, "write_progress", noting)
         stream.run_contender(place, plan, plan.contender("RLSEdit"))
     edited = []
-    edit = OurEditor.edit
+    edit = RLSEdit.edit
     monkeypatch.setattr(
-        OurEditor, "edit", lambda self, requests: edited.append(requests) or edit(self, requests)
+        RLSEdit, "edit", lambda self, requests: edited.append(requests) or edit(self, requests)
     )
     stream.run_contender(place, plan, plan.contender("RLSEdit"))
     assert len(edited) == 2 - n_kept
@@ -341,25 +340,29 @@ def test_the_model_is_of_the_type_that_was_asked_for(folder, done, monkeypatch, 
         plan = make_plan(compose("compare", [*given, "dtype=bfloat16", "data.count=2"]), tmp_path)
     plan.save(tmp_path)
     types = []
-    edit = OurEditor.edit
+    edit = RLSEdit.edit
     monkeypatch.setattr(
-        OurEditor,
+        RLSEdit,
         "edit",
-        lambda self, requests: types.append(self.editor.model.dtype) or edit(self, requests),
+        lambda self, requests: types.append(self.model.dtype) or edit(self, requests),
     )
     stream.run_contender(tmp_path, plan, plan.contender("RLSEdit"))
     assert types == [torch.bfloat16]
     assert (tmp_path / "RLSEdit" / "checkpoint-000002.json").is_file()
 
 
-@pytest.mark.parametrize(("changes", "problem"), [
-    (["data.batch=3"], "holds results of another comparison; different: batch"),
-    (["data.file=null", "out=x"], "Give a file of records: data.file=FILE"),
-    (["data.file=none.json", "out=x"], "none.json can't be read"),
-    (["alg_name=RLSEdit,RLSEdit", "out=x"], "names an editor twice"),
-    (["alg_name=RLSEdit", "settings.RLSEdit.v_rl=3", "out=y"], "v_rl"),
-    (["alg_name=MEMIT", "out=x"], "MEMIT need EasyEdit"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (["data.batch=3"], "holds results of another comparison; different: batch"),
+        (["data.file=null", "out=x"], "Give a file of records: data.file=FILE"),
+        (["data.file=none.json", "out=x"], "none.json can't be read"),
+        (["alg_name=RLSEdit,RLSEdit", "out=x"], "name a contender twice"),
+        (["settings.RLSEdit.v_rl=3", "out=x"], "RLSEdit: Unknown setting in the settings: 'v_rl'"),
+        (["solver=rsl", "out=x"], "There is no solver 'rsl'. Did you mean rls?"),
+        (["alg_name=RLSEdit--short,MEMIT", "out=x"], "MEMIT need EasyEdit"),
+    ],
+)
 def test_faults_name_the_cure(folder, done, changes, problem):
     environment = {**os.environ, "EASYEDIT_HOME": str(folder)}
     failed = subprocess.run(command(*changes), cwd=folder, capture_output=True, text=True, env=environment)
@@ -468,10 +471,13 @@ def test_settings_are_made_from_the_model_where_none_are_given(folder, monkeypat
     assert (made.model_name, made.layers, made.v_loss_layer) == ("model", [0, 1], 3)
 
 
-@pytest.mark.parametrize(("example", "arguments", "lines"), [
-    ("stream.py", [], ["4 edits: rewrite accuracy by batch"]),
-    ("comparison.py", ["example"], ["RLSEdit: rewrite", "RLSEdit-soft: rewrite"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("example", "arguments", "lines"),
+    [
+        ("stream.py", [], ["4 edits: rewrite accuracy by batch"]),
+        ("comparison.py", ["example"], ["RLSEdit: rewrite", "RLSEdit--soft: rewrite"]),
+    ],
+)
 def test_examples(folder, example, arguments, lines):
     command = [
         sys.executable,

@@ -18,8 +18,12 @@ BAD = {
     "long rewording": {**FACT, "rephrase_prompt": LONG},
     "no target": {**FACT, "target_new": " "},
 }
-LONG_HOP = {**FACT, "prompt": "Anna {} says", "subject": "Keller",
-    "portability": {"hop": {"prompt": [LONG], "ground_truth": ["x"]}}}  # fmt: skip
+LONG_HOP = {
+    **FACT,
+    "prompt": "Anna {} says",
+    "subject": "Keller",
+    "portability": {"hop": {"prompt": [LONG], "ground_truth": ["x"]}},
+}
 SETTINGS = ["model.path=model", "model.hparams=tiny.yaml", "data.file=records.jsonl", "data.batch=1"]
 
 
@@ -69,8 +73,15 @@ def test_edit_names_the_first_and_edits_none(folder, capsys):
 
 def test_a_comparison_has_the_same_records_for_all(folder):
     """Portability is measured here too."""
-    command = ["compare", "alg_name=RLSEdit,RLSEdit-short", *SETTINGS, "data.on_bad=skip", "eval.fluency=0",
-        "eval.answers=false", "out=out"]  # fmt: skip
+    command = [
+        "compare",
+        "alg_name=RLSEdit,RLSEdit--short",
+        *SETTINGS,
+        "data.on_bad=skip",
+        "eval.fluency=0",
+        "eval.answers=false",
+        "out=out",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "easyedit_rls.cli.main", *command], capture_output=True, text=True
     )
@@ -78,7 +89,7 @@ def test_a_comparison_has_the_same_records_for_all(folder):
     assert "left out 3 of 5 records: 1 (" in done.stderr
     plan = json.loads((folder / "out" / "plan.json").read_text())
     assert (plan["count"], plan["n_records"], plan["left_out"]) == (2, 5, [1, 3, 5])
-    for name in ("RLSEdit", "RLSEdit-short"):
+    for name in ("RLSEdit", "RLSEdit--short"):
         assert len(json.loads((folder / "out" / name / "checkpoint-000002.json").read_text())["records"]) == 2
     (folder / "records.jsonl").write_text(json.dumps(FACT))
     again = subprocess.run(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from easyedit_rls.cli.compare import _check_form
+from easyedit_rls.cli.compare import _check
 from easyedit_rls.compare.plan import Contender
 from easyedit_rls.data.records import read_records
 from easyedit_rls.data.requests import EditRequest, Probe, as_chat, parse_requests
@@ -187,10 +187,10 @@ def test_records_of_chats(tmp_path):
 
 def test_comparisons_have_one_form():
     hparams = tiny_settings("llama", chat_template=True)
-    _check_form([Contender("RLSEdit"), Contender("RLSEdit-b", {"chat_template": True})], hparams)
+    _check([Contender("RLSEdit"), Contender("RLSEdit--b", {"chat_template": True})], hparams)
     with pytest.raises(
-        HyperParamsError, match=r"RLSEdit-b has a chat_template of its own.*chat_template=true"
+        HyperParamsError, match=r"RLSEdit--b has a chat_template of its own.*chat_template=true"
     ):
-        _check_form([Contender("RLSEdit-b", {"chat_template": False})], hparams)
+        _check([Contender("RLSEdit--b", {"chat_template": False})], hparams)
     with pytest.raises(HyperParamsError, match="MEMIT edits plain prompts only"):
-        _check_form([Contender("MEMIT")], hparams)
+        _check([Contender("MEMIT")], hparams)

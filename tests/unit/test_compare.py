@@ -28,11 +28,20 @@ from easyedit_rls.compare.results import (
 from easyedit_rls.compare.run import run_all
 
 PLAN = Plan(
-    model="model", hparams=RLSEditHyperParams.from_hparams("smollm2-135m").to_dict(),
-    templates=("It was late. ",), data="records.json", first=0, count=5, batch=2, every=2, text=None,
-    answers=False, fluency=0, threads=1,
-    contenders=(Contender("RLSEdit"), Contender("RLSEdit-soft", {"v_lr": 0.1})),
-)  # fmt: skip
+    model="model",
+    hparams=RLSEditHyperParams.from_hparams("smollm2-135m").to_dict(),
+    templates=("It was late. ",),
+    data="records.json",
+    first=0,
+    count=5,
+    batch=2,
+    every=2,
+    text=None,
+    answers=False,
+    fluency=0,
+    threads=1,
+    contenders=(Contender("RLSEdit"), Contender("RLSEdit--soft", {"v_lr": 0.1})),
+)
 
 
 def checkpoint(hits: list[int], **more) -> dict:
@@ -54,7 +63,10 @@ def a_run(name: str, *hits: list[int]) -> Run:
     )
 
 
-RUNS = [a_run("RLSEdit", [1, 1, 1, 0], [1, 1, 1, 1, 1]), a_run("RLSEdit-soft", [1, 0, 0, 0], [0, 1, 0, 0, 0])]
+RUNS = [
+    a_run("RLSEdit", [1, 1, 1, 0], [1, 1, 1, 1, 1]),
+    a_run("RLSEdit--soft", [1, 0, 0, 0], [0, 1, 0, 0, 0]),
+]
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say():
@@ -104,10 +116,10 @@ def test_summary_and_tables():
     )
     assert ours["retention"] == {"first": 5, "mean": 1.0, "low": 1.0, "high": 1.0}
     assert result["unedited"]["rewrite_accuracy"]["mean"] == 0
-    assert result["differences"]["RLSEdit − RLSEdit-soft"]["rewrite_accuracy"]["mean"] == pytest.approx(0.8)
+    assert result["differences"]["RLSEdit − RLSEdit--soft"]["rewrite_accuracy"]["mean"] == pytest.approx(0.8)
     assert "specificity" not in ours
     header, rows = table(result)
-    assert header == ["", "unedited", "RLSEdit", "RLSEdit-soft"]
+    assert header == ["", "unedited", "RLSEdit", "RLSEdit--soft"]
     cells = {row[0]: row[1:] for row in rows}
     assert "specificity (NS)" not in cells
     assert cells["rewrite accuracy"][1] == "1.000 (1.000–1.000)"
@@ -135,9 +147,12 @@ def test_a_plan_is_kept_and_held_to(tmp_path):
 
 
 def test_names():
-    assert [(c.alg_name, c.folder) for c in (Contender("RLSEdit-soft"), Contender("MEMIT"))] == [
-        ("RLSEdit", "RLSEdit-soft"),
-        ("MEMIT", "MEMIT"),
+    """One hyphen is part of a method's name."""
+    found = (Contender("RLSEdit--soft"), Contender("MEMIT-FE--a-b"), Contender("rls--soft", {}, "RLSEdit"))
+    assert [(c.alg_name, c.folder) for c in found] == [
+        ("RLSEdit", "RLSEdit--soft"),
+        ("MEMIT-FE", "MEMIT-FE--a-b"),
+        ("RLSEdit", "rls--soft"),
     ]
 
 
@@ -158,7 +173,7 @@ def test_figures_are_drawn_twice_each(tmp_path):
         "deviation",
         "seconds",
         "retention-RLSEdit",
-        "retention-RLSEdit-soft",
+        "retention-RLSEdit--soft",
     } == drawn.keys()
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{name}.{ending}" for name in drawn for ending in ("png", "svg")
@@ -194,18 +209,18 @@ def test_a_contender_left_out_of_a_command_is_still_held_to(tmp_path):
     assert [contender.name for contender in Plan.load(tmp_path).contenders] == [
         "ROME",
         "RLSEdit",
-        "RLSEdit-soft",
+        "RLSEdit--soft",
     ]
     with pytest.raises(HyperParamsError, match="different: contenders"):
-        replace(PLAN, contenders=(Contender("RLSEdit-soft", {"v_lr": 0.2}),)).save(tmp_path)
+        replace(PLAN, contenders=(Contender("RLSEdit--soft", {"v_lr": 0.2}),)).save(tmp_path)
 
 
 def test_commands_that_plan_in_one_folder_at_once_keep_each_others_contenders(tmp_path):
-    plans = [replace(PLAN, contenders=(Contender(f"RLSEdit-{i}"),)) for i in range(24)]
+    plans = [replace(PLAN, contenders=(Contender(f"RLSEdit--{i}"),)) for i in range(24)]
     with ThreadPoolExecutor(len(plans)) as pool:
         list(pool.map(lambda plan: plan.save(tmp_path), plans))
     assert {contender.name for contender in Plan.load(tmp_path).contenders} == {
-        f"RLSEdit-{i}" for i in range(24)
+        f"RLSEdit--{i}" for i in range(24)
     }
 
 
