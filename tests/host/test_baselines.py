@@ -179,6 +179,14 @@ def test_ultraedit_edits_all_of_a_batch(editor):
     assert two.settings.batch_size_once == 2
 
 
+def test_without_easyedit_what_is_made_of_our_settings_is_checked(monkeypatch):
+    monkeypatch.setattr("easyedit_rls.host.baselines.base.settings_fields", lambda *_: None)
+    check, hparams = EDITORS.get("MEMIT").check, tiny_settings("llama")
+    check({"v_lr": 0.1, "only_easyedit_knows": 1}, hparams)
+    with pytest.raises(HyperParamsError, match=r"MEMIT: layers is 3\. Give a list\."):
+        check({"layers": 3}, hparams)
+
+
 def test_faults_name_what_there_is(editor, setup):
     with pytest.raises(HyperParamsError, match=r"ROME has no setting lamda; it has .*v_lr"):
         editor("ROME", lamda=1)

@@ -1,7 +1,10 @@
 """Editors that find a value for each fact and write it into the MLPs of some layers: MEMIT and its kin."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import EditRequest
@@ -105,10 +108,13 @@ class EAMET(Located):
 
     @classmethod
     def defaults(cls, hp: RLSEditHyperParams) -> dict[str, Any]:
-        """The rest as EasyEdit ships it; `mom2_update_weight` may be a list, one a layer."""
-        own: dict[str, Any] = {"ks_bs": 1, "clamp_ks_factor": 1.0, "cs_factor": 1.0, "mse_factor": 1.0}
-        own |= {"tau": 0.07, "norm_factor": 1e-3, "delta_init": "target_init", "weight_decay_method": "norm"}
-        return {**super().defaults(hp), **own}
+        """The rest as EasyEdit ships it, the decay too, which is divided by ‖h‖ here and not by its square;
+        `mom2_update_weight` may be a list, one a layer.
+        """
+        own = {"ks_bs": 1, "clamp_ks_factor": 1.0, "cs_factor": 1.0, "mse_factor": 1.0, "tau": 0.07}
+        rest = {"v_weight_decay": 1e-3, "norm_factor": 1e-3}
+        names = {"delta_init": "target_init", "weight_decay_method": "norm"}
+        return {**super().defaults(hp), **own, **rest, **names}
 
     @classmethod
     def check(cls, settings: Mapping[str, Any], hparams: RLSEditHyperParams) -> None:
@@ -122,6 +128,23 @@ class EAMET(Located):
         n_0 = settings["mom2_update_weight"]
         weights = n_0 if isinstance(n_0, list) else [n_0] * len(settings["layers"])
         return {**super().complete(settings), "mom2_update_weight": weights}
+
+    def globals(self, fronts: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """With terms that leave a change of zero out.
+
+        Its cosine with other changes is not defined there, and the gradient of 1e12 would hold Adam still for
+        all steps. EasyEdit begins at zero where hidden states are longer than 100.
+        """
+        place = "eamet.compute_z"
+        theirs = vars(importlib.import_module(f"easyeditor.models.{place}"))["keep_cs_structure"]
+
+        def terms(others: Any, which: Any, alike: Any, delta: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+            if delta.any():
+                collision, mse = theirs(others, which, alike, delta, **rest)
+                return collision, mse
+            return delta.sum() * 0, delta.sum() * 0
+
+        return {**super().globals(fronts), place: {"keep_cs_structure": terms}}
 
     def apply(self, requests: Sequence[dict[str, Any]]) -> Any:
         """Edit; the tokenizer adds start tokens behind it if it did before."""
