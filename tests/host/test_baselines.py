@@ -194,6 +194,10 @@ def test_faults_name_what_there_is(editor, setup):
         editor("EAMET", tau="soft")
     with pytest.raises(HyperParamsError, match=r"WISE: replay is True\. Leave it out\."):
         editor("WISE", replay=True)
+    with pytest.raises(HyperParamsError, match=r"CORE: layer_range is 0\. Give 1 or more\."):
+        editor("CORE", layer_range=0)
+    with pytest.raises(HyperParamsError, match=r"GRACE: replacement is 'replace_all'\. Give 'replace_last'"):
+        editor("GRACE", replacement="replace_all")
     with pytest.raises(HyperParamsError, match=r"no editor 'MEMITT'\. Did you mean MEMIT\?"):
         EDITORS.get("MEMITT")
 

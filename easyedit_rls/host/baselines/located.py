@@ -9,6 +9,7 @@ from torch import Tensor
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.editors.base import register_editor
+from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.host.baselines.base import MODULES, EasyEditBaseline, owner_of_head, some
 
 VALUES = ("v_num_grad_steps", "v_lr", "v_loss_layer", "v_weight_decay", "clamp_norm_factor", "kl_factor")
@@ -74,6 +75,23 @@ class CORE(Located):
 
     alg_name, module = "CORE", "core.core_main"
     settings_class = ("core.core_hparams", "COREHyperParams")
+
+    @classmethod
+    def defaults(cls, hp: RLSEditHyperParams) -> dict[str, Any]:
+        """The authors' weight of the differences, in all layers above the edited ones; EasyEdit's own is 0."""
+        return {**super().defaults(hp), "reg_lambda": 0.01, "layer_range": hp.v_loss_layer - hp.layers[-1]}
+
+    @classmethod
+    def check(cls, settings: Mapping[str, Any], hparams: RLSEditHyperParams) -> None:
+        """See that these are settings of this editor, and leave the contexts to all editors alike."""
+        super().check(settings, hparams)
+        if settings.get("context") is not None:
+            raise HyperParamsError(
+                f"CORE: context is {settings['context']!r}. Leave it out: all share theirs."
+            )
+        made = {**cls.defaults(hparams), **settings}
+        if made["reg_lambda"] > 0 and made["layer_range"] < 1:
+            raise HyperParamsError(f"CORE: layer_range is {made['layer_range']}. Give 1 or more.")
 
 
 @register_editor("PMET")
