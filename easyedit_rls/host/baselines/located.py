@@ -78,7 +78,7 @@ class CORE(Located):
 
     @classmethod
     def defaults(cls, hp: RLSEditHyperParams) -> dict[str, Any]:
-        """The authors' weight of the differences, in all layers above the edited ones; EasyEdit's own is 0."""
+        """The authors' weight of the differences, in all layers above the edited ones; EasyEdit's is 0."""
         return {**super().defaults(hp), "reg_lambda": 0.01, "layer_range": hp.v_loss_layer - hp.layers[-1]}
 
     @classmethod
@@ -86,9 +86,7 @@ class CORE(Located):
         """See that these are settings of this editor, and leave the contexts to all editors alike."""
         super().check(settings, hparams)
         if settings.get("context") is not None:
-            raise HyperParamsError(
-                f"CORE: context is {settings['context']!r}. Leave it out: all share theirs."
-            )
+            raise HyperParamsError(f"CORE: context is {settings['context']!r}. Leave it out.")
         made = {**cls.defaults(hparams), **settings}
         if made["reg_lambda"] > 0 and made["layer_range"] < 1:
             raise HyperParamsError(f"CORE: layer_range is {made['layer_range']}. Give 1 or more.")
