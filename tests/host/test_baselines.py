@@ -169,6 +169,23 @@ def test_grace_says_the_answer_and_leaves_other_prompts_alone(editor):
     )
 
 
+def test_eamet_finds_every_value_from_zero_on(editor):
+    """The gradient of its cosine terms at a change of zero, 1e12, would stop Adam from the second fact on."""
+    requests = parse_requests(REQUESTS[:2])
+
+    def lost(change):
+        one = editor("EAMET", delta_init="zero")
+        change(one)
+        before = score(one.model, one.tok, probes(requests))
+        one.edit(requests)
+        after = score(one.model, one.tok, probes(requests))
+        return [old.nll - new.nll for old, new in zip(before, after)]
+
+    theirs, ours = lost(lambda one: one.state.pop("eamet.compute_z")), lost(lambda one: None)
+    assert ours[0] == pytest.approx(theirs[0], abs=0.5)
+    assert ours[1] > 2 > theirs[1]
+
+
 def test_ultraedit_edits_all_of_a_batch(editor):
     """It drops what is left over when a batch is cut into passes of its `batch_size_once`."""
     requests = parse_requests([*REQUESTS, MORE])[:3]
