@@ -173,7 +173,7 @@ class WISE(_Wrapped):
         """
         own = {"edit_lr": 1.0, "n_iter": 70, "mask_ratio": 0.2, "alpha": 5.0, "beta": 20.0, "gamma": 10.0}
         merge = {"merge_freq": 1000, "save_freq": 500, "merge_alg": "ties", "weights": 1.0, "densities": 0.53}
-        rest = {"act_ratio": 0.6, "retrieve": True, "replay": False, "norm_constraint": 1.0}
+        rest = {"act_ratio": 0.7, "retrieve": True, "replay": False, "norm_constraint": 1.0}
         goal = {"objective_optimization": "only_label"}
         return {**super().defaults(hp), **own, **merge, **rest, **goal}
 
