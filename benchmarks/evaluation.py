@@ -23,8 +23,8 @@ import torch
 from common import as_json, load, machine, parser, settings_of, spread, versions
 
 from easyedit_rls.data.records import read_records
+from easyedit_rls.editors.base import EDITORS, Setup
 from easyedit_rls.evaluation import edit_quality, evaluate
-from easyedit_rls.host.builtin import EasyEditBaseline
 from easyedit_rls.host.find import easyeditor
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     records = read_records(args.data, args.first, args.count)
     model, tok = load(args.model, getattr(torch, args.dtype), args.device)
     tok.pad_token = tok.pad_token or tok.eos_token  # as EasyEdit's own paths have it
-    settings = EasyEditBaseline("FT", model, tok, settings_of(args, model), []).settings
+    settings = EDITORS.get("FT").begin(Setup(model, tok, settings_of(args, model), [])).settings
     seconds: dict[str, list[float]] = {"EasyEdit": [], "edit_quality": [], "evaluate": []}
     edit_quality(model, tok, [record.easyedit for record in records[:5]])  # warm
     for _ in range(args.repeats):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from easyedit_rls import RLSEditHyperParams
 from easyedit_rls.anchors.cache import moments
 from easyedit_rls.data.requests import EditRequest
+from easyedit_rls.editors.base import EDITORS, Setup
 from easyedit_rls.facts.keys import Fact, locate_facts
-from easyedit_rls.host.builtin import EasyEditBaseline
 from easyedit_rls.model.hooks import tap
 from easyedit_rls.model.layout import find_layout
 
@@ -45,7 +45,7 @@ class AlphaEdit:
     name = "AlphaEdit of the EasyEdit checkout"
 
     def __init__(self, model: Any, tok: Any, hparams: RLSEditHyperParams, templates: Sequence[str]) -> None:
-        self._editor = EasyEditBaseline("AlphaEdit", model, tok, hparams, templates, {"L2": 1.0})
+        self._editor = EDITORS.get("AlphaEdit").begin(Setup(model, tok, hparams, templates, {"L2": 1.0}))
 
     def edit(self, requests: Sequence[EditRequest]) -> list[float]:
         """Edit one batch; returns each fact's final loss, as printed."""

@@ -14,7 +14,7 @@ and the module registers its class under that name with `register_solver` or `re
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -36,6 +36,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, group: str, packages: Sequence[str]) -> None:
         self.kind, self.group, self._packages = kind, group, tuple(packages)
         self._classes: dict[str, T] = {}
+        self._refused: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator that gives a class its name.
@@ -56,6 +57,17 @@ class Registry(Generic[T]):
 
         return decorate
 
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Names that people may look for here, and why there is no class: a sentence's rest behind the name,
+        the cure last.
+        """
+        self._refused |= reasons
+
+    def refused(self) -> dict[str, str]:
+        """These names with their reasons."""
+        self._import_own()
+        return dict(self._refused)
+
     def names(self) -> list[str]:
         """All names, in alphabetical order; those of entry points too, without importing them."""
         self._import_own()
@@ -66,8 +78,8 @@ class Registry(Generic[T]):
         """The class of a name.
 
         Raises:
-            HyperParamsError: there is none; says which name may be meant. Or an entry point's module does
-                not register the name that it was given.
+            HyperParamsError: there is none; says why, or which name may be meant. Or an entry point's module
+                does not register the name that it was given.
         """
         self._import_own()
         if name not in self._classes:
@@ -86,6 +98,8 @@ class Registry(Generic[T]):
                     )
         if name in self._classes:
             return self._classes[name]
+        if name in self._refused:
+            raise HyperParamsError(f"{name} {self._refused[name]}")
         close = difflib.get_close_matches(name.lower(), [known.lower() for known in self.names()], n=1)
         meant = [known for known in self.names() if known.lower() in close]
         hint = f" Did you mean {meant[0]}?" if meant else ""

@@ -4,6 +4,8 @@ EasyEdit chooses how to load a model by what its name contains, and writes logs 
 these tests run in a folder of their own, where the models have relative names.
 """
 
+import importlib.resources
+import json
 import logging
 import os
 
@@ -105,6 +107,12 @@ def name(request, model_folder) -> str:
 def hparams(easyeditor, name):
     """Settings for the tiny model of this test, in EasyEdit's class."""
     return lambda **changes: host_settings(easyeditor, name, **changes)
+
+
+def demo_records() -> list[dict]:
+    """The 64 records in CounterFact's format that come with the package."""
+    place = importlib.resources.files("easyedit_rls.data").joinpath("demo_facts.json")
+    return json.loads(place.read_text(encoding="utf-8"))
 
 
 def host_settings(easyeditor, name: str, **changes):

@@ -1,13 +1,10 @@
 """EasyEdit's figures by our batched pass are those of its own `compute_edit_quality`, number for number."""
 
-import json
-
 import pytest
 
 from easyedit_rls.evaluation import add_locality, edit_quality
-from tests.conftest import REPOSITORY
+from tests.host.conftest import demo_records
 
-PARAREL = REPOSITORY.parent / "shared" / "data" / "pararel_dev.json"
 N_RECORDS = 50
 
 
@@ -35,16 +32,13 @@ def of_easyedit(record: dict) -> dict:
     }
 
 
-@pytest.mark.skipif(not PARAREL.is_file(), reason=f"no records in {PARAREL}")
 def test_figures_equal_compute_edit_quality(easyeditor, hparams, name):
     """The tiny models never give the answer asked for; so every second record asks for what the model says
     anyway.
     """
     hp = hparams(max_length=40)
     editor = easyeditor.BaseEditor.from_hparams(hp)
-    records = [
-        of_easyedit(r) for r in json.loads(PARAREL.read_text(encoding="utf-8")) if r["paraphrase_prompts"]
-    ][2000 : 2000 + N_RECORDS]
+    records = [of_easyedit(record) for record in demo_records()[:N_RECORDS]]
     said = edit_quality(editor.model, editor.tok, records)
     for record, quality in list(zip(records, said))[::2]:
         answer = editor.tok.decode(
@@ -69,15 +63,12 @@ def test_figures_equal_compute_edit_quality(easyeditor, hparams, name):
         assert any(one["rewrite_acc"][0] > 0 for one in ours)
 
 
-@pytest.mark.skipif(not PARAREL.is_file(), reason=f"no records in {PARAREL}")
 def test_locality_equals_the_hosts(easyeditor, hparams):
     from easyeditor.editors.editor import finalize_locality_metrics
 
     hp = hparams(max_length=40)
     editor = easyeditor.BaseEditor.from_hparams(hp)
-    records = [
-        of_easyedit(r) for r in json.loads(PARAREL.read_text(encoding="utf-8")) if r["paraphrase_prompts"]
-    ][2000:2010]
+    records = [of_easyedit(record) for record in demo_records()[:10]]
     before = edit_quality(editor.model, editor.tok, records)
     for weight in editor.model.parameters():
         weight.data *= 1.05

@@ -1,6 +1,5 @@
 """Keys, values, subject positions and moments are the host's, where the host is right."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,8 @@ from easyedit_rls.host.__main__ import main
 from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.subject import tokenize_fact
-from tests.conftest import REPOSITORY
-from tests.host.conftest import host_settings
+from tests.host.conftest import demo_records, host_settings
 
-PARAREL = REPOSITORY.parent / "shared" / "data" / "pararel_dev.json"
 REQUESTS = [
     {"prompt": "The river Oder", "subject": "Oder", "target_new": "people"},
     {"prompt": "Of course, Anna Maria Keller", "subject": "Anna Maria Keller", "target_new": "water"},
@@ -82,7 +79,7 @@ def test_plain_values_equal_compute_z(easyeditor, hparams, padding):
 
 
 @pytest.mark.parametrize("where", ["bare", "prefixed"])
-def test_subject_positions_equal_the_hosts_on_500_records(easyeditor, smollm2, where):
+def test_subject_positions_equal_the_hosts_on_512_prompts(easyeditor, smollm2, where):
     """The host counts the tokens of the prompt cut off behind the subject; that is wrong where the cut
     changes the tokens.
 
@@ -90,18 +87,18 @@ def test_subject_positions_equal_the_hosts_on_500_records(easyeditor, smollm2, w
     """
     from easyeditor.models.rome.repr_tools import get_words_idxs_in_templates
 
-    if not PARAREL.is_file():
-        pytest.skip(f"no records at {PARAREL}")
     tok = smollm2[1]
+    rewrites = [record["requested_rewrite"] for record in demo_records()]
+    subjects = [rewrite["subject"] for rewrite in rewrites]
     prefix = "The weather was fine. " if where == "prefixed" else ""
     differ = []
-    for record in json.loads(PARAREL.read_text(encoding="utf-8"))[:500]:
-        rewrite = record["requested_rewrite"]
+    for i, rewrite in enumerate(rewrites):
         before, after = (prefix + rewrite["prompt"]).split("{}")
-        ours = tokenize_fact(tok, before, rewrite["subject"], after)
-        ((host,),) = get_words_idxs_in_templates(tok, [before + "{}" + after], [rewrite["subject"]], "last")
-        if ours.place != max(host, 1):
-            differ.append((before, rewrite["subject"], after, ours, host))
+        for subject in (subjects[i:] + subjects[:i])[:8]:
+            ours = tokenize_fact(tok, before, subject, after)
+            ((host,),) = get_words_idxs_in_templates(tok, [before + "{}" + after], [subject], "last")
+            if ours.place != max(host, 1):
+                differ.append((before, subject, after, ours, host))
 
     for before, subject, after, ours, host in differ:
         text, end = before + subject + after, len(before) + len(subject)

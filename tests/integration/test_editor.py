@@ -423,3 +423,21 @@ def test_a_singular_prior_names_the_cure(model, tok, requests, settings):
     with pytest.raises(NumericalError, match=r"Prior of layer 1 .*Raise lambda_reg"):
         RLSEditor(model, tok, settings(lambda_reg=0.0), anchors=["One text"]).edit(requests)
     assert same(tensors_of(model), before)
+
+
+def test_a_batch_is_tokenized_once(model, tok, requests, settings, monkeypatch):
+    """Where the templates are given; the check before the long work and the edit share the facts."""
+    from easyedit_rls.facts import keys as keys_module
+
+    real, n_texts = keys_module.tokenize_fact, []
+    monkeypatch.setattr(
+        keys_module, "tokenize_fact", lambda *args, **kwargs: n_texts.append(1) or real(*args, **kwargs)
+    )
+    editor = RLSEditor(model, tok, settings())
+    by_hand = EditRequest("Some say the ", "Rhine", " has", "people", paraphrases=["a list can't be hashed"])
+    for batch in (requests[:2], requests[2:], [by_hand]):
+        n_texts.clear()
+        editor.edit(batch)
+        assert len(n_texts) == len(batch) * (1 + 2 + 1)  # bare, in two templates, and the KL prompt
+    with pytest.raises(RequestError, match=r"Request 1, field 'target_new'"):
+        editor.edit([requests[0], {**requests[1], "target_new": "<unk>"}])
