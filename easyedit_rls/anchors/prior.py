@@ -15,17 +15,17 @@ from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import AnchorError
 from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
-from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
 from easyedit_rls.solvers.packed import PackedSymmetric
-from easyedit_rls.solvers.rls import RecursiveLeastSquares
+from easyedit_rls.solvers.prior import Prior
+from easyedit_rls.solvers.rule import Rule, find_rule
 
 
 @dataclass(frozen=True)
-class Prior:
+class LayerStart:
     """One layer before the first edit.
 
     Attributes:
-        solution: the state.
+        solution: the rule's state.
         unedited: W_0, (d_k, d_v), float32; the solution's weight unless anchors say something else.
         beginning: what is needed to sum the problem anew.
         anchor_energy: ‖V_0‖², for anchors with values of their own; None for V_0 = K_0 W_0.
@@ -44,7 +44,7 @@ def make_priors(
     weights: Mapping[int, Tensor],
     anchors: AnchorPairs | Sequence[str] | None,
     show_progress: bool | None,
-) -> dict[int, Prior]:
+) -> dict[int, LayerStart]:
     """Make the state of every edited layer before the first edit.
 
     Args:
@@ -59,24 +59,33 @@ def make_priors(
         AnchorError: the second moments can't be had, or anchors don't fit.
         NumericalError: a prior is not positive definite.
     """
+    rule = find_rule(hparams.solver, hparams.solver_settings)
     terms = _anchor_terms(model, tok, hparams, weights, anchors, show_progress)
-    return {layer: _prior(hparams, weights[layer], f"layer {layer}", *terms[layer]) for layer in terms}
+    return {layer: _start(rule, hparams, weights[layer], f"layer {layer}", terms[layer]) for layer in terms}
 
 
-def _prior(
-    hp: RLSEditHyperParams,
-    W_0: Tensor,
-    name: str,
-    gram: Tensor | None,
-    cross: Tensor | None,
-    energy: float | None,
-) -> Prior:
+@dataclass(frozen=True)
+class _Terms:
+    """What the anchors say: ``K_0ᵀK_0``, E[kkᵀ], and where they say something else than W_0, ``K_0ᵀV_0`` and
+    ‖V_0‖².
+    """
+
+    gram: Tensor | None = None
+    moment: Tensor | None = None
+    cross: Tensor | None = None
+    energy: float | None = None
+
+
+def _start(rule: Rule, hp: RLSEditHyperParams, W_0: Tensor, name: str, terms: _Terms) -> LayerStart:
     """One layer before the first edit. What a rebuild needs of it stays in main memory."""
-    solution = _new_solution(hp, W_0, gram, cross, name)
-    packed = None if gram is None else PackedSymmetric.from_dense(gram.cpu())
+    solution = rule.begin(
+        Prior(W_0, terms.gram, hp.lambda_reg, hp.mu_reg, terms.cross, terms.moment, name)
+    )
+    packed = None if terms.gram is None else PackedSymmetric.from_dense(terms.gram.cpu())
     watch = None if solution.watch is None else solution.watch.to(torch.device("cpu"))
     W_p = W_0 if torch.equal(W_0, solution.weight) else solution.weight.clone()
-    return Prior(solution, W_0, Beginning(packed, None, hp.lambda_reg, hp.mu_reg, W_p, watch), energy)
+    beginning = Beginning(packed, None, hp.lambda_reg, hp.mu_reg, W_p, watch)
+    return LayerStart(solution, W_0, beginning, terms.energy)
 
 
 def _anchor_terms(
@@ -86,27 +95,20 @@ def _anchor_terms(
     weights: Mapping[int, Tensor],
     anchors: AnchorPairs | Sequence[str] | None,
     show_progress: bool | None,
-) -> dict[int, tuple[Tensor | None, Tensor | None, float | None]]:
-    """``K_0ᵀK_0`` of each layer, and ``K_0ᵀV_0`` and ‖V_0‖² where the anchors say something else than W_0."""
+) -> dict[int, _Terms]:
+    """What the anchors say of each layer."""
     if anchors is None:
         if not hp.mom2_adjustment or hp.mu_reg == 0:
-            return {layer: (None, None, None) for layer in weights}
+            return {layer: _Terms() for layer in weights}
         found = moments(model, tok, hp, show_progress=show_progress)
-        return {
-            layer: (_moment_gram(found[layer].mean.to(W.device), hp), None, None)
-            for layer, W in weights.items()
-        }
+        means = {layer: found[layer].mean.to(W.device) for layer, W in weights.items()}
+        return {layer: _Terms(_moment_gram(mean, hp), mean) for layer, mean in means.items()}
     pairs = anchors if isinstance(anchors, AnchorPairs) else anchor_pairs(model, tok, hp, anchors)
     return {layer: _pair_terms(pairs, layer, W) for layer, W in weights.items()}
 
 
 def _moment_gram(mean: Tensor, hp: RLSEditHyperParams) -> Tensor:
-    """``n_0 · E[kkᵀ] + nullspace_weight · Π``, (d_k, d_k).
-
-    Π projects on the eigenvectors of E[kkᵀ] with eigenvalues of at least `nullspace_threshold`: the
-    directions that ordinary keys are made of. AlphaEdit (Fang et al. 2025, arXiv 2410.02355) forbids any
-    change there, which is the limit of an infinite weight.
-    """
+    """``n_0 · E[kkᵀ] + nullspace_weight · (I − P)``, (d_k, d_k), P the null space of E[kkᵀ]."""
     gram = mean * hp.mom2_update_weight
     if hp.nullspace_weight == 0:
         return gram
@@ -115,30 +117,8 @@ def _moment_gram(mean: Tensor, hp: RLSEditHyperParams) -> Tensor:
     return gram.double().add_(ordinary @ ordinary.T, alpha=hp.nullspace_weight)
 
 
-def _new_solution(
-    hp: RLSEditHyperParams, W_0: Tensor, gram: Tensor | None, cross: Tensor | None, name: str
-) -> LayerSolver:
-    """The state of one layer before the first edit."""
-    if hp.forgetting_factor == 1:
-        return RecursiveLeastSquares(
-            W_0, gram, lambda_reg=hp.lambda_reg, mu_reg=hp.mu_reg, anchor_cross=cross, name=name
-        )
-    factor = None if hp.forgetting_factor == "adaptive" else float(hp.forgetting_factor)
-    memory = hp.forgetting_memory
-    return ForgettingLeastSquares(
-        W_0,
-        gram,
-        lambda_reg=hp.lambda_reg,
-        mu_reg=hp.mu_reg,
-        anchor_cross=cross,
-        factor=factor,
-        memory=memory,
-        name=name,
-    )
-
-
-def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> tuple[Tensor, Tensor | None, float | None]:
-    """``K_0ᵀK_0`` and, for anchors with values of their own, ``K_0ᵀV_0`` and ‖V_0‖²."""
+def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> _Terms:
+    """What explicit anchors say."""
     d_k, d_v = W.shape
     if layer not in pairs.keys:
         raise AnchorError(
@@ -152,11 +132,11 @@ def _pair_terms(pairs: AnchorPairs, layer: int, W: Tensor) -> tuple[Tensor, Tens
             f"but (anchors, {d_k}) is needed. Collect them from this model."
         )
     if layer not in pairs.values:
-        return K_0.T @ K_0, None, None
+        return _Terms(K_0.T @ K_0, K_0.T @ K_0 / len(K_0))
     V_0 = pairs.values[layer].to(W)
     if V_0.shape != (K_0.shape[0], d_v):
         raise AnchorError(
             f"Anchor values of layer {layer} have shape {tuple(V_0.shape)}, "
             f"but {(K_0.shape[0], d_v)} is needed, one row a key."
         )
-    return K_0.T @ K_0, K_0.T @ V_0, float(V_0.double().square().sum())
+    return _Terms(K_0.T @ K_0, None, K_0.T @ V_0, float(V_0.double().square().sum()))

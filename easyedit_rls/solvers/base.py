@@ -1,64 +1,83 @@
-"""What both kinds of running solution have in common."""
+"""What an update rule is: from keys, target outputs and importances to a new weight.
+
+Letters as in `solvers.rls`; rows are edits. A solver is the running state of one layer under one rule, and a
+value: a change makes a new one, and the one before stays what it was. To commit is to keep the new one, to
+roll back is to keep the old one.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from easyedit_rls.errors import NumericalError
+from easyedit_rls.errors import HyperParamsError, NumericalError
+from easyedit_rls.registry import Registry
+from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.spd import row_major
 from easyedit_rls.solvers.watch import WeightWatch
 
 S = TypeVar("S", bound="LayerSolver")
 
+SOLVERS: "Registry[type[LayerSolver]]" = Registry("solver", "easyedit_rls.solvers", ("easyedit_rls.solvers",))
+register_solver = SOLVERS.register
 
-class Parts(Protocol):
-    """What every solution consists of, whatever else."""
 
-    @property
-    def W(self) -> Tensor: ...
-
-    @property
-    def n_edits(self) -> int: ...
+@dataclass(frozen=True)
+class NoSettings:
+    """A rule without settings of its own."""
 
 
 class LayerSolver(ABC):
-    """The solution of one edited layer's regularized least-squares problem, as a value: a change makes a new
-    one.
+    """The running state of one edited layer. It stays good until the change after the next; older ones may
+    give up their memory. Put `register_solver` on a class to choose it by name.
 
-    It stays good until the change after the next; older ones may give up their memory.
+    Most rules are one formula for ΔW: see `solvers.step.StepSolver`, which leaves little to write.
+
+    Args:
+        prior: the layer before the first edit.
+        settings: of this rule, an instance of `Settings`; None for its defaults.
+
+    Raises:
+        NumericalError: the rule can't begin with this prior.
 
     Attributes:
         name: of the layer, for messages.
+        Settings: a dataclass whose fields are made by `setting`: the rule's own settings.
         gamma: forgetting factor of the batch that made it; 1 where nothing fades.
-        can_drift: whether rounding piles up in it from batch to batch.
+        can_drift: whether rounding piles up in it, so that it is summed anew when it does.
+        can_retract: whether edits can be taken out.
+        solves_objective: whether its weight is the minimum of RLSEdit's objective.
+        looks_after: whether it wants to see the keys again behind the batch (`after_batch`).
     """
 
     name: str
-    _parts: Parts
+    Settings: ClassVar[type] = NoSettings
     gamma: float = 1.0
-    can_drift: ClassVar[bool] = True
+    can_drift: ClassVar[bool] = False
+    can_retract: ClassVar[bool] = False
+    solves_objective: ClassVar[bool] = False
+    looks_after: ClassVar[bool] = False
+
+    @abstractmethod
+    def __init__(self, prior: Prior, settings: Any = None) -> None: ...
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """W_t, (d_k, d_v). Do not write to it; it is good until the change after the next."""
+
+    @property
+    @abstractmethod
+    def n_edits(self) -> int:
+        """Edits taken in and not retracted, faded ones too."""
 
     @property
     def watch(self) -> WeightWatch | None:
         """Of the weight, where one is kept."""
         return None
-
-    @property
-    def weight(self) -> Tensor:
-        """W_t, (d_k, d_v). Do not write to it; it is good until the change after the next."""
-        return self._parts.W
-
-    @property
-    def n_edits(self) -> int:
-        """Edits taken in and not retracted, faded ones too."""
-        return self._parts.n_edits
-
-    @abstractmethod
-    def covariance(self) -> Tensor:
-        """C_t as a new (d_k, d_k) tensor."""
 
     @abstractmethod
     def update(
@@ -70,29 +89,96 @@ class LayerSolver(ABC):
         same_change: bool = False,
         factor: float | None = None,
     ) -> S:
-        """The solution with one batch of edits more."""
+        """The state with one batch of edits more.
 
-    @abstractmethod
+        Args:
+            K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
+            V: target outputs, (u, d_v) or (u, r, d_v).
+            importance: diagonal of D, (u,) or (u, r), positive; ones if None.
+            same_change: this state is one on the way, which nobody goes back to: the batch belongs to the
+                change that made it.
+            factor: the `gamma` that a recorded batch had, to make it once more; None for the rule's own.
+
+        Raises:
+            NumericalError: a non-finite input, or a matrix that is not positive definite.
+            PrecisionError: the dtype can't hold what would come of it.
+        """
+
+    def after_batch(self: S, K: Tensor, importance: Tensor | None = None) -> S:
+        """The state once all layers are written: K are the batch's keys as they are then, (u, d_k) or
+        (u, r, d_k). Called where `looks_after`.
+        """
+        return self
+
     def retract(
         self: S, K: Tensor, V: Tensor, importance: Tensor | None = None, *, same_change: bool = False
     ) -> S:
-        """The solution without some edits, as if they had never been made."""
+        """The state without some edits, as if they had never been made; arguments as they were given to
+        `update`.
+
+        Raises:
+            HyperParamsError: the rule can't take edits out (`can_retract`).
+            NumericalError: they are not in the state.
+        """
+        raise HyperParamsError(
+            f"The rule of {self.name} can't take edits out, so nothing can be retracted, amended, rehearsed "
+            "or superseded. Take solver: rls, forgetting or memit_seq; or on_conflict: keep and rehearsal: 0."
+        )
 
     @abstractmethod
-    def adopt(self: S, W: Tensor) -> S:
-        """The same covariance with a weight that somebody else wrote, (d_k, d_v)."""
+    def adopt(self: S, W: Tensor, *, same_change: bool = False) -> S:
+        """The same with a weight that somebody else wrote, (d_k, d_v)."""
 
-    @abstractmethod
+    def information(self) -> Tensor:
+        """The matrix A of the last step's problem ``A ΔW = …``, (d_k, d_k), float64 where the device has it:
+        what error feedback needs (`solvers.filtered`).
+
+        Raises:
+            HyperParamsError: the rule has none.
+        """
+        raise HyperParamsError(
+            f"The rule of {self.name} solves no linear system A ΔW = B whose A is symmetric, so its filters' "
+            "error can't be fed back. Leave out ote, or put it behind rls, forgetting, memit or memit_seq."
+        )
+
+    def covariance(self) -> Tensor:
+        """C_t, the inverse of `information`, as a new (d_k, d_k) tensor.
+
+        Raises:
+            HyperParamsError: the rule has none.
+        """
+        raise HyperParamsError(f"The rule of {self.name} has no covariance. Take solver: rls.")
+
     def drift(self) -> float:
-        """Relative error of what the covariance is, seen through fixed random probes."""
+        """Relative error of the covariance, seen through fixed random probes; 0 where none is kept."""
+        return 0.0
 
-    @abstractmethod
     def weight_error(self) -> float:
-        """What the weight lacks of the least-squares solution, as a share of the edit."""
+        """What the weight lacks of the rule's solution, as a share of the edit; 0 where it is not watched."""
+        return 0.0
 
     @abstractmethod
     def tensors(self, before: "LayerSolver | None" = None) -> dict[str, Tensor]:
-        """The solution as tensors for a file, with the one before it."""
+        """The state as tensors for a file, with the one before it, which a roll-back goes to; None for
+        none.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(
+        cls: type[S], stored: Mapping[str, Tensor], name: str, settings: Any
+    ) -> tuple[S, S | None]:
+        """The state that `tensors` was taken from, and the one before it, bit for bit; they own what they are
+        given.
+
+        Args:
+            stored: what `tensors` returned, all on one device.
+            name: of the layer, for messages.
+            settings: of this rule, an instance of `Settings`.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
 
     def _checked(
         self, K: Tensor, V: Tensor, importance: Tensor | None, like: Tensor

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from easyedit_rls.solvers.base import flat_rows
 from easyedit_rls.solvers.packed import PackedSymmetric
-from easyedit_rls.solvers.rls import information
+from easyedit_rls.solvers.prior import information
 from easyedit_rls.solvers.spd import spd_inverse
 from easyedit_rls.solvers.watch import WeightWatch, widest_dtype
 

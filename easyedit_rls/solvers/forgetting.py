@@ -23,14 +23,16 @@ A solution is a value, as in `solvers.rls`: a change makes a new one.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from easyedit_rls._base.settings import setting
 from easyedit_rls.errors import NumericalError
-from easyedit_rls.solvers.base import LayerSolver, part_of
+from easyedit_rls.solvers.base import LayerSolver, part_of, register_solver
 from easyedit_rls.solvers.packed import PackedSymmetric
-from easyedit_rls.solvers.rls import prior
+from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.spd import cholesky, information_drift, row_major, spd_inverse, symmetrize_
 from easyedit_rls.solvers.watch import probes
 
@@ -82,6 +84,21 @@ class _Parts:
     is_whole: bool = False
 
 
+@dataclass(frozen=True)
+class ForgettingSettings:
+    """Of the rule that forgets."""
+
+    factor: Any = setting(
+        "adaptive",
+        "γ: by how much each batch fades the edits before it.",
+        above=0,
+        most=1,
+        words=("adaptive",),
+    )
+    memory: float = setting(1000.0, "For 'adaptive': N_0, how many edits' information stays.", least=1)
+
+
+@register_solver("forgetting")
 class ForgettingLeastSquares(LayerSolver):
     """Running solution of one layer's regularized least-squares problem, older edits fading. Interface as
     `RecursiveLeastSquares`.
@@ -91,37 +108,34 @@ class ForgettingLeastSquares(LayerSolver):
     behind.
 
     Args:
-        W_0: unedited weight, (d_k, d_v), float32 or float64.
-        gram: ``K_0ᵀK_0``, (d_k, d_k), or None for no anchor term.
-        lambda_reg: λ ≥ 0, weight of the pull toward W_0.
-        mu_reg: μ ≥ 0, weight of the pull toward the anchor mapping.
-        anchor_cross: ``K_0ᵀV_0``, (d_k, d_v); None means V_0 = K_0 W_0.
-        factor: γ in (0, 1] for every batch, or None for the adaptive one.
-        memory: N_0, in edits, for the adaptive factor.
-        name: of the layer, for messages.
+        prior: of the layer.
+        settings: how edits fade; None takes the defaults.
 
     Raises:
         NumericalError: ``A_0`` is not positive definite or not finite.
     """
 
     _parts: _Parts
-    can_drift = False  # A is carried, and factored for each batch
+    Settings = ForgettingSettings
+    can_retract = True
+    solves_objective = True
 
-    def __init__(
-        self,
-        W_0: Tensor,
-        gram: Tensor | None,
-        *,
-        lambda_reg: float,
-        mu_reg: float,
-        anchor_cross: Tensor | None = None,
-        factor: float | None,
-        memory: float = 1000.0,
-        name: str = "layer",
-    ) -> None:
-        A, _, W = prior(W_0, gram, lambda_reg=lambda_reg, mu_reg=mu_reg, anchor_cross=anchor_cross, name=name)
-        self.name = name
-        self._parts = _Parts(_Prior(A, W, factor, memory), A, (), W.clone(), 0, (0.0, 0.0), 0.0)
+    def __init__(self, prior: Prior, settings: ForgettingSettings | None = None) -> None:
+        A, _, W = prior.solve()
+        own = settings or ForgettingSettings()
+        factor = None if own.factor == "adaptive" else float(own.factor)
+        self.name = prior.name
+        self._parts = _Parts(_Prior(A, W, factor, own.memory), A, (), W.clone(), 0, (0.0, 0.0), 0.0)
+
+    @property
+    def weight(self) -> Tensor:
+        """W_t, (d_k, d_v). Do not write to it; it is good until the change after the next."""
+        return self._parts.W
+
+    @property
+    def n_edits(self) -> int:
+        """Edits taken in and not retracted, faded ones too."""
+        return self._parts.n_edits
 
     @classmethod
     def _of(cls, parts: _Parts, name: str, gamma: float = 1.0) -> "ForgettingLeastSquares":
@@ -150,18 +164,7 @@ class ForgettingLeastSquares(LayerSolver):
         factor: float | None = None,
     ) -> "ForgettingLeastSquares":
         """The solution with one batch of edits more, what came before faded; `gamma` of the new one says by
-        how much.
-
-        Args:
-            K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
-            V: target outputs, (u, d_v) or (u, r, d_v).
-            importance: diagonal of D, (u,) or (u, r), positive; ones if None.
-            same_change: this solution is one on the way, which nobody goes back to: the batch belongs to the
-                change that made it.
-            factor: γ of this batch instead of the object's own rule: to replay a stream.
-
-        Raises:
-            NumericalError: a non-finite input, or an information matrix that is not positive definite.
+        how much. See `LayerSolver.update`.
         """
         n_edits = len(K)
         K, V, D = self._checked(K, V, importance, self._parts.A)
@@ -209,7 +212,7 @@ class ForgettingLeastSquares(LayerSolver):
         W = W - torch.cholesky_solve(K.T @ (D[:, None] * (V - K @ W)), L)
         return self._changed(step, W, -n_edits, self._parts.surprise, self.drift(), same_change)
 
-    def adopt(self, W: Tensor) -> "ForgettingLeastSquares":
+    def adopt(self, W: Tensor, *, same_change: bool = False) -> "ForgettingLeastSquares":
         """The same information with a weight that somebody else wrote, (d_k, d_v)."""
         return self._of(replace(self._parts, W=W.to(self.weight, copy=True)), self.name)
 
@@ -249,14 +252,9 @@ class ForgettingLeastSquares(LayerSolver):
 
     @classmethod
     def from_tensors(
-        cls, stored: Mapping[str, Tensor], name: str
+        cls, stored: Mapping[str, Tensor], name: str, settings: Any = None
     ) -> tuple["ForgettingLeastSquares", "ForgettingLeastSquares | None"]:
-        """The solution that `tensors` was taken from, and the one before it, bit for bit; they own what they
-        are given.
-
-        Raises:
-            KeyError: a tensor is missing.
-        """
+        """See `LayerSolver.from_tensors`."""
         factor, memory, first, second, drift = stored["numbers"].tolist()
         P, A = (PackedSymmetric.from_vector(stored[key], len(stored["W"])).to_dense() for key in ("P", "A"))
         prior = _Prior(P, stored["W_p"].to(P), factor or None, memory)

@@ -31,13 +31,15 @@ H or both, is kept beside it until no solution in use can do without.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError, PrecisionError
-from easyedit_rls.solvers.base import LayerSolver, part_of
+from easyedit_rls.solvers.base import LayerSolver, part_of, register_solver
 from easyedit_rls.solvers.packed import PackedSymmetric, Term
+from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.spd import cholesky, information_drift, innovation_factor, spd_inverse, symmetrize_
 from easyedit_rls.solvers.watch import WeightWatch, probes, widest_dtype
 
@@ -86,41 +88,29 @@ class _Parts:
         return replace(self, settled=settled, previous=self.last, last=(), W_before=self.W, spare=spare)
 
 
+@register_solver("rls")
 class RecursiveLeastSquares(LayerSolver):
     """Running solution of one layer's regularized least-squares problem.
 
     Owns its tensors: nothing given to it is kept by reference, except that `weight` hands out the live tensor
-    (read only, by convention).
+    (read only, by convention). λ, μ and the anchors are the prior's; it has no settings of its own.
 
     Args:
-        W_0: unedited weight, (d_k, d_v), float32 or float64; its dtype and device are those of the whole
-            state.
-        gram: ``K_0ᵀK_0``, (d_k, d_k), or None for no anchor term. Inverted in float64 where the device has
-            it.
-        lambda_reg: λ ≥ 0, weight of the pull toward W_0.
-        mu_reg: μ ≥ 0, weight of the pull toward the anchor mapping.
-        anchor_cross: ``K_0ᵀV_0``, (d_k, d_v), for anchors that say something else than W_0 does; None means
-            V_0 = K_0 W_0.
-        name: of the layer, for messages.
+        prior: of the layer; inverted in float64 where the device has it.
 
     Raises:
         NumericalError: ``A_0`` is not positive definite or not finite.
     """
 
     _parts: _Parts
+    can_drift = True
+    can_retract = True
+    solves_objective = True
 
-    def __init__(
-        self,
-        W_0: Tensor,
-        gram: Tensor | None,
-        *,
-        lambda_reg: float,
-        mu_reg: float,
-        anchor_cross: Tensor | None = None,
-        name: str = "layer",
-    ) -> None:
-        A, C, W = prior(W_0, gram, lambda_reg=lambda_reg, mu_reg=mu_reg, anchor_cross=anchor_cross, name=name)
-        self.name = name
+    def __init__(self, prior: Prior, settings: Any = None) -> None:
+        A, C, W = prior.solve()
+        W_0 = prior.W_0
+        self.name = prior.name
         Z = probes(W_0)
         Y = (A @ Z.to(A)).to(W_0.dtype)
         self._parts = _Parts(
@@ -159,6 +149,16 @@ class RecursiveLeastSquares(LayerSolver):
         )
 
     @property
+    def weight(self) -> Tensor:
+        """W_t, (d_k, d_v). Do not write to it; it is good until the change after the next."""
+        return self._parts.W
+
+    @property
+    def n_edits(self) -> int:
+        """Edits taken in and not retracted."""
+        return self._parts.n_edits
+
+    @property
     def watch(self) -> WeightWatch | None:
         """Of the weight; None in states of earlier versions."""
         return self._parts.watch
@@ -177,15 +177,7 @@ class RecursiveLeastSquares(LayerSolver):
         same_change: bool = False,
         factor: float | None = None,
     ) -> "RecursiveLeastSquares":
-        """The solution with one batch of edits more.
-
-        Args:
-            K: keys, (u, d_k), or (u, r, d_k) where each edit has r rows of its own.
-            V: target outputs, (u, d_v) or (u, r, d_v).
-            importance: diagonal of D, (u,) or (u, r), positive; ones if None.
-            same_change: this solution is one on the way, which nobody goes back to: the batch belongs to the
-                change that made it.
-            factor: 1 or None; only `ForgettingLeastSquares` can let older edits fade.
+        """The solution with one batch of edits more; see `LayerSolver.update`.
 
         Raises:
             NumericalError: a non-finite input, or S not positive definite.
@@ -193,7 +185,7 @@ class RecursiveLeastSquares(LayerSolver):
         """
         if factor not in (None, 1.0):
             raise NumericalError(
-                f"The covariance of {self.name} can't forget (factor {factor}). Set forgetting_factor."
+                f"The covariance of {self.name} can't forget (factor {factor}). Take solver: forgetting."
             )
         n_edits = len(K)
         K, V, D = self._checked(K, V, importance, self.weight)
@@ -236,13 +228,18 @@ class RecursiveLeastSquares(LayerSolver):
         step = torch.linalg.solve_triangular(L, V - K @ self.weight, upper=False)
         return self._changed(parts, Term(H, 1.0), step, (K, V, -D), -n_edits, same_change)
 
-    def adopt(self, W: Tensor) -> "RecursiveLeastSquares":
+    def adopt(self, W: Tensor, *, same_change: bool = False) -> "RecursiveLeastSquares":
         """The same covariance with a weight that somebody else wrote, (d_k, d_v)."""
-        parts = self._parts.follow(False)
+        parts = self._parts.follow(same_change)
         W = W.to(self.weight, copy=True)
         return self._of(
             replace(parts, W=W, watch=None if parts.watch is None else parts.watch.adopted(W)), self.name
         )
+
+    def information(self) -> Tensor:
+        """A_t, (d_k, d_k), from C as it is held; float64 where the device has it. Costs an inversion."""
+        C = self.covariance().to(widest_dtype(self.weight.device))
+        return spd_inverse(C, f"Covariance of {self.name}", "Raise lambda_reg or mu_reg.")
 
     def drift(self) -> float:
         """Relative error of C as the inverse of A, seen through fixed random probes (see
@@ -293,18 +290,9 @@ class RecursiveLeastSquares(LayerSolver):
 
     @classmethod
     def from_tensors(
-        cls, stored: Mapping[str, Tensor], name: str
+        cls, stored: Mapping[str, Tensor], name: str, settings: Any = None
     ) -> tuple["RecursiveLeastSquares", "RecursiveLeastSquares | None"]:
-        """The solution that `tensors` was taken from, and the one before it, bit for bit; they own what they
-        are given.
-
-        Args:
-            stored: what `tensors` returned, all on one device.
-            name: of the layer, for messages.
-
-        Raises:
-            KeyError: a tensor is missing.
-        """
+        """See `LayerSolver.from_tensors`."""
         C = PackedSymmetric.from_vector(stored["C"], len(stored["W"]))
         fixed = {name: stored[name] for name in WeightWatch.FIXED if name in stored}
         pending, earlier = part_of(stored, "pending."), part_of(stored, "before.")
@@ -387,42 +375,3 @@ def _from_plain(C: PackedSymmetric, stored: Mapping[str, Tensor]) -> _Parts:
         WeightWatch.from_tensors(stored),
         int(stored["n_edits"]),
     )
-
-
-def prior(
-    W_0: Tensor,
-    gram: Tensor | None,
-    *,
-    lambda_reg: float,
-    mu_reg: float,
-    anchor_cross: Tensor | None,
-    name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``A_0``, ``C_0`` and the weight that both soft constraints alone give, in the widest dtype of the
-    device.
-
-    Raises:
-        NumericalError: ``A_0`` is not positive definite or not finite.
-    """
-    d_k, wide = len(W_0), widest_dtype(W_0.device)
-    A = information(d_k, gram, lambda_reg, mu_reg, W_0.device)
-    C = spd_inverse(
-        A,
-        f"Prior of {name} (d_k={d_k}, lambda_reg={lambda_reg:g}, mu_reg={mu_reg:g})",
-        "Raise lambda_reg, or use more text for the second moments (mom2_n_samples).",
-    )
-    W = W_0.to(wide)
-    if anchor_cross is not None:
-        W = C @ (W * lambda_reg**2 + anchor_cross.to(A) * mu_reg**2)
-    return A, C, W
-
-
-def information(
-    d_k: int, gram: Tensor | None, lambda_reg: float, mu_reg: float, device: torch.device
-) -> Tensor:
-    """``A_0 = λ²I + μ²K_0ᵀK_0``, (d_k, d_k), in the widest dtype of the device."""
-    A = torch.zeros(d_k, d_k, dtype=widest_dtype(device), device=device)
-    if gram is not None:
-        A.add_(gram.to(A), alpha=mu_reg**2)
-    A.diagonal().add_(lambda_reg**2)
-    return A
