@@ -25,7 +25,7 @@ import torch
 from common import as_json, load, machine, parser, records_of, settings_of, spread, versions
 
 from easyedit_rls import RLSEditor
-from easyedit_rls.anchors.prior import Prior
+from easyedit_rls.anchors.prior import LayerStart
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.history import Edit, Entry
@@ -56,9 +56,9 @@ def solution(layer: int, d_k: int, d_v: int) -> RecursiveLeastSquares:
     )
 
 
-def prior(one: RecursiveLeastSquares) -> Prior:
+def prior(one: RecursiveLeastSquares) -> LayerStart:
     """The same as a prior."""
-    return Prior(one, one.weight, Beginning(None, None, 1.0, 0.0, one.weight, None), None)
+    return LayerStart(one, one.weight, Beginning(None, None, 1.0, 0.0, one.weight, None), None)
 
 
 def entry(batch: int, size: int) -> Entry:

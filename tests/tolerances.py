@@ -33,3 +33,5 @@ BFLOAT16_SUM = 0.02  # relative; a scale that is told from such numbers
 # relative; values found on two devices part as in VALUES, and the next batch starts from what the first left
 TWO_DEVICES = 0.04
 TWO_DEVICES_BFLOAT16 = {"rel": 0.2, "abs": 0.3}  # nats; the same for values found in 8 bits
+RULES_FLOAT64 = 1e-9  # of the change, a rule against its formula by a general solve
+RULES_FLOAT32 = 1e-4  # the same where weight, keys and targets are float32

@@ -17,7 +17,7 @@ from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.packed import PackedSymmetric
 from easyedit_rls.solvers.prior import Prior
-from easyedit_rls.solvers.rule import Rule, find_rule
+from easyedit_rls.solvers.rule import Rule, rule_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def make_priors(
         AnchorError: the second moments can't be had, or anchors don't fit.
         NumericalError: a prior is not positive definite.
     """
-    rule = find_rule(hparams.solver, hparams.solver_settings)
+    rule = rule_of(hparams.objective())
     terms = _anchor_terms(model, tok, hparams, weights, anchors, show_progress)
     return {layer: _start(rule, hparams, weights[layer], f"layer {layer}", terms[layer]) for layer in terms}
 
@@ -78,9 +78,7 @@ class _Terms:
 
 def _start(rule: Rule, hp: RLSEditHyperParams, W_0: Tensor, name: str, terms: _Terms) -> LayerStart:
     """One layer before the first edit. What a rebuild needs of it stays in main memory."""
-    solution = rule.begin(
-        Prior(W_0, terms.gram, hp.lambda_reg, hp.mu_reg, terms.cross, terms.moment, name)
-    )
+    solution = rule.begin(Prior(W_0, terms.gram, hp.lambda_reg, hp.mu_reg, terms.cross, terms.moment, name))
     packed = None if terms.gram is None else PackedSymmetric.from_dense(terms.gram.cpu())
     watch = None if solution.watch is None else solution.watch.to(torch.device("cpu"))
     W_p = W_0 if torch.equal(W_0, solution.weight) else solution.weight.clone()

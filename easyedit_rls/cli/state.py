@@ -147,6 +147,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.files_only or newest is None or newest.is_closed:
         return 0
     figures = _read(arguments.ledger, lambda journal: _all_rebuild_figures(journal))
+    if not figures:
+        say("Its rule has no batch solution to hold the state against; every change could be made once more.")
+        return 0
     table = Table(
         "Layer",
         "C symmetric",
@@ -176,7 +179,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _all_rebuild_figures(journal: Journal) -> list[RebuildFigures]:
     moment = _moment(journal)
-    return [rebuild_figures(journal, moment, layer) for layer in moment.solutions]
+    return [
+        rebuild_figures(journal, moment, layer)
+        for layer, solution in moment.solutions.items()
+        if solution.solves_objective
+    ]
 
 
 def _retract(arguments: argparse.Namespace) -> int:

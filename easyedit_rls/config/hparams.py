@@ -22,6 +22,7 @@ from easyedit_rls.config.fields import (
 from easyedit_rls.config.files import find_settings
 from easyedit_rls.config.reading import no_mapping, read_yaml, typed, yaml_of
 from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.solvers.rule import rule_of
 
 _PER_LAYER: dict[str, Any] = {"test": has_slot, "allowed": "a module name with one {} for the layer number"}
 
@@ -306,6 +307,10 @@ class RLSEditHyperParams:
         is_above = self.v_loss_layer >= last
         refuse_unless(is_above, self, "v_loss_layer", f"the last edited layer ({last}) or above")
         refuse_unless(self.lambda_reg > 0 or self.mu_reg > 0, self, "lambda_reg", "above 0 where mu_reg is 0")
+        rule = rule_of(self.objective())
+        refuse_unless(
+            rule.can_retract or self.rehearsal == 0, self, "rehearsal", f"0 where solver is {self.solver}"
+        )
         has_prior = self.lambda_reg > 0 or self.mom2_adjustment
         refuse_unless(has_prior, self, "lambda_reg", "above 0 where mom2_adjustment is false")
         if self.context_templates is not None:

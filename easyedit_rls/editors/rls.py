@@ -302,7 +302,7 @@ class RLSEditor:
                 values = self._optimize(facts)
                 clock.append(time.perf_counter())
                 walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
-                self._write(change, walk, values)
+                self._write(change, walk, values, facts)
                 next_id = self.state.history.next_id
                 change.edits = tuple(Edit(next_id + row, fact.request, row) for row, fact in enumerate(facts))
                 clock.append(time.perf_counter())
@@ -389,7 +389,7 @@ class RLSEditor:
         for layer in change.solutions if removed or change.rebuilt else ():
             self.layout.edited[layer].write(change.solutions[layer].weight)
 
-    def _write(self, change: Change, walk: LayerWalk, values: Values) -> None:
+    def _write(self, change: Change, walk: LayerWalk, values: Values, facts: Sequence[Fact]) -> None:
         """Write the values into all layers, lowest first."""
         for layer, weight in self.layout.edited.items():
             W = change.solutions[layer].weight
@@ -397,6 +397,10 @@ class RLSEditor:
             V = target_outputs(K, W, walk, values, layer, self.hparams)
             change.bring_in(layer, K, V, walk.importance)
             weight.write(change.solutions[layer].weight)
+        if any(solution.looks_after for solution in change.solutions.values()):
+            again = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
+            for layer in self.layout.edited:
+                change.look_after(layer, again.advance_to(layer).to(K.device), walk.importance)
 
     def _layer_reports(self, change: Change) -> list[LayerReport]:
         reports = []

@@ -89,13 +89,20 @@ class Change:
         try:
             solution = solution.update(K, V, importance, same_change=self._is_begun(layer))
         except PrecisionError as exc:
-            if layer in self.rebuilt:
+            if layer in self.rebuilt or not solution.can_drift:
                 raise
             logger.info("%s", exc)
             self._rebuild(layer)
             solution = self.solutions[layer].update(K, V, importance, same_change=True)
         self.solutions[layer], self.factors[layer] = solution, solution.gamma
         self.data |= {f"K.{layer}": K, f"V.{layer}": V, "importance": importance}
+
+    def look_after(self, layer: int, K: Tensor, importance: Tensor) -> None:
+        """Show a rule the batch's keys once more, as they are when all layers are written: (u, d_k), or with
+        a row dimension more.
+        """
+        self.solutions[layer] = self.solutions[layer].after_batch(K, importance)
+        self.data[f"K_after.{layer}"] = K
 
     def entry(self, weights: str) -> Entry:
         """What is to be written down."""

@@ -49,7 +49,8 @@ class Entry:
         time: when, ISO 8601, UTC.
         version: of this package.
         data: loads the tensors: ``K.<layer>`` (u, d_k), ``V.<layer>`` (u, d_v), ``importance`` (u,), or with
-            a dimension more, (u, r, …), where an edit has r rows (setting `keys`); for 'adopt' ``W.<layer>``.
+            a dimension more, (u, r, …), where an edit has r rows (setting `keys`); ``K_after.<layer>`` for
+            rules that look at keys behind the batch; for 'adopt' ``W.<layer>``.
     """
 
     kind: str

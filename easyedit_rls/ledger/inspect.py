@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from easyedit_rls.anchors.prior import Prior
+from easyedit_rls.anchors.prior import LayerStart
 from easyedit_rls.errors import NumericalError, RLSEditError
 from easyedit_rls.evaluation.objective import objective
 from easyedit_rls.ledger.files import read_part
@@ -111,7 +111,7 @@ def unexpected(folder: Path) -> list[str]:
 
 
 def layer_figures(
-    prior: Prior, solution: LayerSolver, history: History, layer: int, manifest: Manifest
+    prior: LayerStart, solution: LayerSolver, history: History, layer: int, manifest: Manifest
 ) -> LayerFigures:
     """Deviation and the three terms of the paper's objective at the weight as it is."""
     lambda_reg, mu_reg = float(manifest.objective["lambda_reg"]), float(manifest.objective["mu_reg"])

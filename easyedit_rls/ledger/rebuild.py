@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from easyedit_rls.ledger.history import Entry, History
 from easyedit_rls.solvers.base import LayerSolver, flat_rows
 from easyedit_rls.solvers.batch import Beginning, batch_solution
-from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 
@@ -31,7 +30,7 @@ def rebuilt(
     Raises:
         NumericalError: the information matrix is not positive definite.
     """
-    if isinstance(current, ForgettingLeastSquares):  # it carries A itself, in float64
+    if not current.can_drift:  # it carries A itself, in float64
         device = current.weight.device
         return current.retract(*history.tensors(removed, [layer], device)[layer]) if removed else current
     device = current.weight.device
@@ -83,6 +82,10 @@ def replayed(
         if f"K.{layer}" in data:
             K, V, D = (data[name].to(device) for name in (f"K.{layer}", f"V.{layer}", "importance"))
             solution = solution.update(K, V, D, same_change=is_begun, factor=entry.factors[layer])
+        if f"K_after.{layer}" in data:
+            solution = solution.after_batch(
+                data[f"K_after.{layer}"].to(device), data["importance"].to(device)
+            )
         if entry.kind == "adopt":
             solution = solution.adopt(data[f"W.{layer}"].to(device))
         after[layer] = solution

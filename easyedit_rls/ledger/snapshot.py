@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from easyedit_rls.anchors.prior import Prior
+from easyedit_rls.anchors.prior import LayerStart
 from easyedit_rls.errors import LedgerError
 from easyedit_rls.ledger.files import pack, parsed
 from easyedit_rls.ledger.history import Entry, History
@@ -19,9 +19,8 @@ from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.rebuild import replayed
 from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
-from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
 from easyedit_rls.solvers.packed import PackedSymmetric
-from easyedit_rls.solvers.rls import RecursiveLeastSquares
+from easyedit_rls.solvers.rule import Rule, rule_of
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -52,13 +51,13 @@ class StoredBeginnings(Mapping[int, Beginning]):
         return len(self._layers)
 
 
-def prior_files(priors: Mapping[int, Prior]) -> dict[str, bytes]:
+def prior_files(priors: Mapping[int, LayerStart]) -> dict[str, bytes]:
     """The priors of all layers as files."""
     files: dict[str, bytes] = {}
     for layer, prior in priors.items():
         tensors = prior.solution.tensors()
         if torch.equal(prior.unedited, prior.solution.weight):
-            del tensors["W"]  # as good as always: only anchors with values of their own move it
+            tensors.pop("W", None)  # as good as always: only anchors with values of their own move it
         if prior.anchor_energy is not None:
             tensors["anchor_energy"] = torch.tensor([prior.anchor_energy], dtype=torch.float64)
         if prior.beginning.gram is not None:
@@ -82,20 +81,21 @@ def read_manifest(journal: Journal) -> Manifest:
     )
 
 
-def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu") -> Prior:
+def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu") -> LayerStart:
     """One layer before the first edit."""
     name = _prior_name(layer)
     tensors = journal.load(name, device=device)
     unedited = read_unedited(journal, layer, device)
     energy, gram, regularizers = (tensors.pop(key, None) for key in ("anchor_energy", "gram", "regularizers"))
-    solution, _ = _solutions({"W": unedited.clone(), **tensors}, layer)
+    rule = rule_of(read_manifest(journal).objective)
+    solution, _ = _solutions(rule, {"W": unedited.clone(), **tensors}, layer)
     lambda_reg, mu_reg = (0.0, 0.0) if regularizers is None else regularizers.tolist()
     packed = None if gram is None else PackedSymmetric.from_vector(gram, len(unedited))
     C_0 = (
         PackedSymmetric.from_dense(solution.covariance()) if regularizers is None else None
     )  # a ledger of the first format
     beginning = Beginning(packed, C_0, lambda_reg, mu_reg, solution.weight, solution.watch)
-    return Prior(solution, unedited, beginning, None if energy is None else float(energy))
+    return LayerStart(solution, unedited, beginning, None if energy is None else float(energy))
 
 
 def read_unedited(journal: Journal, layer: int, device: torch.device | str = "cpu") -> Tensor:
@@ -191,6 +191,7 @@ def _read(
     progress: "tqdm[Any] | None",
 ) -> Moment:
     manifest = read_manifest(journal)
+    rule = rule_of(manifest.objective)
     if devices is None:
         devices = {int(layer): torch.device("cpu") for layer in manifest.widths}
     unedited = {layer: read_unedited(journal, layer, device) for layer, device in devices.items()}
@@ -203,7 +204,7 @@ def _read(
         pairs = {}
         for name, stamp in journal.lines[start - 1].files.items():
             layer = int(name.rsplit("-", 1)[1].split(".")[0])
-            pairs[layer] = _solutions(journal.load(name, stamp, devices[layer]), layer)
+            pairs[layer] = _solutions(rule, journal.load(name, stamp, devices[layer]), layer)
         solutions: Mapping[int, LayerSolver] = {layer: pairs[layer][0] for layer in devices}
         found = {layer: pair[1] for layer, pair in pairs.items() if pair[1] is not None}
         before = found if len(found) == len(devices) and history_before is not None else None
@@ -262,10 +263,11 @@ def _is_loose(journal: Journal, line: Line) -> bool:
     return line is first and _first_id(journal) > 1 and "n_batches" not in journal.lines[0].entry
 
 
-def _solutions(tensors: Mapping[str, Tensor], layer: int) -> tuple[LayerSolver, LayerSolver | None]:
-    kind = ForgettingLeastSquares if "P" in tensors else RecursiveLeastSquares
+def _solutions(
+    rule: Rule, tensors: Mapping[str, Tensor], layer: int
+) -> tuple[LayerSolver, LayerSolver | None]:
     try:
-        return kind.from_tensors(tensors, f"layer {layer}")
+        return rule.from_tensors(tensors, f"layer {layer}")
     except KeyError as exc:
         raise LedgerError(
             f"The state of layer {layer} lacks {exc}. It was written by another version of the package."

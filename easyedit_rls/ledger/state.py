@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from easyedit_rls._base.interrupts import deferred_interrupts
-from easyedit_rls.anchors.prior import Prior
+from easyedit_rls.anchors.prior import LayerStart
 from easyedit_rls.errors import LedgerError, NumericalError, StateMismatchError
 from easyedit_rls.ledger import Ledger, Place
 from easyedit_rls.ledger.change import Change, adopted
@@ -112,7 +112,9 @@ class EditorState:
             and self.now.place.is_recorded
         )
 
-    def begin(self, priors: Mapping[int, Prior], templates: list[str], manifest: Manifest | None) -> None:
+    def begin(
+        self, priors: Mapping[int, LayerStart], templates: list[str], manifest: Manifest | None
+    ) -> None:
         """Take the state before the first edit. Nothing is written before the first batch is.
 
         Args:

@@ -3,10 +3,12 @@
 A filter replaces a rule's step ΔW by post(ΔW) (SPHERE, RECT, PRUNE). What it takes away is lost to the rule's
 problem A ΔW = B. OTE (arXiv 2605.26670) carries it along and gives it back with the next steps:
 
-    ΔW ← ΔW − A^-1 E          W ← W + post(ΔW)          E ← E + A (post(ΔW) − ΔW)
+    ΔW ← ΔW − A^-1 E          W ← W + post(ΔW)          E ← A (post(ΔW) − ΔW)
 
 with A the rule's matrix after the batch (`LayerSolver.information`): for MEMIT on a stream A_t = n_0 C + S +
-KᵀK. The rule itself always goes on from the weight that was written.
+KᵀK. With the step before the correction, ΔW', the same is E ← E + A (post(ΔW) − ΔW'). A W = B + E holds
+for all batches so far, so W − A^-1 E is the rule's own solution. The rule goes on from the weight that was
+written.
 """
 
 from abc import ABC, abstractmethod
@@ -122,7 +124,7 @@ class FilteredSolver(LayerSolver):
         for post in self.filters:
             kept = post(kept, W, W_0)
         if E is not None:
-            E = E + A @ (kept - step)
+            E = A @ (kept - step)
         W = (W + kept).to(self.weight.dtype)
         if not bool(torch.isfinite(W).all()):
             raise NumericalError(f"A filter left NaN in the weight of {self.name}. Leave it out.")

@@ -68,4 +68,4 @@ class LyapLock(StepSolver):
         if D > 0:
             Z = max(Z + (harm - self.settings.alpha * D) / root, root)
         history = {"S": state["S"] + gram, "KV": state["KV"] + gram @ (W + change)}
-        return change, {**state, **history, "queue": torch.tensor([D, Z]).to(K)}
+        return change, {**state, **history, "queue": K.new_tensor([D, Z])}

@@ -91,6 +91,24 @@ def find_rule(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
     )
 
 
+def rule_of(settings: Mapping[str, Any]) -> Rule:
+    """The rule that settings ask for: `solver` and `solver_settings`, and `forgetting_factor` and
+    `forgetting_memory`, which make rls the rule that forgets.
+
+    Raises:
+        HyperParamsError: see `find_rule`; or edits shall fade under a rule that can't let them.
+    """
+    name, factor = settings["solver"], settings["forgetting_factor"]
+    if factor == 1:
+        return find_rule(name, settings["solver_settings"])
+    if name != "rls":
+        raise HyperParamsError(
+            f"Setting forgetting_factor is {factor!r}, but solver {name} lets nothing fade so. "
+            "Leave it at 1, or take solver: rls."
+        )
+    return find_rule("forgetting", {"factor": factor, "memory": settings["forgetting_memory"]})
+
+
 def describe_rules() -> str:
     """All solvers and filters with their settings and defaults, a line each, for help texts."""
     lines = []

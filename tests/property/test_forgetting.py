@@ -6,17 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from easyedit_rls.errors import NumericalError
-from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
+from easyedit_rls.solvers.forgetting import ForgettingLeastSquares, ForgettingSettings
+from easyedit_rls.solvers.prior import Prior
 from tests.property.test_recursion import assert_close, problems, splits
 from tests.tolerances import FLOAT64, RETRACTION
 
 
 def forgetting(problem, factor, dtype=torch.float64, memory=20.0):
     cross = None if problem.cross is None else problem.cross.to(dtype)
-    return ForgettingLeastSquares(
-        problem.W_0.to(dtype), problem.gram.to(dtype), lambda_reg=problem.lam, mu_reg=problem.mu,
-        anchor_cross=cross, factor=factor, memory=memory, name="layer 0",
-    )  # fmt: skip
+    own = ForgettingSettings(factor or "adaptive", memory)
+    prior = Prior(
+        problem.W_0.to(dtype), problem.gram.to(dtype), problem.lam, problem.mu, cross, name="layer 0"
+    )
+    return ForgettingLeastSquares(prior, own)
 
 
 def feed(state, problem, start, end, **how):

@@ -13,8 +13,9 @@ from easyedit_rls.ledger.change import Change
 from easyedit_rls.ledger.history import Edit
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.solvers.batch import Beginning
-from easyedit_rls.solvers.forgetting import ForgettingLeastSquares
+from easyedit_rls.solvers.forgetting import ForgettingLeastSquares, ForgettingSettings
 from easyedit_rls.solvers.packed import PackedSymmetric
+from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.tolerances import FLOAT32, LONG_STREAM_FLOAT32, OTHERS, TAKEN_OUT
 
@@ -31,9 +32,9 @@ class Stream:
         gram, W_0 = 10 * text.T @ text / len(text), 0.05 * torch.randn(D_K, D_V, generator=g)
         how = {"lambda_reg": LAMBDA, "mu_reg": 1.0, "name": "layer 0"}
         solution = (
-            ForgettingLeastSquares(W_0, gram, factor=1.0, **how)
+            ForgettingLeastSquares(Prior(W_0, gram, **how), ForgettingSettings(1.0))
             if forgets
-            else RecursiveLeastSquares(W_0, gram, **how)
+            else RecursiveLeastSquares(Prior(W_0, gram, **how))
         )
         beginning = Beginning(PackedSymmetric.from_dense(gram), None, LAMBDA, 1.0, W_0, solution.watch)
         self.now = Moment({0: solution}, {0: W_0}, {0: beginning})

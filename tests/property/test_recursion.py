@@ -15,6 +15,7 @@ from easyedit_rls.errors import NumericalError
 from easyedit_rls.ledger.change import DRIFT_TOLERANCE
 from easyedit_rls.solvers import packed as symmetric
 from easyedit_rls.solvers.packed import PackedSymmetric, Term
+from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.tolerances import FEW_EDITS_DRIFT, FLOAT32, FLOAT64, LONG_STREAM_FLOAT32, RETRACTION, RETRACTIONS
 
@@ -46,12 +47,14 @@ class Problem:
     def state(self, dtype=torch.float64):
         cross = None if self.cross is None else self.cross.to(dtype)
         return RecursiveLeastSquares(
-            self.W_0.to(dtype),
-            self.gram.to(dtype),
-            lambda_reg=self.lam,
-            mu_reg=self.mu,
-            anchor_cross=cross,
-            name="layer 0",
+            Prior(
+                self.W_0.to(dtype),
+                self.gram.to(dtype),
+                lambda_reg=self.lam,
+                mu_reg=self.mu,
+                anchor_cross=cross,
+                name="layer 0",
+            )
         )
 
     def feed(self, state, start, end, **how):
@@ -165,7 +168,7 @@ def test_ten_thousand_batches_in_float32(lam, n_0):
     spectrum = torch.logspace(0, -1.5, d_k)  # keys of real text are far from isotropic
     text = torch.randn(2000, d_k, generator=g) * spectrum
     gram, W_0 = n_0 * text.T @ text / len(text), torch.randn(d_k, d_v, generator=g)
-    state = RecursiveLeastSquares(W_0, gram, lambda_reg=lam, mu_reg=1.0)
+    state = RecursiveLeastSquares(Prior(W_0, gram, lambda_reg=lam, mu_reg=1.0))
     A = lam**2 * torch.eye(d_k, dtype=torch.float64) + gram.double()
     right = A @ W_0.double()
     for _ in range(10_000):
@@ -220,7 +223,9 @@ def test_non_finite_input_changes_nothing(field):
 def test_singular_prior_names_layer_and_cure():
     keys = torch.ones(3, 6)
     with pytest.raises(NumericalError, match=r"Prior of layer 5 \(d_k=6, lambda_reg=0.*Raise lambda_reg"):
-        RecursiveLeastSquares(torch.ones(6, 2), keys.T @ keys, lambda_reg=0.0, mu_reg=1.0, name="layer 5")
+        RecursiveLeastSquares(
+            Prior(torch.ones(6, 2), keys.T @ keys, lambda_reg=0.0, mu_reg=1.0, name="layer 5")
+        )
 
 
 def test_adopting_a_weight_keeps_the_covariance():
@@ -249,7 +254,7 @@ def test_a_pass_that_breaks_off_is_made_up_for(n_good, monkeypatch):
     )
 
     def stream(upset):
-        state, found = RecursiveLeastSquares(W_0, None, lambda_reg=3.0, mu_reg=1.0), []
+        state, found = RecursiveLeastSquares(Prior(W_0, None, lambda_reg=3.0, mu_reg=1.0)), []
         for start in range(0, 50, 10):
             for attempt in range(20):
                 try:
@@ -335,7 +340,7 @@ def test_products_do_not_depend_on_what_was_brought_in():
         torch.randn(60, 3, generator=g),
         torch.randn(1100, 3, generator=g),
     )
-    state = other = RecursiveLeastSquares(W_0, None, lambda_reg=3.0, mu_reg=1.0)
+    state = other = RecursiveLeastSquares(Prior(W_0, None, lambda_reg=3.0, mu_reg=1.0))
     other = copy.deepcopy(other)
     for start in (0, 20, 40):
         state = state.update(K[start : start + 20], V[start : start + 20])

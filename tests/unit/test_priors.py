@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from easyedit_rls.anchors.prior import _moment_gram
+from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.conftest import tiny_settings
 from tests.tolerances import BATCHES, FLOAT64
@@ -50,6 +51,6 @@ def test_alphaedit_is_the_limit(moment):
     hp = tiny_settings(
         "llama", mom2_update_weight=0.0, lambda_reg=1.0, nullspace_weight=1e8, nullspace_threshold=0.02
     )
-    solution = RecursiveLeastSquares(W, _moment_gram(mean, hp), lambda_reg=1.0, mu_reg=1.0)
+    solution = RecursiveLeastSquares(Prior(W, _moment_gram(mean, hp), lambda_reg=1.0, mu_reg=1.0))
     solution = solution.update(K, K @ W + R)
     assert torch.allclose(solution.weight - W, expected, **BATCHES)
