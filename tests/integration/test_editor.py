@@ -307,8 +307,8 @@ def interrupt_write(editor, requests, monkeypatch):
     (nan_weight, NumericalError, "holds NaN.*Load the model again"),
     (nan_elsewhere, NumericalError, "NaN|not finite"),
     (interrupt("optimize_values", 1), KeyboardInterrupt, None),
-    (interrupt("LayerWalk.keys", 1), KeyboardInterrupt, None),
-    (interrupt("LayerWalk.keys", 2), KeyboardInterrupt, None),
+    (interrupt("LayerWalk.advance_to", 1), KeyboardInterrupt, None),
+    (interrupt("LayerWalk.advance_to", 2), KeyboardInterrupt, None),
     (interrupt("LayerWalk.value_states", 2), KeyboardInterrupt, None),
     (interrupt_write, KeyboardInterrupt, None),
 ])  # fmt: skip
