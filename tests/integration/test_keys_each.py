@@ -127,7 +127,7 @@ def test_the_objective_counts_every_row(fresh, tok, requests, each, tmp_path):
         )
         assert figures.edits_term == pytest.approx(missed, rel=FLOAT32)
         total += missed
-    assert objective.terms(editor)["edits"] == pytest.approx(total, rel=FLOAT32)
+    assert objective.terms(editor.model, editor)["edits"] == pytest.approx(total, rel=FLOAT32)
 
 
 def test_a_covariance_is_rebuilt_from_every_row(fresh, requests, each, tmp_path):
