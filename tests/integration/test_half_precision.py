@@ -393,5 +393,5 @@ def test_the_objective_is_taken_at_the_masters(family, tok, requests, settings):
         sum(float((state.layers[n].weight - W_0).square().sum()) for n, W_0 in state.unedited.items())
         * hp.lambda_reg**2
     )
-    assert objective.terms(editor)["deviation"] == pytest.approx(wanted, rel=FLOAT32_SUM)
-    assert objective.terms(None)["deviation"] != pytest.approx(wanted, rel=FLOAT32_SUM)
+    assert objective.terms(editor.model, editor)["deviation"] == pytest.approx(wanted, rel=FLOAT32_SUM)
+    assert objective.terms(editor.model, None)["deviation"] != pytest.approx(wanted, rel=FLOAT32_SUM)
