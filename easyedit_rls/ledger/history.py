@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from easyedit_rls._base.arguments import listed
+from easyedit_rls._base.clock import utc_now
 from easyedit_rls._version import __version__
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.errors import ArgumentError, RequestError
@@ -59,7 +59,7 @@ class Entry:
     rebuilt: tuple[int, ...] = ()
     factors: Mapping[int, float] = field(default_factory=dict)
     weights: str = ""
-    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    time: str = field(default_factory=utc_now)
     version: str = __version__
     data: Data = field(default=dict, compare=False, repr=False)
 

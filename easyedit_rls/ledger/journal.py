@@ -22,13 +22,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from easyedit_rls._base.clock import utc_now
 from easyedit_rls._base.files import Stamp, sync_folder, write_all, write_file
 from easyedit_rls.errors import LedgerError
 from easyedit_rls.ledger.files import (
@@ -52,11 +52,6 @@ _LONGEST_LINE = 1 << 26  # bytes, when read; what is written is far below
 _MOST_TEXT = 1 << 23  # bytes of a change's texts; escaped, as in the record, they are up to six times as long
 
 
-def now() -> str:
-    """ISO 8601, UTC."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 @dataclass(frozen=True)
 class Line:
     """One event.
@@ -74,7 +69,7 @@ class Line:
     files: Mapping[str, Stamp] = field(default_factory=dict)
     record: tuple[int, Stamp] | None = None
     entry: Mapping[str, Any] = field(default_factory=dict)
-    time: str = field(default_factory=now)
+    time: str = field(default_factory=utc_now)
 
     def encode(self) -> bytes:
         """The line as bytes."""

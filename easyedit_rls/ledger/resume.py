@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from easyedit_rls._base.clock import utc_now
 from easyedit_rls._version import __version__
 from easyedit_rls.anchors.pairs import AnchorPairs
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import StateMismatchError
 from easyedit_rls.ledger import Ledger
-from easyedit_rls.ledger.journal import now
 from easyedit_rls.ledger.manifest import Manifest, describe, describe_anchors
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.snapshot import read_manifest, read_moment
@@ -91,7 +91,9 @@ def identify(
     templates: Sequence[str],
 ) -> Manifest:
     """What a ledger of this model under these settings would say of itself."""
-    return describe(model, layout, hparams, describe_anchors(anchors, hparams), templates, now(), __version__)
+    return describe(
+        model, layout, hparams, describe_anchors(anchors, hparams), templates, utc_now(), __version__
+    )
 
 
 def foreign_weights(moment: Moment, edited: Mapping[int, EditedWeight]) -> list[str]:
