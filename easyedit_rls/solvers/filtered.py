@@ -24,6 +24,7 @@ from easyedit_rls.registry import Registry
 from easyedit_rls.solvers.base import LayerSolver, NoSettings, part_of
 from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.spd import cholesky
+from easyedit_rls.solvers.watch import widest_dtype
 
 FILTERS: "Registry[type[Filter]]" = Registry("filter", "easyedit_rls.filters", ("easyedit_rls.solvers",))
 register_filter = FILTERS.register
@@ -80,7 +81,8 @@ class FilteredSolver(LayerSolver):
     @classmethod
     def around(cls, inner: LayerSolver, filters: tuple[Filter, ...], feeds_back: bool) -> "FilteredSolver":
         """A rule's state before the first edit, behind filters."""
-        E = torch.zeros_like(inner.weight, dtype=torch.float64) if feeds_back else None
+        wide = widest_dtype(inner.weight.device)
+        E = torch.zeros_like(inner.weight, dtype=wide) if feeds_back else None
         if feeds_back:
             inner.information()  # refuses here where there is none
         return cls._of(_Parts(inner, inner.weight.clone(), E), filters)
@@ -115,10 +117,11 @@ class FilteredSolver(LayerSolver):
         """The state with one batch of edits more; see `LayerSolver.update`."""
         p = self._parts
         inner = p.inner.update(K, V, importance, same_change=same_change, factor=factor)
-        W, W_0 = self.weight.double(), p.W_0.double()
-        step, E = inner.weight.double() - W, p.E
+        wide = widest_dtype(self.weight.device)
+        W, W_0 = self.weight.to(wide), p.W_0.to(wide)
+        step, E = inner.weight.to(wide) - W, p.E
         if E is not None:
-            A = inner.information().double()
+            A = inner.information().to(wide)
             step = step - torch.cholesky_solve(E, cholesky(A, f"Information of {self.name}"))
         kept = step
         for post in self.filters:
