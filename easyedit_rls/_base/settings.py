@@ -1,97 +1,131 @@
-"""Settings that stand with their range beside them, and are read from a mapping."""
+"""Settings that stand with what they mean and allow beside them, are checked from there, and are read from a
+mapping.
+"""
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
+from numbers import Real
 from typing import Any, TypeVar
 
 from easyedit_rls.errors import HyperParamsError
 
 S = TypeVar("S")
 
+_TESTS = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
+_WORDS = {"above": "above {}", "least": "{} or above", "below": "below {}", "most": "up to {}"}
+
 
 def setting(
-    default: Any,
     help_text: str,
+    default: Any = MISSING,
     *,
+    factory: Any = MISSING,
     above: float | None = None,
     least: float | None = None,
+    below: float | None = None,
     most: float | None = None,
-    words: Sequence[str] = (),
+    choices: Sequence[Any] | None = None,
+    word: str | None = None,
+    test: Callable[[Any], bool] | None = None,
+    allowed: str | None = None,
+    objective: bool = False,
 ) -> Any:
     """A field of a dataclass of settings.
 
     Args:
-        default: its value where none is given; its type is the setting's.
-        help_text: what it is.
-        above: what it must be above.
-        least: what it must be at least.
-        most: what it must be at most.
-        words: texts that are allowed, instead of a number or as the only values.
+        help_text: what it means; a settings file says it above the value.
+        default, factory: as of `dataclasses.field`; with neither, it must be given.
+        above, least, below, most: bounds of a number.
+        choices: all its values.
+        word: a text that may stand for the number.
+        test: what a value must pass; `allowed` says it in words.
+        allowed: how the error says what may be given, where bounds and choices don't say it well.
+        objective: whether it defines the least-squares problem.
     """
-    limits = {"above": above, "least": least, "most": most, "words": tuple(words)}
-    return field(default=default, metadata={"help": help_text, **limits})
+    numbers = {"above": above, "least": least, "below": below, "most": most}
+    bounds = {name: bound for name, bound in numbers.items() if bound is not None}
+    notes: dict[str, Any] = {
+        "bounds": bounds,
+        "choices": choices,
+        "word": word,
+        "test": test,
+        "allowed": allowed,
+    }
+    notes |= {"help": help_text, "objective": objective}
+    return field(default=default, default_factory=factory, metadata=notes)
+
+
+def check_fields(settings: Any) -> None:
+    """See that every field of a dataclass of settings is within what stands beside it.
+
+    Raises:
+        HyperParamsError: one is not; names it, its value, and what is allowed.
+    """
+    for one in fields(settings):
+        value, notes = getattr(settings, one.name), one.metadata
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        refuse_unless(is_finite, settings, one.name, "a finite number")
+        refuse_unless(_is_allowed(value, notes), settings, one.name, notes.get("allowed") or _allowed(notes))
 
 
 def read_settings(cls: type[S], given: Mapping[str, Any], where: str) -> S:
-    """Settings of a class from a mapping, each of its type and within its range.
+    """Settings of a dataclass from a mapping, each of its default's type and within its range.
 
     Args:
-        cls: a dataclass whose fields were made by `setting`.
+        cls: its fields were made by `setting`, with defaults.
         given: name -> value.
         where: whose settings they are, for messages.
 
     Raises:
-        HyperParamsError: one is unknown, of another type, or out of range; names it, the value, and what is
-            allowed.
+        HyperParamsError: one is unknown, of another type, or out of range; names it and what is allowed.
     """
-    known = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
+    known = defaults(cls)
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             has = ", ".join(known) or "none"
-            raise HyperParamsError(f"{where} has no setting {name!r}.{hint} It has: {has}.")
-        if not _fits(value, known[name].default, known[name].metadata):
-            allowed = _allowed(known[name].default, known[name].metadata)
-            raise HyperParamsError(f"Setting {name} of {where} is {value!r}; allowed: {allowed}.")
-    return cls(**given)
-
-
-def _fits(value: Any, default: Any, limits: Mapping[str, Any]) -> bool:
-    if isinstance(value, str):
-        return value in limits["words"]
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if isinstance(default, str) and not _ranged(limits):
-        return False
-    kinds = int if isinstance(default, int) else (int, float)
-    if not isinstance(value, kinds) or not math.isfinite(value):
-        return False
-    is_low = limits["above"] is not None and value <= limits["above"]
-    is_low |= limits["least"] is not None and value < limits["least"]
-    return not is_low and (limits["most"] is None or value <= limits["most"])
-
-
-def _ranged(limits: Mapping[str, Any]) -> bool:
-    return any(limits[key] is not None for key in ("above", "least", "most"))
-
-
-def _allowed(default: Any, limits: Mapping[str, Any]) -> str:
-    if isinstance(default, bool):
-        return "true or false"
-    bounds = [f"{word} {limits[key]:g}" for key, word in _BOUNDS.items() if limits[key] is not None]
-    number = "a whole number" if isinstance(default, int) else "a number"
-    texts = [repr(word) for word in limits["words"]]
-    if isinstance(default, str) and not _ranged(limits):
-        return " or ".join(texts)
-    return " or ".join([" ".join([number, " and ".join(bounds)]).strip(), *texts])
+            raise HyperParamsError(f"The {where} has no setting {name!r}.{hint} It has: {has}.")
+        if isinstance(known[name], int) and type(value) is not int:
+            raise HyperParamsError(f"Setting {name} of the {where} is {value!r}; allowed: whole numbers.")
+    made = cls(**given)
+    try:
+        check_fields(made)
+    except HyperParamsError as exc:
+        raise HyperParamsError(f"In the settings of the {where}: {exc}") from exc
+    return made
 
 
 def defaults(cls: type) -> dict[str, Any]:
     """Names and default values of a class's settings."""
-    return {item.name: item.default for item in fields(cls) if item.default is not MISSING}
+    return {one.name: one.default for one in fields(cls)}
 
 
-_BOUNDS = {"above": "above", "least": "of at least", "most": "of at most"}
+def refuse_unless(is_fine: bool, settings: Any, name: str, allowed: str) -> None:
+    """Raise the error of a setting that is not fine.
+
+    Raises:
+        HyperParamsError: names it, its value, and what is allowed.
+    """
+    if not is_fine:
+        raise HyperParamsError(f"Setting {name} is {getattr(settings, name)!r}; allowed: {allowed}.")
+
+
+def _is_allowed(value: Any, notes: Mapping[str, Any]) -> bool:
+    if bounds := notes.get("bounds"):
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return all(_TESTS[name](value, bound) for name, bound in bounds.items())
+        return notes["word"] is not None and bool(value == notes["word"])
+    if notes.get("choices"):
+        return value in notes["choices"]
+    return not notes.get("test") or notes["test"](value)
+
+
+def _allowed(notes: Mapping[str, Any]) -> str:
+    if notes.get("choices"):
+        return " or ".join(repr(choice) for choice in notes["choices"])
+    bounds = ", and ".join(_WORDS[name].format(bound) for name, bound in notes.get("bounds", {}).items())
+    return f"{bounds}, or {notes['word']!r}" if notes.get("word") else bounds

@@ -7,17 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from easyedit_rls._base.settings import check_fields, refuse_unless, setting
 from easyedit_rls.config.auto import settings_of
 from easyedit_rls.config.fields import (
     are_layers,
     are_statements,
     are_texts,
-    check_fields,
     has_slot,
     is_folder,
     of_objective,
-    refuse_unless,
-    setting,
 )
 from easyedit_rls.config.files import find_settings
 from easyedit_rls.config.reading import no_mapping, read_yaml, typed, yaml_of

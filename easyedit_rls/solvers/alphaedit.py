@@ -25,9 +25,9 @@ from easyedit_rls.solvers.step import StepSolver
 class AlphaEditSettings:
     """Of AlphaEdit."""
 
-    L2: float = setting(10.0, "The ridge on a step.", above=0)
-    threshold: float = setting(2e-2, "Eigenvalues of C below it are free.", above=0)
-    history: str = setting("after", "Keys that S takes: as written, or as used.", words=("after", "before"))
+    L2: float = setting("The ridge on a step.", 10.0, above=0)
+    threshold: float = setting("Eigenvalues of C below it are free.", 2e-2, above=0)
+    history: str = setting("Keys that S takes: as written, or as used.", "after", choices=("after", "before"))
 
 
 @register_solver("alphaedit")

@@ -22,10 +22,10 @@ from easyedit_rls.solvers.step import StepSolver
 class BetaEditSettings:
     """Of BetaEdit."""
 
-    moment_weight: float = setting(3000.0, "λ1, how many tokens of ordinary text C stands for.", above=0)
-    ridge: float = setting(10.0, "λ2, the ridge on a step.", above=0)
-    threshold: float = setting(2e-2, "Eigenvalues below it are free.", above=0)
-    every: int = setting(1000, "Edits after which P is taken anew.", least=1)
+    moment_weight: float = setting("λ1, how many tokens of ordinary text C stands for.", 3000.0, above=0)
+    ridge: float = setting("λ2, the ridge on a step.", 10.0, above=0)
+    threshold: float = setting("Eigenvalues below it are free.", 2e-2, above=0)
+    every: int = setting("Edits after which P is taken anew.", 1000, least=1)
 
 
 @register_solver("betaedit")

@@ -23,8 +23,8 @@ from easyedit_rls.solvers.step import StepSolver
 class EmmetSettings:
     """Of EMMET."""
 
-    n_0: float = setting(100000.0, "How many tokens of ordinary text C stands for.", above=0)
-    ridge: float = setting(0.1, "λ_e, how soft the equality is.", above=0)
+    n_0: float = setting("How many tokens of ordinary text C stands for.", 100000.0, above=0)
+    ridge: float = setting("λ_e, how soft the equality is.", 0.1, above=0)
 
 
 @register_solver("emmet")

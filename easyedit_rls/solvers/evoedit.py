@@ -24,9 +24,9 @@ from easyedit_rls.solvers.step import StepSolver
 class EvoEditSettings:
     """Of EvoEdit."""
 
-    L2: float = setting(4.0, "The ridge on a step.", above=0)
-    threshold: float = setting(2e-2, "Eigenvalues of C below it are free at the start.", above=0)
-    least: float = setting(1e-3, "‖P Kᵀ‖ below which a batch is not written.", least=0)
+    L2: float = setting("The ridge on a step.", 4.0, above=0)
+    threshold: float = setting("Eigenvalues of C below it are free at the start.", 2e-2, above=0)
+    least: float = setting("‖P Kᵀ‖ below which a batch is not written.", 1e-3, least=0)
 
 
 @register_solver("evoedit")

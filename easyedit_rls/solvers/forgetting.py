@@ -89,13 +89,13 @@ class ForgettingSettings:
     """Of the rule that forgets."""
 
     factor: Any = setting(
-        "adaptive",
         "γ: by how much each batch fades the edits before it.",
+        "adaptive",
         above=0,
         most=1,
-        words=("adaptive",),
+        word="adaptive",
     )
-    memory: float = setting(1000.0, "For 'adaptive': N_0, how many edits' information stays.", least=1)
+    memory: float = setting("For 'adaptive': N_0, how many edits' information stays.", 1000.0, least=1)
 
 
 @register_solver("forgetting")

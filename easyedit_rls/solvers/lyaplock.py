@@ -29,8 +29,8 @@ _CURE = "Raise n_0, or use more text for the second moments (mom2_n_samples)."
 class LyapLockSettings:
     """Of LyapLock."""
 
-    n_0: float = setting(1000.0, "How many tokens of ordinary text C stands for.", above=0)
-    alpha: float = setting(60.0, "α: PL may be so many times that of the first batch.", above=0)
+    n_0: float = setting("How many tokens of ordinary text C stands for.", 1000.0, above=0)
+    alpha: float = setting("α: PL may be so many times that of the first batch.", 60.0, above=0)
 
 
 @register_solver("lyaplock")

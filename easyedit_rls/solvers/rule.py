@@ -84,7 +84,7 @@ def find_rule(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
             raise HyperParamsError(
                 f"Settings of the filter {part} are {own!r}, not a block of settings by name."
             )
-        filters.append(found(read_settings(found.Settings, own, f"the filter {part}")))
+        filters.append(found(read_settings(found.Settings, own, f"filter {part}")))
     solver = SOLVERS.get(solver_name)
     return Rule(
         solver, read_settings(solver.Settings, given, f"solver {solver_name}"), tuple(filters), feeds_back

@@ -29,7 +29,7 @@ from easyedit_rls.solvers.step import StepSolver
 
 @dataclass(frozen=True)
 class RidgeSettings:
-    rho: float = setting(1.0, "The ridge.", above=0)
+    rho: float = setting("The ridge.", 1.0, above=0)
 
 
 @register_solver("ridge")

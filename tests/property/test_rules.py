@@ -236,11 +236,11 @@ def test_feedback_gives_back_what_filters_took():
     ("rls-ote", {}, "stands last, behind them"),
     ("rls-ote-rect", {}, "stands last, behind them"),
     ("memit", {"n0": 3}, "no setting 'n0'.*Did you mean n_0"),
-    ("memit", {"n_0": 0}, "n_0 of solver memit is 0; allowed: a number above 0"),
-    ("memit", {"n_0": "many"}, "allowed: a number above 0"),
-    ("betaedit", {"every": 2.5}, "allowed: a whole number of at least 1"),
+    ("memit", {"n_0": 0}, "solver memit: Setting n_0 is 0; allowed: above 0"),
+    ("memit", {"n_0": "many"}, "allowed: above 0"),
+    ("betaedit", {"every": 2.5}, "every of the solver betaedit is 2.5; allowed: whole numbers"),
     ("alphaedit", {"history": "never"}, "allowed: 'after' or 'before'"),
-    ("forgetting", {"factor": 2}, "allowed: a number above 0 and of at most 1 or 'adaptive'"),
+    ("forgetting", {"factor": 2}, "factor is 2; allowed: above 0, and up to 1, or 'adaptive'"),
     ("rls-rect", {"rect": 3}, "Settings of the filter rect are 3"),
 ])  # fmt: skip
 def test_names_and_settings_are_checked(name, settings, message):
