@@ -1,4 +1,4 @@
-"""An update rule from another package, 25 lines long: edit, roll back, ledger, resume, compare. And the rules
+"""An update rule from another package, 27 lines long: edit, roll back, ledger, resume, compare. And the rules
 of this package through the same.
 """
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from easyedit_rls import HyperParamsError, RLSEditor
+from easyedit_rls.cli.state import main as state_main
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_moment
 from tests import zoo
@@ -35,13 +36,17 @@ class RidgeSettings:
 @register_solver("ridge")
 class Ridge(StepSolver):
     Settings = RidgeSettings
+    looks_after = True
 
     def start(self, prior):
         return {"n_rows": torch.zeros(1)}
 
     def step(self, K, R):
         gram = K.T @ K + self.settings.rho * torch.eye(K.shape[1]).to(K)
-        return torch.linalg.solve(gram, K.T @ R), {"n_rows": self.state["n_rows"] + len(K)}
+        return torch.linalg.solve(gram, K.T @ R), dict(self.state)
+
+    def after(self, K):
+        return {"n_rows": self.state["n_rows"] + len(K)}
 '''
 OWN = {"threshold": 0.5, "L2": 0.1}
 RULES = {
@@ -99,6 +104,25 @@ def test_a_rule_edits_rolls_back_is_kept_and_resumes(name, site, tok, requests, 
         assert all(torch.equal(weights(editor)[layer], W) for layer, W in second.items())
         editor.rollback()
         assert all(torch.equal(weights(editor)[layer], W) for layer, W in first.items())
+
+
+def test_keys_are_seen_again_behind_the_batch(site, tok, requests, monkeypatch):
+    monkeypatch.syspath_prepend(str(site))
+    hparams = tiny_settings("llama", solver="ridge", solver_settings=RULES["ridge"])
+    editor = RLSEditor(zoo.make("llama"), tok, hparams, show_progress=False)
+    editor.edit(requests)
+    data = editor.state.history.entries[-1].data()
+    for layer in hparams.layers:  # what is below a layer is written before it: its keys stay what they were
+        assert torch.equal(data[f"K_after.{layer}"], data[f"K.{layer}"])
+        assert editor.state.layers[layer].state["n_rows"] == len(requests)
+
+
+def test_verify_looks_at_what_a_rule_has(tok, requests, tmp_path, capsys):
+    hparams = tiny_settings("llama", solver="memit", solver_settings={"n_0": 50})
+    with RLSEditor(zoo.make("llama"), tok, hparams, state_dir=tmp_path, show_progress=False) as editor:
+        editor.edit(requests)
+    assert state_main(["verify", str(tmp_path)]) == 0
+    assert "no batch solution to hold the state against" in " ".join(capsys.readouterr().out.split())
 
 
 def test_it_is_compared_beside_others(site, tok, requests, demo_text, tmp_path):

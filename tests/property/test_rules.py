@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from easyedit_rls.errors import AnchorError, HyperParamsError
-from easyedit_rls.solvers.base import SOLVERS
+from easyedit_rls.solvers.base import SOLVERS, register_solver
 from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.rule import find_rule
+from tests.conftest import tiny_settings
 from tests.tolerances import RULES_FLOAT32, RULES_FLOAT64
 
 D_K, D_V, BATCHES, ROWS = 24, 7, 5, 3
@@ -34,10 +35,7 @@ class Stream:
         mixed = torch.linalg.qr(draw(D_K, D_K).double())[0]
         self.C = (mixed * torch.logspace(-2, 1, D_K, dtype=torch.float64)) @ mixed.T
         self.W_0 = draw(D_K, D_V)
-        self.batches = [
-            (draw(ROWS, D_K), draw(ROWS, D_V), draw(ROWS).abs() + 0.5, draw(ROWS, D_K))
-            for _ in range(BATCHES)
-        ]
+        self.batches = [(draw(ROWS, D_K), draw(ROWS, D_V), draw(ROWS).abs() + 0.5) for _ in range(BATCHES)]
 
     def prior(self, n_0=40.0, lam=0.0):
         return Prior(self.W_0, n_0 * self.C, lam, 1.0, None, self.C)
@@ -45,17 +43,15 @@ class Stream:
     def run(self, name, settings=None, prior=None):
         """The weight behind each batch; targets are V = K W + r, with W as the rule has it."""
         state, found = find_rule(name, settings or {}).begin(prior or self.prior()), []
-        for K, r, D, K_after in self.batches:
+        for K, r, D in self.batches:
             state = state.update(K, K @ state.weight.to(K) + r, D)
-            if state.looks_after:
-                state = state.after_batch(K_after, D)
             found.append(state.weight.double().clone())  # the rule may take its memory back
         return found
 
     def weighted(self):
-        for K, r, D, K_after in self.batches:
+        for K, r, D in self.batches:
             root = D.double().sqrt()[:, None]
-            yield root * K.double(), root * r.double(), root * K_after.double()
+            yield root * K.double(), root * r.double()
 
 
 def plain(name, s):
@@ -72,7 +68,7 @@ def plain(name, s):
         0,
         0,
     )
-    for i, (K, r, K_after) in enumerate(s.weighted()):
+    for i, (K, r) in enumerate(s.weighted()):
         if name == "memit":
             W = W + solve(own["n_0"] * C + K.T @ K, K.T @ r)
         elif name == "memit_seq":
@@ -83,7 +79,7 @@ def plain(name, s):
             W = W + B @ K.T @ solve(K @ B @ K.T + own["ridge"] * torch.eye(len(K)).double(), r)
         elif name == "alphaedit":
             W = W + solve(P @ (S + K.T @ K) + own["L2"] * I, P @ K.T @ r)
-            S = S + K_after.T @ K_after
+            S = S + K.T @ K
         elif name == "betaedit":
             lam = own["moment_weight"]
             if i * ROWS - renewed >= own["every"]:
@@ -144,7 +140,7 @@ def test_emmet_with_a_ridge_of_one_is_memit():
 
 def test_memit_of_a_stream_takes_edits_out():
     stream, rule = Stream(), find_rule("memit_seq", {"n_0": 40.0})
-    given = [(K, stream.W_0.new_zeros(ROWS, D_V) + i, D) for i, (K, _, D, _) in enumerate(stream.batches)]
+    given = [(K, stream.W_0.new_zeros(ROWS, D_V) + i, D) for i, (K, _, D) in enumerate(stream.batches)]
     state, without = rule.begin(stream.prior()), rule.begin(stream.prior())
     for i, (K, V, D) in enumerate(given):
         state = state.update(K, V, D)
@@ -159,7 +155,7 @@ def test_memit_of_a_stream_takes_edits_out():
 )
 def test_a_rule_that_takes_nothing_out_says_so(name):
     stream = Stream()
-    K, r, D, _ = stream.batches[0]
+    K, r, D = stream.batches[0]
     state = find_rule(name).begin(stream.prior()).update(K, r, D)
     with pytest.raises(HyperParamsError, match=r"can't take edits out.*Take solver: rls"):
         state.retract(K, r, D)
@@ -169,9 +165,8 @@ def test_a_rule_that_takes_nothing_out_says_so(name):
 def test_tensors_give_the_state_and_the_one_before_bit_for_bit(name):
     stream, rule = Stream(), find_rule(name, SETTINGS.get(name, {}))
     before = rule.begin(stream.prior())
-    for K, r, D, K_after in stream.batches[:3]:
+    for K, r, D in stream.batches[:3]:
         state = before.update(K, r, D)
-        state = state.after_batch(K_after, D) if state.looks_after else state
         stored = {key: tensor.clone() for key, tensor in state.tensors(before).items()}
         last, earlier = before, state
         for one, other in zip(rule.from_tensors(stored, "layer"), (state, before), strict=True):
@@ -184,7 +179,7 @@ def test_tensors_give_the_state_and_the_one_before_bit_for_bit(name):
 
 def test_filters_are_their_formulas():
     stream = Stream()
-    K, r, D, _ = stream.batches[0]
+    K, r, D = stream.batches[0]
     W, bare = stream.W_0, stream.run("memit_seq", {"n_0": 40.0})[0]
     step = bare - W
 
@@ -222,7 +217,7 @@ def test_feedback_gives_back_what_filters_took():
     stream = Stream()
     state = find_rule("memit_seq-rect-ote", {"n_0": 40.0, "rect": {"share": 0.4}}).begin(stream.prior())
     exact = find_rule("memit_seq", {"n_0": 40.0}).begin(stream.prior())
-    for K, r, D, _ in stream.batches:
+    for K, r, D in stream.batches:
         state, exact = state.update(K, r, D), exact.update(K, r, D)
     E = state._parts.E
     missing = state.weight - torch.linalg.solve(state._parts.inner.information(), E)
@@ -239,7 +234,6 @@ def test_feedback_gives_back_what_filters_took():
     ("memit", {"n_0": 0}, "solver memit: Setting n_0 is 0; allowed: above 0"),
     ("memit", {"n_0": "many"}, "allowed: above 0"),
     ("betaedit", {"every": 2.5}, "every of the solver betaedit is 2.5; allowed: whole numbers"),
-    ("alphaedit", {"history": "never"}, "allowed: 'after' or 'before'"),
     ("forgetting", {"factor": 2}, "factor is 2; allowed: above 0, and up to 1, or 'adaptive'"),
     ("rls-rect", {"rect": 3}, "Settings of the filter rect are 3"),
 ])  # fmt: skip
@@ -254,6 +248,31 @@ def test_rules_that_need_moments_say_so():
             find_rule(name).begin(Prior(torch.ones(3, 2), None, 1.0))
     with pytest.raises(HyperParamsError, match="Leave out ote"):
         find_rule("evoedit-rect-ote").begin(Stream().prior())
+
+
+def test_anchors_with_values_of_their_own_are_for_least_squares_alone():
+    stream = Stream()
+    with pytest.raises(AnchorError, match="without anchor values"):
+        find_rule("memit").begin(Prior(stream.W_0, stream.C, 1.0, 1.0, stream.W_0, stream.C))
+
+
+def test_a_filter_breaks_retraction():
+    found = {name: find_rule(name).can_retract for name in ("rls", "memit_seq", "rls-rect", "memit")}
+    assert found == {"rls": True, "memit_seq": True, "rls-rect": False, "memit": False}
+
+
+def test_what_needs_retraction_is_refused_beforehand():
+    assert tiny_settings("llama", solver="memit_seq", rehearsal=3).rehearsal == 3
+    for name in ("memit", "rls-rect"):
+        with pytest.raises(HyperParamsError, match=f"rehearsal is 3; allowed: 0 where solver is {name}"):
+            tiny_settings("llama", solver=name, rehearsal=3)
+    with pytest.raises(HyperParamsError, match=r"forgetting_factor is 0\.9, but solver memit.*Leave it at 1"):
+        tiny_settings("llama", solver="memit", forgetting_factor=0.9)
+
+
+def test_a_name_belongs_to_one_class():
+    with pytest.raises(HyperParamsError, match=r"Two solvers are named 'rls'.*Rename one"):
+        register_solver("rls")(type("Other", (), {}))
 
 
 def test_all_built_in_rules_are_tested_here():
