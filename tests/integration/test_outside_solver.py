@@ -14,6 +14,7 @@ from easyedit_rls import HyperParamsError, RLSEditor
 from easyedit_rls.cli.state import main as state_main
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_moment
+from easyedit_rls.solvers.base import SOLVERS
 from tests import zoo
 from tests.conftest import REPOSITORY, tiny_llama, tiny_settings
 
@@ -70,6 +71,14 @@ def site(tmp_path_factory):
     for name, content in meta.items():
         (folder / "ridge-1.0.dist-info" / name).write_text(content)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_trace(monkeypatch):
+    """Rules from outside are forgotten behind each test."""
+    SOLVERS.names()  # this package's own are there before
+    monkeypatch.setattr(SOLVERS, "_classes", dict(SOLVERS._classes))
+    monkeypatch.delitem(sys.modules, "ridge_rule", raising=False)
 
 
 def weights(editor):

@@ -276,4 +276,5 @@ def test_a_name_belongs_to_one_class():
 
 
 def test_all_built_in_rules_are_tested_here():
-    assert {name for name in SOLVERS.names()} == {*SETTINGS, "rls", "forgetting"}
+    own = [name for name in SOLVERS.names() if SOLVERS.get(name).__module__.startswith("easyedit_rls.")]
+    assert set(own) == {*SETTINGS, "rls", "forgetting"}
