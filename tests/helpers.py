@@ -7,6 +7,11 @@ from torch import Tensor, nn
 
 from easyedit_rls import RLSEditor
 
+FADING = {  # settings of the rule that forgets
+    0.9: {"solver": "forgetting", "solver_settings": {"factor": 0.9}},
+    "adaptive": {"solver": "forgetting"},
+}
+
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Copies of a model's tensors, by name."""

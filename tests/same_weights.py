@@ -26,13 +26,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from easyedit_rls import RLSEditHyperParams, RLSEditor
 from tests import zoo
 from tests.conftest import FACTS, shipped_text, tiny_settings, tiny_tokenizer
+from tests.helpers import FADING
 
 FAMILIES = ("llama", "gpt2", "gemma2")
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {},
-    "forgetting": {"forgetting_factor": 0.9},
-    "adaptive": {"forgetting_factor": "adaptive"},
+    "forgetting": FADING[0.9],
+    "adaptive": FADING["adaptive"],
     "each": {"keys": "each"},
     "rehearsal": {"rehearsal": 3},
     "retraction": {},

@@ -17,7 +17,7 @@ from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.packed import PackedSymmetric
 from easyedit_rls.solvers.prior import Prior
-from easyedit_rls.solvers.rule import Rule, rule_of
+from easyedit_rls.solvers.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,11 @@ def make_priors(
         AnchorError: the second moments can't be had, or anchors don't fit.
         NumericalError: a prior is not positive definite.
     """
-    rule = rule_of(hparams.objective())
     terms = _anchor_terms(model, tok, hparams, weights, anchors, show_progress)
-    return {layer: _start(rule, hparams, weights[layer], f"layer {layer}", terms[layer]) for layer in terms}
+    return {
+        layer: _start(hparams.rule, hparams, weights[layer], f"layer {layer}", terms[layer])
+        for layer in terms
+    }
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,10 @@ def _show(arguments: argparse.Namespace) -> int:
     say(f"{_megabytes(summary['bytes_on_disk'])} on disk in {arguments.ledger}")
     settings = (
         f"{key} {summary['objective'][key]}"
-        for key in ("lambda_reg", "mu_reg", "mom2_update_weight", "forgetting_factor")
+        for key in ("lambda_reg", "mu_reg", "mom2_update_weight", "solver")
     )
-    say(f"objective: {', '.join(settings)}")
+    own = "".join(f", {key} {value}" for key, value in summary["objective"]["solver_settings"].items())
+    say(f"objective: {', '.join(settings)}{own}")
     table = Table(
         "Layer", "d_k × d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", title="Edited layers"
     )

@@ -20,7 +20,7 @@ from easyedit_rls.config.fields import (
 from easyedit_rls.config.files import find_settings
 from easyedit_rls.config.reading import no_mapping, read_yaml, typed, yaml_of
 from easyedit_rls.errors import HyperParamsError
-from easyedit_rls.solvers.rule import rule_of
+from easyedit_rls.solvers.rule import Rule, find_rule
 
 _PER_LAYER: dict[str, Any] = {"test": has_slot, "allowed": "a module name with one {} for the layer number"}
 
@@ -136,18 +136,6 @@ class RLSEditHyperParams:
     )
     solver_settings: dict[str, Any] = of_objective(
         "Settings of that rule by name; those of a filter in a block of its name.", factory=dict
-    )
-    forgetting_factor: Any = of_objective(
-        "γ in (0, 1]: by how much each batch fades the edits before it; 'adaptive' fades more after "
-        "surprising batches (Fortescue et al. 1981). Anything but 1 costs O(d_k³) a batch.",
-        1.0,
-        above=0,
-        most=1,
-        word="adaptive",
-        allowed="above 0 and up to 1, or 'adaptive'",
-    )
-    forgetting_memory: float = of_objective(
-        "For 'adaptive': how many edits' worth of information to remember.", 1000.0, least=1
     )
     targets: str = setting(
         "'residual': V = K W + (z − h)/(layers left), right. "
@@ -305,9 +293,11 @@ class RLSEditHyperParams:
         is_above = self.v_loss_layer >= last
         refuse_unless(is_above, self, "v_loss_layer", f"the last edited layer ({last}) or above")
         refuse_unless(self.lambda_reg > 0 or self.mu_reg > 0, self, "lambda_reg", "above 0 where mu_reg is 0")
-        rule = rule_of(self.objective())
         refuse_unless(
-            rule.can_retract or self.rehearsal == 0, self, "rehearsal", f"0 where solver is {self.solver}"
+            self.rule.can_retract or self.rehearsal == 0,
+            self,
+            "rehearsal",
+            f"0 where solver is {self.solver}",
         )
         has_prior = self.lambda_reg > 0 or self.mom2_adjustment
         refuse_unless(has_prior, self, "lambda_reg", "above 0 where mom2_adjustment is false")
@@ -382,7 +372,13 @@ class RLSEditHyperParams:
         return yaml_of(self)
 
     def objective(self) -> dict[str, Any]:
-        """The settings that define the least-squares problem: what is edited, both regularizers, and where a
-        fact sits.
+        """The settings that define the least-squares problem: what is edited, both regularizers, the update
+        rule with all of its settings, and where a fact sits.
         """
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("objective")}
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("objective")}
+        return found | {"solver_settings": self.rule.describe()}
+
+    @property
+    def rule(self) -> Rule:
+        """The update rule that `solver` and `solver_settings` ask for."""
+        return find_rule(self.solver, self.solver_settings)

@@ -14,6 +14,7 @@ from easyedit_rls.errors import LedgerError
 from easyedit_rls.ledger.journal import FORMAT
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import fingerprint
+from easyedit_rls.solvers.rule import Rule, find_rule
 
 _INFORMATION = ("format", "created", "version", "model", "templates", "settings")  # not compared
 _ADDED_LATER = (
@@ -95,9 +96,17 @@ class Manifest:
             for f in fields(RLSEditHyperParams)
             if f.name in _ADDED_LATER
         }
-        return cls(
-            **{f.name: values[f.name] for f in fields(cls)} | {"objective": {**before, **values["objective"]}}
-        )
+        objective = _renamed({**before, **values["objective"]})
+        return cls(**{f.name: values[f.name] for f in fields(cls)} | {"objective": objective})
+
+    @property
+    def rule(self) -> Rule:
+        """The update rule of the ledger.
+
+        Raises:
+            HyperParamsError: nobody has it here; it may come with another package.
+        """
+        return find_rule(self.objective["solver"], self.objective["solver_settings"])
 
     def differences(self, other: "Manifest") -> list[str]:
         """Everything in which another model or other settings differ, one text each."""
@@ -153,6 +162,15 @@ def describe_anchors(anchors: AnchorPairs | Sequence[str] | None, hparams: RLSEd
         return f"pairs {digest.hexdigest()[:16]}"
     digest.update(json.dumps(list(anchors)).encode())
     return f"prompts {digest.hexdigest()[:16]}"
+
+
+def _renamed(objective: Mapping[str, Any]) -> dict[str, Any]:
+    """An objective in today's words: forgetting had two settings of its own before it was a solver."""
+    now = dict(objective)
+    factor, memory = now.pop("forgetting_factor", 1.0), now.pop("forgetting_memory", 1000.0)
+    if factor != 1:
+        now |= {"solver": "forgetting", "solver_settings": {"factor": factor, "memory": memory}}
+    return now
 
 
 def _flat(manifest: Manifest) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from easyedit_rls.ledger.rebuild import replayed
 from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.packed import PackedSymmetric
-from easyedit_rls.solvers.rule import Rule, rule_of
+from easyedit_rls.solvers.rule import Rule
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -87,7 +87,7 @@ def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu")
     tensors = journal.load(name, device=device)
     unedited = read_unedited(journal, layer, device)
     energy, gram, regularizers = (tensors.pop(key, None) for key in ("anchor_energy", "gram", "regularizers"))
-    rule = rule_of(read_manifest(journal).objective)
+    rule = read_manifest(journal).rule
     solution, _ = _solutions(rule, {"W": unedited.clone(), **tensors}, layer)
     lambda_reg, mu_reg = (0.0, 0.0) if regularizers is None else regularizers.tolist()
     packed = None if gram is None else PackedSymmetric.from_vector(gram, len(unedited))
@@ -191,7 +191,7 @@ def _read(
     progress: "tqdm[Any] | None",
 ) -> Moment:
     manifest = read_manifest(journal)
-    rule = rule_of(manifest.objective)
+    rule = manifest.rule
     if devices is None:
         devices = {int(layer): torch.device("cpu") for layer in manifest.widths}
     unedited = {layer: read_unedited(journal, layer, device) for layer, device in devices.items()}

@@ -5,7 +5,7 @@ is fed back.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -26,14 +26,18 @@ class Rule:
     Attributes:
         solver: its class.
         settings: of the class's `Settings`.
-        filters: of its step.
+        filters: of its step, by name, in the order in which they work.
         feeds_back: whether what they take away is fed back.
     """
 
     solver: type[LayerSolver]
     settings: Any
-    filters: tuple[Filter, ...] = ()
+    filters: Mapping[str, Filter] = field(default_factory=dict)
     feeds_back: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """All settings by name, as `find_rule` takes them; a filter's in a block of its name."""
+        return asdict(self.settings) | {name: asdict(one.settings) for name, one in self.filters.items()}
 
     @property
     def can_retract(self) -> bool:
@@ -49,12 +53,14 @@ class Rule:
             HyperParamsError: the rule has no matrix for `ote`.
         """
         inner = self.solver(prior, self.settings)
-        return FilteredSolver.around(inner, self.filters, self.feeds_back) if self.filters else inner
+        filters = tuple(self.filters.values())
+        return FilteredSolver.around(inner, filters, self.feeds_back) if filters else inner
 
     def from_tensors(self, stored: Mapping[str, Tensor], name: str) -> tuple[LayerSolver, LayerSolver | None]:
         """The state that `LayerSolver.tensors` was taken from, and the one before it; see there."""
-        if self.filters:
-            return FilteredSolver.read(stored, name, self.solver, self.settings, self.filters)
+        filters = tuple(self.filters.values())
+        if filters:
+            return FilteredSolver.read(stored, name, self.solver, self.settings, filters)
         return self.solver.from_tensors(stored, name, self.settings)
 
 
@@ -77,36 +83,19 @@ def find_rule(name: str, settings: Mapping[str, Any] | None = None) -> Rule:
             f"Solver {name!r}: {FEEDBACK} feeds back what filters take away, and stands last, behind them: "
             f"{solver_name}-rect-{FEEDBACK}."
         )
-    filters = []
+    filters = {}
     for part in behind:
         found, own = FILTERS.get(part), given.pop(part, {})
         if not isinstance(own, Mapping):
             raise HyperParamsError(
                 f"Settings of the filter {part} are {own!r}, not a block of settings by name."
             )
-        filters.append(found(read_settings(found.Settings, own, f"filter {part}")))
+        if part in filters:
+            raise HyperParamsError(f"Solver {name!r} has the filter {part} twice. Leave one out.")
+        filters[part] = found(read_settings(found.Settings, own, f"filter {part}"))
     solver = SOLVERS.get(solver_name)
-    return Rule(
-        solver, read_settings(solver.Settings, given, f"solver {solver_name}"), tuple(filters), feeds_back
-    )
-
-
-def rule_of(settings: Mapping[str, Any]) -> Rule:
-    """The rule that settings ask for: `solver` and `solver_settings`, and `forgetting_factor` and
-    `forgetting_memory`, which make rls the rule that forgets.
-
-    Raises:
-        HyperParamsError: see `find_rule`; or edits shall fade under a rule that can't let them.
-    """
-    name, factor = settings["solver"], settings["forgetting_factor"]
-    if factor == 1:
-        return find_rule(name, settings["solver_settings"])
-    if name != "rls":
-        raise HyperParamsError(
-            f"Setting forgetting_factor is {factor!r}, but solver {name} lets nothing fade so. "
-            "Leave it at 1, or take solver: rls."
-        )
-    return find_rule("forgetting", {"factor": factor, "memory": settings["forgetting_memory"]})
+    own = read_settings(solver.Settings, given, f"solver {solver_name}")
+    return Rule(solver, own, filters, feeds_back)
 
 
 def describe_rules() -> str:

@@ -14,6 +14,7 @@ from easyedit_rls.evaluation.scores import score
 from easyedit_rls.solvers.packed import PackedSymmetric
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.conftest import FAMILIES
+from tests.helpers import FADING
 from tests.tolerances import FLOAT32, FLOAT64, PADDING, TWO_DEVICES, TWO_DEVICES_BFLOAT16
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
@@ -62,7 +63,7 @@ def test_the_recursion_equals_the_batch_solution():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"keys": "each"}, {"v_dtype": "bfloat16"}, {"forgetting_factor": 0.9}, {"mom2_adjustment": False}],
+    [{}, {"keys": "each"}, {"v_dtype": "bfloat16"}, FADING[0.9], {"mom2_adjustment": False}],
 )
 def test_an_edit_equals_the_cpus(family, model, there, tok, requests, settings, changes):
     hparams = settings(**changes)

@@ -15,6 +15,7 @@ from easyedit_rls.ledger.rebuild import rebuilt
 from easyedit_rls.ledger.snapshot import read_manifest, read_prior
 from easyedit_rls.model.hooks import tap
 from tests.conftest import FAMILIES
+from tests.helpers import FADING
 from tests.tolerances import FLOAT32, REBUILT, WEIGHTS
 
 TEMPLATES = ["The well is old. ", "Leaves fall. ", "He said: "]
@@ -79,9 +80,9 @@ def test_the_bare_prompt_and_every_template_are_written(fresh, tok, requests, ea
     assert misses["mean"] > 3 * misses["each"]
 
 
-@pytest.mark.parametrize("forgetting_factor", [1.0, "adaptive"])
-def test_the_ledger_keeps_every_row(fresh, requests, each, tmp_path, forgetting_factor):
-    hp = each(forgetting_factor=forgetting_factor)
+@pytest.mark.parametrize("forgetting", [{}, FADING["adaptive"]])
+def test_the_ledger_keeps_every_row(fresh, requests, each, tmp_path, forgetting):
+    hp = each(**forgetting)
     stored, alone = fresh(hp, tmp_path), fresh(hp)
     for editor in (stored, alone):
         assert editor.edit(requests[:3]).n_edits == 3

@@ -22,10 +22,10 @@ from easyedit_rls.ledger.rebuild import rebuilt
 from easyedit_rls.ledger.snapshot import read_history, read_manifest, read_moment, read_prior
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
 from tests.conftest import FAMILIES, spoil, tiny_settings
-from tests.helpers import edited_weights, same
+from tests.helpers import FADING, edited_weights, same
 from tests.tolerances import FLOAT32, WEIGHTS
 
-FORGETTING = [1.0, 0.9, "adaptive"]
+FORGETTING = [{}, *FADING.values()]
 
 
 def same_state(one, other):
@@ -68,13 +68,13 @@ def fresh(family, tok):
     return make
 
 
-@pytest.mark.parametrize("forgetting_factor", FORGETTING)
+@pytest.mark.parametrize("forgetting", FORGETTING)
 @pytest.mark.parametrize("has_checkpoint", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_three_batches_equal_two_a_new_process_and_one(
-    fresh, requests, settings, tmp_path, forgetting_factor, has_checkpoint, dtype
+    fresh, requests, settings, tmp_path, forgetting, has_checkpoint, dtype
 ):
-    hp = settings(forgetting_factor=forgetting_factor, context_templates=None, mom2_adjustment=False)
+    hp = settings(**forgetting, context_templates=None, mom2_adjustment=False)
     straight = fresh(hp, dtype=dtype)
     for batch in (requests[:1], requests[1:3], requests[3:]):
         straight.edit(batch)
@@ -207,8 +207,12 @@ def test_another_model_or_other_settings_are_refused_with_every_difference(
         assert same(found, dict(model.named_parameters()))
         return str(caught.value)
 
-    said = refused(FAMILIES[family](), settings(lambda_reg=0.3, mu_reg=2.0, forgetting_factor=0.5))
-    for setting in ("lambda_reg: the ledger has 0.1, here it is 0.3", "mu_reg", "forgetting_factor"):
+    said = refused(FAMILIES[family](), settings(lambda_reg=0.3, mu_reg=2.0, **FADING[0.9]))
+    for setting in (
+        "lambda_reg: the ledger has 0.1, here it is 0.3",
+        "mu_reg",
+        "solver: the ledger has 'rls'",
+    ):
         assert setting in said
     assert "fingerprint" not in said
     assert "edited weights" not in said
@@ -352,12 +356,10 @@ def test_another_subject_in_the_same_prompt_supersedes(fresh, settings):
     )  # the twin: another prompt
 
 
-@pytest.mark.parametrize("forgetting_factor", FORGETTING)
-def test_retraction_and_amendment_equal_the_batch_solution(
-    fresh, requests, settings, tmp_path, forgetting_factor
-):
+@pytest.mark.parametrize("forgetting", FORGETTING)
+def test_retraction_and_amendment_equal_the_batch_solution(fresh, requests, settings, tmp_path, forgetting):
     """Judged in float64 from what the ledger holds: keys, targets, importances, factors."""
-    hp = settings(forgetting_factor=forgetting_factor)
+    hp = settings(**forgetting)
     editor = fresh(hp, tmp_path)
     for request in requests:
         editor.edit({**request, "importance": 0.7})

@@ -244,7 +244,7 @@ def test_compact_keeps_every_bit_of_the_state(ledger, capsys, tok, settings, req
 
 
 def test_a_forgetting_state_survives_compaction(tok, model, settings, requests, capsys, tmp_path):
-    hp = settings(forgetting_factor=0.8)
+    hp = settings(solver="forgetting", solver_settings={"factor": 0.8})
     editor = RLSEditor(model, tok, hp, state_dir=tmp_path / "state")
     for request in requests:
         editor.edit(request)

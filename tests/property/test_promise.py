@@ -35,6 +35,7 @@ from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_moment
 from easyedit_rls.solvers.batch import batch_solution
 from tests.conftest import tiny_llama, tiny_settings
+from tests.helpers import FADING
 
 STREAMS = int(os.environ.get("EASYEDIT_RLS_STREAMS", "8"))
 # of the edit: the weight's tolerance of 5e-4, and what one batch in float32 adds before it is looked at
@@ -71,7 +72,7 @@ class Promise(RuleBasedStateMachine):
     tok = None
 
     @initialize(
-        forgetting=st.sampled_from([1.0, 1.0, 0.9, "adaptive"]),
+        forgetting=st.sampled_from([{}, {}, *FADING.values()]),
         keys=st.sampled_from(["mean", "each"]),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         rehearsal=st.sampled_from([0, 2]),
@@ -83,7 +84,7 @@ class Promise(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="promise-"))
         self.dtype, self.has_ledger = dtype, has_ledger
         self.hparams = tiny_settings(
-            "llama", v_num_grad_steps=2, forgetting_factor=forgetting, keys=keys, rehearsal=rehearsal,
+            "llama", v_num_grad_steps=2, **forgetting, keys=keys, rehearsal=rehearsal,
             checkpoint_every=checkpoint_every, mom2_adjustment=has_moments,
             context_templates=["The weather was fine. "],
         )  # fmt: skip

@@ -261,13 +261,19 @@ def test_a_filter_breaks_retraction():
     assert found == {"rls": True, "memit_seq": True, "rls-rect": False, "memit": False}
 
 
+def test_a_rule_says_all_of_its_settings():
+    rule = find_rule("memit_seq-rect-ote", {"n_0": 5, "rect": {"share": 0.3}})
+    assert rule.describe() == {"n_0": 5, "norm_weight": 0.0, "rect": {"share": 0.3}}
+    assert find_rule("memit_seq-rect-ote", rule.describe()).describe() == rule.describe()
+    with pytest.raises(HyperParamsError, match="'rls-rect-rect' has the filter rect twice"):
+        find_rule("rls-rect-rect")
+
+
 def test_what_needs_retraction_is_refused_beforehand():
     assert tiny_settings("llama", solver="memit_seq", rehearsal=3).rehearsal == 3
     for name in ("memit", "rls-rect"):
         with pytest.raises(HyperParamsError, match=f"rehearsal is 3; allowed: 0 where solver is {name}"):
             tiny_settings("llama", solver=name, rehearsal=3)
-    with pytest.raises(HyperParamsError, match=r"forgetting_factor is 0\.9, but solver memit.*Leave it at 1"):
-        tiny_settings("llama", solver="memit", forgetting_factor=0.9)
 
 
 def test_a_name_belongs_to_one_class():

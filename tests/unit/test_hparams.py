@@ -158,12 +158,16 @@ def test_the_objective_is_what_is_edited_and_regularized_not_how_values_are_foun
         assert tiny_settings("llama", **change).objective() == base.objective(), change
 
 
+def fading(**own):
+    return {"solver": "forgetting", "solver_settings": own}
+
+
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"forgetting_factor": 0.0}, "forgetting_factor is 0.0; allowed: above 0 and up to 1, or 'adaptive'"),
-    ({"forgetting_factor": 1.5}, "forgetting_factor"),
-    ({"forgetting_factor": "fast"}, "forgetting_factor is 'fast'"),
-    ({"forgetting_factor": True}, "forgetting_factor"),
-    ({"forgetting_memory": 0.5}, "forgetting_memory"),
+    (fading(factor=0.0), "solver forgetting: .*factor is 0.0; allowed: above 0, and up to 1, or 'adaptive'"),
+    (fading(factor=1.5), "factor is 1.5"),
+    (fading(factor="fast"), "factor is 'fast'"),
+    (fading(factor=True), "factor is True"),
+    (fading(memory=0.5), "memory is 0.5"),
     ({"on_conflict": "merge"}, "on_conflict is 'merge'; allowed: 'supersede' or 'keep' or 'error'"),
     ({"checkpoint_every": 0}, "checkpoint_every"),
 ])  # fmt: skip
@@ -174,8 +178,13 @@ def test_ledger_and_forgetting_settings_are_checked(changes, message):
 
 def test_forgetting_is_part_of_the_objective_and_the_ledgers_place_is_not():
     plain = tiny_settings("llama").objective()
-    assert tiny_settings("llama", forgetting_factor="adaptive").objective() != plain
-    assert tiny_settings("llama", forgetting_memory=5).objective() != plain
+    assert tiny_settings("llama", **fading()).objective() != plain
+    assert (
+        tiny_settings("llama", **fading(memory=5)).objective()
+        != tiny_settings("llama", **fading()).objective()
+    )
+    whole = tiny_settings("llama", **fading(factor="adaptive", memory=1000.0))
+    assert whole.objective() == tiny_settings("llama", **fading()).objective()
     assert tiny_settings("llama", state_dir="x", checkpoint_every=3, on_conflict="keep").objective() == plain
 
 
