@@ -205,7 +205,8 @@ def _retract(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from easyedit_rls.ledger.export import write_weights
+    from easyedit_rls.editors.transaction import WeightMemory
+    from easyedit_rls.ledger.export import edited_weights
     from easyedit_rls.model.load import load_tokenizer, load_weights
 
     _refuse_same_folder(arguments.out, arguments.model, "the unedited model would be lost")
@@ -215,7 +216,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     )
     trust = arguments.trust_remote_code
     model = load_weights(arguments.model, manifest.dtype, trust_remote_code=trust)
-    write_weights(model, manifest, moment)
+    WeightMemory(edited_weights(model, manifest, moment)).show(moment)
     model.save_pretrained(arguments.out)
     try:
         load_tokenizer(arguments.model, trust_remote_code=trust).save_pretrained(arguments.out)

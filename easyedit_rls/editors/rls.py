@@ -22,6 +22,7 @@ from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.editors.outcome import fact_reports, find_said, refuse_if_off, warn_if_unsaid
 from easyedit_rls.editors.rehearsal import due_edits, lost_edits
 from easyedit_rls.editors.reports import EditReport, LayerReport, RetractReport
+from easyedit_rls.editors.transaction import WeightMemory
 from easyedit_rls.errors import ArgumentError, RequestError, RLSEditWarning
 from easyedit_rls.facts.keys import Fact, KnownFacts, LayerWalk, locate_facts, refuse_unfit_facts
 from easyedit_rls.facts.targets import target_outputs
@@ -62,6 +63,7 @@ class RLSEditor:
 
     Attributes:
         state: what is remembered of the edits so far.
+        memory: where the model has them.
 
     Raises:
         ArgumentError: hparams or anchors are of another kind.
@@ -107,9 +109,10 @@ class RLSEditor:
         self._show_progress = show_progress
         self.state = EditorState() if state is None else state
         self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
+        self.memory = WeightMemory(self.layout.edited)
         folder = state_dir or hparams.state_dir
         if folder is not None and self.state.ledger is None:
-            attach(self.state, folder, model, self.layout, hparams, anchors)
+            attach(self.state, folder, model, self.layout, self.memory, hparams, anchors)
 
     def edit(
         self, requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest
@@ -172,7 +175,7 @@ class RLSEditor:
             self._sync()
             wanted = self.state.history.check([edit_ids] if isinstance(edit_ids, int) else edit_ids)
             self.state.checkpoint(self.hparams.checkpoint_every)
-            with self.state.change(self.layout.edited, "retract") as change:
+            with self.state.change(self.memory, "retract") as change:
                 self._open(change, wanted)
                 reports = self._layer_reports(change)
             return RetractReport(wanted, self.n_edits, reports)
@@ -214,7 +217,7 @@ class RLSEditor:
         """
         with self.state.mutex:
             self._sync()
-            self.state.roll_back(self.layout.edited)
+            self.state.roll_back(self.memory)
 
     def reset(self) -> None:
         """Forget all edits and start anew from the weights as they are now; they count as unedited from here
@@ -227,7 +230,7 @@ class RLSEditor:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""
         with self.state.mutex:
             if self.state.layers:
-                self.state.adopt(self.layout.edited)
+                self.state.adopt(self.memory)
 
     def close(self) -> None:
         """Store the whole state in the ledger and let other editors have it. Without a ledger, nothing
@@ -252,7 +255,7 @@ class RLSEditor:
     def _sync(self) -> None:
         """Before each call: the modules are the model's, and the weights those that the state knows."""
         self.layout.refuse_if_replaced()
-        self.state.sync_with_weights(self.layout.edited)
+        self.state.sync_with_weights(self.memory)
 
     def _edit(
         self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit] = ()
@@ -296,7 +299,7 @@ class RLSEditor:
             self._prepare(requests, known)
             clock.append(time.perf_counter())
             facts = self._locate(requests, self._templates(), known)
-            with self.state.change(self.layout.edited) as change:
+            with self.state.change(self.memory) as change:
                 # what the new facts contradict, and what was lost, goes first: their values start without it
                 self._open(change, removed)
                 values = self._optimize(facts)
@@ -387,16 +390,16 @@ class RLSEditor:
         """Take edits out, mend what has drifted, and write the weights."""
         change.open(removed)
         for layer in change.solutions if removed or change.rebuilt else ():
-            self.layout.edited[layer].write(change.solutions[layer].weight)
+            self.memory.write(layer, change.solutions[layer])
 
     def _write(self, change: Change, walk: LayerWalk, values: Values, facts: Sequence[Fact]) -> None:
         """Write the values into all layers, lowest first."""
-        for layer, weight in self.layout.edited.items():
+        for layer in self.layout.edited:
             W = change.solutions[layer].weight
             K = walk.advance_to(layer).to(W.device)
             V = target_outputs(K, W, walk, values, layer, self.hparams)
             change.bring_in(layer, K, V, walk.importance)
-            weight.write(change.solutions[layer].weight)
+            self.memory.write(layer, change.solutions[layer])
         if any(solution.looks_after for solution in change.solutions.values()):
             again = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
             for layer in self.layout.edited:

@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.editors.transaction import WeightMemory
 from easyedit_rls.errors import RLSEditWarning, StateMismatchError
 from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.state import EditorState
@@ -109,19 +110,20 @@ def resumed(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorSt
     if hparams.state_dir is None or state.ledger is not None:
         yield
         return
-    edited = find_layout(model, hparams).edited
-    found = {layer: weight.snapshot() for layer, weight in edited.items()}
-    try:
-        yield
-    except BaseException:
-        if state.has_changed:  # the edit is done, and what failed came after it
-            raise
-        if state.ledger is not None:
-            state.ledger.close()
-            model.__dict__[_ATTRIBUTE].pop(_key(hparams))
-        for layer, snapshot in found.items():
-            edited[layer].restore(snapshot)
-        raise
+    memory = WeightMemory(find_layout(model, hparams).edited)
+    failure: BaseException | None = None
+    with memory.restored_if_it_fails():
+        try:
+            yield
+        except BaseException as exc:
+            if not state.has_changed:
+                if state.ledger is not None:
+                    state.ledger.close()
+                    model.__dict__[_ATTRIBUTE].pop(_key(hparams))
+                raise
+            failure = exc  # the edit is done, and what failed came after it: the weights stay
+    if failure is not None:
+        raise failure
 
 
 def _key(hparams: RLSEditHyperParams) -> str:
@@ -135,7 +137,7 @@ def _keep(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorStat
 
 def _is_empty(model: PreTrainedModel, kept: _Kept) -> bool:
     try:
-        kept.state.sync_with_weights(find_layout(model, kept.hparams).edited)
+        kept.state.sync_with_weights(WeightMemory(find_layout(model, kept.hparams).edited))
     except StateMismatchError:  # the weights were edited since, but may come back to what the state knows
         return False
     return kept.state.n_edits == 0

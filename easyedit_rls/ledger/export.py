@@ -31,8 +31,8 @@ class AdapterReport:
     n_bytes: int
 
 
-def write_weights(model: PreTrainedModel, manifest: Manifest, moment: Moment) -> None:
-    """Write a ledger's weights into the unedited model it was made with.
+def edited_weights(model: PreTrainedModel, manifest: Manifest, moment: Moment) -> dict[int, EditedWeight]:
+    """The weights of the unedited model that a ledger was made with, by layer, for its edits.
 
     Raises:
         StateMismatchError: it is another model, or an edited one; lists every difference.
@@ -68,8 +68,7 @@ def write_weights(model: PreTrainedModel, manifest: Manifest, moment: Moment) ->
             f"This is not the unedited model that the ledger was made with ({manifest.model}): "
             f"{'; '.join(differences)}. Give that one."
         )
-    for layer, weight in edited.items():
-        weight.write(moment.weight(layer))
+    return edited
 
 
 def write_adapter(folder: Path, manifest: Manifest, moment: Moment, rank: int | None) -> AdapterReport:

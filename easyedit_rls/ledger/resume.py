@@ -1,8 +1,7 @@
 """Coming back to a ledger: is this its model, and which of its weights does the model hold?"""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -16,9 +15,8 @@ from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.manifest import Manifest, describe, describe_anchors
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.snapshot import read_manifest, read_moment
-from easyedit_rls.ledger.state import EditorState, fingerprint_of
+from easyedit_rls.ledger.state import EditorState, Memory
 from easyedit_rls.model.layout import Layout
-from easyedit_rls.model.weights import EditedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +26,7 @@ def attach(
     folder: str | Path,
     model: PreTrainedModel,
     layout: Layout,
+    memory: Memory,
     hparams: RLSEditHyperParams,
     anchors: AnchorPairs | Sequence[str] | None,
 ) -> None:
@@ -39,6 +38,7 @@ def attach(
         folder: the ledger's.
         model: unedited, or edited up to some batch of this ledger; its edited weights are written.
         layout: its modules.
+        memory: where it has its edits.
         hparams: settings.
         anchors: explicit anchors, if any.
 
@@ -63,7 +63,7 @@ def attach(
                 moment = read_moment(
                     journal, {layer: weight.parameter.device for layer, weight in layout.edited.items()}
                 )
-                differences += foreign_weights(moment, layout.edited)
+                differences += foreign_weights(moment, memory)
             if differences:
                 raise StateMismatchError(
                     f"The ledger in {ledger.folder} is of another model or other settings: "
@@ -72,9 +72,8 @@ def attach(
                     f"by version {manifest.version} of the package on "
                     f"{manifest.created[:10]}, and the same settings, or choose another state_dir."
                 )
-        with _restored_if_it_fails(layout):
-            for layer in moment.solutions:
-                layout.edited[layer].write(moment.weight(layer))
+        with memory.restored_if_it_fails():
+            memory.show(moment)
             state.now, state.ledger, state.history_found = moment, ledger, moment.history
     except BaseException:
         ledger.close()
@@ -96,15 +95,15 @@ def identify(
     )
 
 
-def foreign_weights(moment: Moment, edited: Mapping[int, EditedWeight]) -> list[str]:
+def foreign_weights(moment: Moment, memory: Memory) -> list[str]:
     """What is wrong with the model's edited weights, if anything: they may be unedited, current, or those of
     an earlier batch.
     """
-    current = [layer for layer in moment.solutions if edited[layer].holds(moment.weight(layer))]
-    unedited = [layer for layer, W_0 in moment.unedited.items() if edited[layer].holds(W_0)]
+    current = [layer for layer in moment.solutions if memory.holds(layer, moment.weight(layer))]
+    unedited = [layer for layer, W_0 in moment.unedited.items() if memory.holds(layer, W_0)]
     if len(moment.solutions) in (len(current), len(unedited)):
         return []
-    found = fingerprint_of(edited)
+    found = memory.fingerprint()
     if found in moment.history.fingerprints or any(
         entry.weights == found for entry in moment.history.entries
     ):
@@ -112,14 +111,3 @@ def foreign_weights(moment: Moment, edited: Mapping[int, EditedWeight]) -> list[
         return []
     foreign = sorted(set(moment.solutions) - set(current) - set(unedited)) or sorted(moment.solutions)
     return [f"edited weights of layers {foreign}: neither unedited nor as any batch of the ledger left them"]
-
-
-@contextmanager
-def _restored_if_it_fails(layout: Layout) -> Iterator[None]:
-    as_found = {layer: weight.snapshot() for layer, weight in layout.edited.items()}
-    try:
-        yield
-    except BaseException:
-        for layer, snapshot in as_found.items():
-            layout.edited[layer].restore(snapshot)
-        raise

@@ -11,9 +11,9 @@ import copy
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,10 +29,33 @@ from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.snapshot import StoredBeginnings, prior_files, write_checkpoint
 from easyedit_rls.model.cast import CastParameters
-from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
+from easyedit_rls.model.weights import weights_fingerprint
 from easyedit_rls.solvers.base import LayerSolver
 
 logger = logging.getLogger(__name__)
+
+
+class Memory(Protocol):
+    """Where a model has its edits: what a state is held against, and puts back (`editors.transaction`)."""
+
+    @property
+    def dtypes(self) -> Mapping[int, torch.dtype]:
+        """Layer -> the type that its weight is rounded to."""
+
+    def holds(self, layer: int, W: Tensor) -> bool:
+        """Whether a layer's weight is exactly W, (d_k, d_v), rounded to its type."""
+
+    def read(self, layer: int) -> Tensor:
+        """A layer's weight as a float32 copy, (d_k, d_v)."""
+
+    def fingerprint(self) -> str:
+        """`weights_fingerprint` of what is there."""
+
+    def show(self, moment: Moment) -> None:
+        """Let everything be as a moment says."""
+
+    def restored_if_it_fails(self) -> AbstractContextManager[None]:
+        """If the block fails, everything is bit for bit as it found it."""
 
 
 class EditorState:
@@ -131,11 +154,11 @@ class EditorState:
             unbegun=None if manifest is None else {MANIFEST: manifest.encode(), **prior_files(priors)},
         )
 
-    def sync_with_weights(self, edited: Mapping[int, EditedWeight]) -> None:
+    def sync_with_weights(self, memory: Memory) -> None:
         """Hold the state against the weights: go on, roll back as somebody did with the weights, or refuse.
 
         Args:
-            edited: layer number -> the model's weight.
+            memory: the model's.
 
         Raises:
             StateMismatchError: the weights are neither those that the last change wrote nor those that it
@@ -143,18 +166,18 @@ class EditorState:
             LedgerError: the ledger was closed, or the roll-back can't be written down.
         """
         self._check_open()
-        changed = [layer for layer in self.layers if not edited[layer].holds(self.now.weight(layer))]
+        changed = [layer for layer in self.layers if not memory.holds(layer, self.now.weight(layer))]
         if not changed:
             return
         before = self.now.before
         if before is not None and all(
-            edited[layer].holds(before.weight(layer)) for layer in before.solutions
+            memory.holds(layer, before.weight(layer)) for layer in before.solutions
         ):
             logger.info(
                 "The weights are those from before batch %d: it was rolled back, and so is the state",
                 self.n_batches,
             )
-            self.roll_back({})
+            self.roll_back(None)
             return
         raise StateMismatchError(
             f"The weights of layers {changed} are neither those "
@@ -164,21 +187,19 @@ class EditorState:
         )
 
     @contextmanager
-    def change(self, edited: Mapping[int, EditedWeight], kind: str = "edit") -> Iterator[Change]:
+    def change(self, memory: Memory, kind: str = "edit") -> Iterator[Change]:
         """All or nothing: what happens to the change inside, and to the weights, is written down as one, or
         is undone if anything fails.
 
         Args:
-            edited: layer number -> the model's weight; the block writes the change's solutions there.
+            memory: the model's; the block writes the change's solutions there.
             kind: see `Entry`.
         """
-        with self._all_or_nothing(edited):
+        with self._all_or_nothing(memory):
             change = Change(self.now, kind)
             yield change
-            weights = fingerprint_of(edited)
-            if weights != _fingerprint(
-                change, {layer: weight.parameter.dtype for layer, weight in edited.items()}
-            ):
+            weights = memory.fingerprint()
+            if weights != _fingerprint(change, memory.dtypes):
                 raise NumericalError(
                     "The model's weights do not hold what was written. "
                     "Something computes them anew: remove its hooks."
@@ -193,16 +214,16 @@ class EditorState:
             RequestError: one of them names no edit that stands.
             LedgerError: it can't be written down; nothing was changed.
         """
-        with self._all_or_nothing({}):
+        with self._all_or_nothing(None):
             change = Change(self.now, "retract")
             change.open(self.history.check(edit_ids))
             self._take(change, _fingerprint(change, dict.fromkeys(self.layers, dtype)))
 
-    def roll_back(self, edited: Mapping[int, EditedWeight]) -> None:
+    def roll_back(self, memory: Memory | None) -> None:
         """Take the last change back, bit for bit.
 
         Args:
-            edited: layer number -> the model's weight, to be put back too; empty where somebody did that.
+            memory: the model's, to be put back too; None where somebody did that.
 
         Raises:
             StateMismatchError: there is no change to take back.
@@ -211,18 +232,18 @@ class EditorState:
         before = self.now.before
         if before is None:
             raise StateMismatchError("No batch can be rolled back: only the last one can, and only once.")
-        with self._all_or_nothing(edited):
-            for layer, weight in edited.items():
-                weight.write(before.weight(layer))
+        with self._all_or_nothing(memory):
+            if memory is not None:
+                memory.show(before)
             now = self.now.rolled_back(self._note(Line("rollback")))
             self.now = now
 
-    def adopt(self, edited: Mapping[int, EditedWeight]) -> None:
+    def adopt(self, memory: Memory) -> None:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""
         self._check_open()
-        with self._all_or_nothing({}):
-            weights = {layer: self._weight_now(layer, edited[layer]) for layer in self.layers}
-            self._take(adopted(self.now, weights), fingerprint_of(edited))
+        with self._all_or_nothing(None):
+            weights = {layer: self._weight_now(layer, memory) for layer in self.layers}
+            self._take(adopted(self.now, weights), memory.fingerprint())
 
     def reset(self) -> None:
         """Forget everything but the ledger's place; what comes next begins a new journal there.
@@ -231,7 +252,7 @@ class EditorState:
             LedgerError: the ledger can't be told.
         """
         self._check_open()
-        with self._all_or_nothing({}):
+        with self._all_or_nothing(None):
             now = Moment(place=self._note(Line("reset")))
             self.now = now
 
@@ -243,7 +264,7 @@ class EditorState:
             return
         since = self.now.place.position.since_checkpoint
         if since >= every or (since and self.history.entries and self.history.entries[-1].rebuilt):
-            with self._all_or_nothing({}):
+            with self._all_or_nothing(None):
                 now = write_checkpoint(self.ledger, self.now)
                 self.now = now
 
@@ -260,12 +281,12 @@ class EditorState:
                 self.ledger.close()
                 self.is_closed = True
 
-    def _weight_now(self, layer: int, weight: EditedWeight) -> Tensor:
+    def _weight_now(self, layer: int, memory: Memory) -> Tensor:
         """What a weight is, (d_k, d_v): the master where the model holds that one rounded, else what it
         holds.
         """
         master = self.now.weight(layer)
-        return master if weight.holds(master) else weight.read()
+        return master if memory.holds(layer, master) else memory.read(layer)
 
     def _check_open(self) -> None:
         if self.is_closed:
@@ -274,7 +295,7 @@ class EditorState:
             )
 
     @contextmanager
-    def _all_or_nothing(self, edited: Mapping[int, EditedWeight]) -> Iterator[None]:
+    def _all_or_nothing(self, memory: Memory | None) -> Iterator[None]:
         """If the block fails before the new moment is in place, disk and weights are as the old one says."""
         start = self.now
         try:
@@ -286,8 +307,8 @@ class EditorState:
                 with deferred_interrupts():
                     if self.ledger is not None:
                         self.ledger.put_back(self.now.place)
-                    for layer, weight in edited.items():
-                        weight.write(start.weight(layer))
+                    if memory is not None:
+                        memory.show(start)
             raise
 
     def _take(self, change: Change, weights: str) -> None:
@@ -324,11 +345,6 @@ class EditorState:
             return self.now.place
         with deferred_interrupts():
             return self.ledger.record(self.now.place, Event(line))[0]
-
-
-def fingerprint_of(edited: Mapping[int, EditedWeight]) -> str:
-    """`weights_fingerprint` of a model's edited weights."""
-    return weights_fingerprint({layer: weight.oriented() for layer, weight in edited.items()})
 
 
 def _fingerprint(change: Change, dtypes: Mapping[int, torch.dtype]) -> str:

@@ -45,7 +45,7 @@ def test_an_older_ledger_is_read_and_gone_on_with(name, tmp_path, capsys):
     ledger = Ledger(folder)
     state = EditorState(ledger, ledger.place())
     state.now = moment
-    state.roll_back({})
+    state.roll_back(None)
     assert list(state.history.live) == [2, 3]
     state.retract([2], torch.float32)
     state.checkpoint(1)

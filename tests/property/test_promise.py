@@ -170,7 +170,7 @@ class Promise(RuleBasedStateMachine):
         if all(torch.equal(self.before[1][layer], tensor) for layer, tensor in self.weights().items()):
             return  # the change did nothing to the weights as they are rounded: nobody can tell
         self.put(self.before[1])
-        self.editor.state.sync_with_weights(self.editor.layout.edited)  # what every call begins with
+        self.editor.state.sync_with_weights(self.editor.memory)  # what every call begins with
         self.back()
 
     def back(self):

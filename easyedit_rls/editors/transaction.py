@@ -1,0 +1,61 @@
+"""The one place that writes edited weights: a batch puts them there layer by layer, and what fails takes them
+back.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from easyedit_rls.ledger.moment import Moment
+from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
+from easyedit_rls.solvers.base import LayerSolver
+
+
+class WeightMemory:
+    """Edits stand in the model's own weights. What a state writes to, and is held against (`ledger.state`).
+
+    Args:
+        edited: layer number -> the model's weight.
+    """
+
+    def __init__(self, edited: Mapping[int, EditedWeight]) -> None:
+        self._edited = edited
+
+    @property
+    def dtypes(self) -> dict[int, torch.dtype]:
+        """Layer -> the type that its weight is rounded to."""
+        return {layer: weight.parameter.dtype for layer, weight in self._edited.items()}
+
+    def holds(self, layer: int, W: Tensor) -> bool:
+        """Whether a layer's weight is exactly W, (d_k, d_v), rounded to its type."""
+        return self._edited[layer].holds(W)
+
+    def read(self, layer: int) -> Tensor:
+        """A layer's weight as a float32 copy, (d_k, d_v)."""
+        return self._edited[layer].read()
+
+    def fingerprint(self) -> str:
+        """`weights_fingerprint` of what is there."""
+        return weights_fingerprint({layer: weight.oriented() for layer, weight in self._edited.items()})
+
+    def write(self, layer: int, solution: LayerSolver) -> None:
+        """Let a layer's weight be its solution's, rounded to its type."""
+        self._edited[layer].write(solution.weight)
+
+    def show(self, moment: Moment) -> None:
+        """Let all weights be those of a moment."""
+        for layer in moment.solutions:
+            self._edited[layer].write(moment.weight(layer))
+
+    @contextmanager
+    def restored_if_it_fails(self) -> Iterator[None]:
+        """If the block fails, the weights are bit for bit as it found them."""
+        found = {layer: weight.snapshot() for layer, weight in self._edited.items()}
+        try:
+            yield
+        except BaseException:
+            for layer, snapshot in found.items():
+                self._edited[layer].restore(snapshot)
+            raise
