@@ -32,6 +32,7 @@ def setting(
     test: Callable[[Any], bool] | None = None,
     allowed: str | None = None,
     objective: bool = False,
+    search: tuple[float, float] | None = None,
 ) -> Any:
     """A field of a dataclass of settings.
 
@@ -44,6 +45,8 @@ def setting(
         test: what a value must pass; `allowed` says it in words.
         allowed: how the error says what may be given, where bounds and choices don't say it well.
         objective: whether it defines the least-squares problem.
+        search: from where to where `easyedit-rls tune` looks for a number, in logarithmic steps; None leaves
+            it alone.
     """
     numbers = {"above": above, "least": least, "below": below, "most": most}
     bounds = {name: bound for name, bound in numbers.items() if bound is not None}
@@ -54,7 +57,7 @@ def setting(
         "test": test,
         "allowed": allowed,
     }
-    notes |= {"help": help_text, "objective": objective}
+    notes |= {"help": help_text, "objective": objective, "search": search}
     return field(default=default, default_factory=factory, metadata=notes)
 
 
@@ -102,6 +105,11 @@ def read_settings(cls: type[S], given: Mapping[str, Any], where: str) -> S:
 def defaults(cls: type) -> dict[str, Any]:
     """Names and default values of a class's settings."""
     return {one.name: one.default for one in fields(cls)}
+
+
+def searched(cls: type) -> dict[str, tuple[float, float]]:
+    """Names of a class's settings that are searched, and from where to where."""
+    return {one.name: one.metadata["search"] for one in fields(cls) if one.metadata.get("search")}
 
 
 def refuse_unless(is_fine: bool, settings: Any, name: str, allowed: str) -> None:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="easyedit-rls tune",
         description="Search for the settings of a model: the layers, v_lr, clamp_norm_factor, "
-        "overshoot, n_0 (mom2_update_weight) and λ. "
+        "overshoot, n_0 (mom2_update_weight) and λ, or the own settings of another update rule (solver). "
         "Each trial edits the same development records and is judged by the harmonic mean of "
         "rewrite accuracy, paraphrase accuracy, specificity, and 1 − relative loss of perplexity. "
         "Report results on other records than these.",

@@ -26,8 +26,8 @@ from easyedit_rls.solvers.step import StepSolver
 class AlphaEditSettings:
     """Of AlphaEdit."""
 
-    L2: float = setting("The ridge on a step.", 10.0, above=0)
-    threshold: float = setting("Eigenvalues of C below it are free.", 2e-2, above=0)
+    L2: float = setting("The ridge on a step.", 10.0, above=0, search=(0.1, 1000))
+    threshold: float = setting("Eigenvalues of C below it are free.", 2e-2, above=0, search=(1e-3, 0.1))
 
 
 @register_solver("alphaedit")

@@ -22,9 +22,11 @@ from easyedit_rls.solvers.step import StepSolver
 class BetaEditSettings:
     """Of BetaEdit."""
 
-    moment_weight: float = setting("λ1, how many tokens of ordinary text C stands for.", 3000.0, above=0)
-    ridge: float = setting("λ2, the ridge on a step.", 10.0, above=0)
-    threshold: float = setting("Eigenvalues below it are free.", 2e-2, above=0)
+    moment_weight: float = setting(
+        "λ1, how many tokens of ordinary text C stands for.", 3000.0, above=0, search=(50, 20_000)
+    )
+    ridge: float = setting("λ2, the ridge on a step.", 10.0, above=0, search=(0.1, 1000))
+    threshold: float = setting("Eigenvalues below it are free.", 2e-2, above=0, search=(1e-3, 0.1))
     every: int = setting("Edits after which P is taken anew.", 1000, least=1)
 
 

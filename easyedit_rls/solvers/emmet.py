@@ -23,7 +23,9 @@ from easyedit_rls.solvers.step import StepSolver
 class EmmetSettings:
     """Of EMMET."""
 
-    n_0: float = setting("How many tokens of ordinary text C stands for.", 100000.0, above=0)
+    n_0: float = setting(
+        "How many tokens of ordinary text C stands for.", 100000.0, above=0, search=(10, 100_000)
+    )
     ridge: float = setting("λ_e, how soft the equality is.", 0.1, above=0)
 
 

@@ -24,8 +24,10 @@ from easyedit_rls.solvers.step import StepSolver
 class EvoEditSettings:
     """Of EvoEdit."""
 
-    L2: float = setting("The ridge on a step.", 4.0, above=0)
-    threshold: float = setting("Eigenvalues of C below it are free at the start.", 2e-2, above=0)
+    L2: float = setting("The ridge on a step.", 4.0, above=0, search=(0.1, 1000))
+    threshold: float = setting(
+        "Eigenvalues of C below it are free at the start.", 2e-2, above=0, search=(1e-3, 0.1)
+    )
     least: float = setting("‖P Kᵀ‖ below which a batch is not written.", 1e-3, least=0)
 
 

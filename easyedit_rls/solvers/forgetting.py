@@ -93,6 +93,7 @@ class ForgettingSettings:
         "adaptive",
         above=0,
         most=1,
+        search=(0.9, 1.0),
         word="adaptive",
     )
     memory: float = setting("For 'adaptive': N_0, how many edits' information stays.", 1000.0, least=1)

@@ -29,8 +29,12 @@ _CURE = "Raise n_0, or use more text for the second moments (mom2_n_samples)."
 class LyapLockSettings:
     """Of LyapLock."""
 
-    n_0: float = setting("How many tokens of ordinary text C stands for.", 1000.0, above=0)
-    alpha: float = setting("α: PL may be so many times that of the first batch.", 60.0, above=0)
+    n_0: float = setting(
+        "How many tokens of ordinary text C stands for.", 1000.0, above=0, search=(50, 20_000)
+    )
+    alpha: float = setting(
+        "α: PL may be so many times that of the first batch.", 60.0, above=0, search=(2, 200)
+    )
 
 
 @register_solver("lyaplock")

@@ -27,7 +27,9 @@ _CURE = "Use more text for the second moments (mom2_n_samples)."
 class MemitSettings:
     """Of MEMIT."""
 
-    n_0: float = setting("How many tokens of ordinary text C stands for.", 15000.0, above=0)
+    n_0: float = setting(
+        "How many tokens of ordinary text C stands for.", 15000.0, above=0, search=(50, 20_000)
+    )
 
 
 @register_solver("memit")

@@ -26,8 +26,12 @@ _CURE = "Raise norm_weight, or use more text for the second moments (mom2_n_samp
 class MemitSeqSettings:
     """Of MEMIT on a stream."""
 
-    n_0: float = setting("How many tokens of ordinary text C stands for.", 15000.0, above=0)
-    norm_weight: float = setting("λ_n, the norm constraint; ENCORE takes 10 to 20.", 0.0, least=0)
+    n_0: float = setting(
+        "How many tokens of ordinary text C stands for.", 15000.0, above=0, search=(50, 20_000)
+    )
+    norm_weight: float = setting(
+        "λ_n, the norm constraint; ENCORE takes 10 to 20.", 0.0, least=0, search=(1e-3, 100)
+    )
 
 
 @register_solver("memit_seq")

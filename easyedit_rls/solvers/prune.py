@@ -21,7 +21,7 @@ from easyedit_rls.solvers.filtered import Filter, register_filter
 class PruneSettings:
     """Of PRUNE's filter."""
 
-    base: float = setting("b, the logarithm's base.", 1.2, above=1)
+    base: float = setting("b, the logarithm's base.", 1.2, above=1, search=(1.05, 2.0))
 
 
 @register_filter("prune")

@@ -18,7 +18,7 @@ class RectSettings:
     """Of RECT's filter."""
 
     share: float = setting(
-        "Share of the entries that change; the paper has 0.2 to 0.4.", 0.4, above=0, most=1
+        "Share of the entries that change; the paper has 0.2 to 0.4.", 0.4, above=0, most=1, search=(0.1, 0.9)
     )
 
 

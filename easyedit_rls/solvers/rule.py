@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from easyedit_rls._base.settings import read_settings
+from easyedit_rls._base.settings import read_settings, searched
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.solvers.base import SOLVERS, LayerSolver
 from easyedit_rls.solvers.filtered import FILTERS, Filter, FilteredSolver
@@ -38,6 +38,15 @@ class Rule:
     def describe(self) -> dict[str, Any]:
         """All settings by name, as `find_rule` takes them; a filter's in a block of its name."""
         return asdict(self.settings) | {name: asdict(one.settings) for name, one in self.filters.items()}
+
+    def searched(self) -> dict[str, tuple[float, float]]:
+        """Its numbers that are worth a search, and from where to where; a filter's behind its name and a
+        dot.
+        """
+        found = searched(type(self.settings))
+        for filter_name, one in self.filters.items():
+            found |= {f"{filter_name}.{name}": span for name, span in searched(type(one.settings)).items()}
+        return found
 
     @property
     def can_retract(self) -> bool:

@@ -21,8 +21,10 @@ _NOT_ZERO = 1e-8  # added to lengths, as published
 class SphereSettings:
     """Of SPHERE's filter."""
 
-    alpha: float = setting("How much of the step along U goes.", 0.5, above=0, most=1)
-    share: float = setting("Share of the eigenvalues' sum that U stands for.", 0.5, above=0, most=1)
+    alpha: float = setting("How much of the step along U goes.", 0.5, above=0, most=1, search=(0.1, 1.0))
+    share: float = setting(
+        "Share of the eigenvalues' sum that U stands for.", 0.5, above=0, most=1, search=(0.1, 1.0)
+    )
 
 
 @register_filter("sphere")

@@ -2,6 +2,7 @@
 decides.
 """
 
+import copy
 import logging
 import math
 import time
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OWN = "solver_settings."
+_PRIOR = {
+    "mom2_update_weight": (50.0, 20_000.0),
+    "lambda_reg": (1e-3, 10.0),
+}  # where the rule solves RLSEdit's objective
 _DEEPEST = 0.45  # no edited layer lies deeper; facts sit early (ROME, Meng et al. 2022)
 
 
@@ -116,6 +122,7 @@ class Search:
         self._before = perplexity(model, tok, text, max_tokens=max_tokens)
         self._study = _study(seed)
         n_layers = model.config.get_text_config().num_hidden_layers
+        self._numbers = _numbers(start)
         self._deepest = max(start.layers[-1], round(_DEEPEST * n_layers))
         self.trials: list[Trial] = []
         self._study.enqueue_trial(self._guess())
@@ -165,8 +172,10 @@ class Search:
             "v_lr": start.v_lr,
             "clamp_norm_factor": min(max(start.clamp_norm_factor, 0.5), 4.0),
             "overshoot": min(max(start.overshoot, 1.0), 1.6),
-            "mom2_update_weight": min(max(start.mom2_update_weight, 50.0), 20_000.0),
-            "lambda_reg": min(max(start.lambda_reg, 1e-3), 10.0),
+        } | {
+            name: min(max(float(_at(start, name)), low), high)
+            for name, (low, high) in self._numbers.items()
+            if isinstance(_at(start, name), int | float)
         }
 
     def _suggest(self, trial: "optuna.Trial") -> dict[str, Any]:
@@ -177,9 +186,18 @@ class Search:
             "v_lr": trial.suggest_float("v_lr", self._start.v_lr / 2, self._start.v_lr * 2, log=True),
             "clamp_norm_factor": trial.suggest_float("clamp_norm_factor", 0.5, 4.0, log=True),
             "overshoot": trial.suggest_float("overshoot", 1.0, 1.6),
-            "mom2_update_weight": trial.suggest_float("mom2_update_weight", 50.0, 20_000.0, log=True),
-            "lambda_reg": trial.suggest_float("lambda_reg", 1e-3, 10.0, log=True),
-        }
+        } | self._suggest_numbers(trial)
+
+    def _suggest_numbers(self, trial: "optuna.Trial") -> dict[str, Any]:
+        """What says how hard the update holds on: the paper's n_0 and λ, or another rule's own settings."""
+        found: dict[str, Any] = {}
+        own = copy.deepcopy(self._start.solver_settings)
+        for name, (low, high) in self._numbers.items():
+            value = trial.suggest_float(name, low, high, log=True)
+            *blocks, last = name.removeprefix(_OWN).split(".")
+            place = found if not name.startswith(_OWN) else own.setdefault(blocks[0], {}) if blocks else own
+            place[last] = value
+        return found | ({"solver_settings": own} if own else {})
 
     def _try(self, number: int, changes: dict[str, Any]) -> Trial:
         begun = time.monotonic()
@@ -212,6 +230,22 @@ class Search:
     def _edited(self, layers: Sequence[int]) -> list[tuple[str, torch.Tensor]]:
         names = [self._start.rewrite_module_tmp.format(layer) + ".weight" for layer in layers]
         return [(name, self._model.get_parameter(name)) for name in names]
+
+
+def _numbers(start: RLSEditHyperParams) -> dict[str, tuple[float, float]]:
+    """The numbers of the update that are searched, and from where to where."""
+    found = {f"{_OWN}{name}": span for name, span in start.rule.searched().items()}
+    return ({**_PRIOR, **found}) if start.rule.solver.solves_objective else found
+
+
+def _at(settings: RLSEditHyperParams, name: str) -> Any:
+    """A number's value in settings."""
+    if not name.startswith(_OWN):
+        return getattr(settings, name)
+    found: Any = settings.rule.describe()
+    for part in name.removeprefix(_OWN).split("."):
+        found = found[part]
+    return found
 
 
 def _study(seed: int) -> "optuna.Study":

@@ -79,6 +79,19 @@ def test_a_search_begins_with_what_it_was_given_and_leaves_the_model_alone(searc
     assert all(list(some) == list(range(some[0], some[-1] + 1)) for some in layers)
 
 
+def test_another_rules_own_settings_are_searched(tok, records, demo_text):
+    start = tiny_settings("llama", solver="memit_seq-rect", solver_settings={"n_0": 70}, on_conflict="keep")
+    search = Search(tiny_llama(), tok, start, records, demo_text, batch=2, max_tokens=512)
+    search.run(3, 1000.0)
+    assert [trial.error for trial in search.trials] == [None] * 3
+    tried = [search.settings(trial).rule.describe() for trial in search.trials]
+    assert tried[0]["n_0"] == pytest.approx(70)
+    assert tried[0]["rect"]["share"] == pytest.approx(0.4)
+    assert len({own["n_0"] for own in tried}) == len({own["rect"]["share"] for own in tried}) == 3
+    assert not any({"lambda_reg", "mom2_update_weight"} & trial.changes.keys() for trial in search.trials)
+    assert start.solver_settings == {"n_0": 70}
+
+
 def test_a_search_keeps_its_time_and_goes_on_after_a_failure(search, monkeypatch):
     def fail(self, requests):
         raise RequestError("is broken.", field="prompt")
