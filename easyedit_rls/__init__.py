@@ -11,6 +11,7 @@ from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import (
     AnchorError,
     DataError,
+    GateError,
     HostError,
     HyperParamsError,
     LayoutError,
@@ -24,6 +25,7 @@ from easyedit_rls.errors import (
 )
 from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
 from easyedit_rls.host import register, unregister
+from easyedit_rls.model.gate import load_gates, merge_gates, remove_gates, save_gates
 
 __all__ = [
     "AnchorError",
@@ -32,6 +34,7 @@ __all__ = [
     "EditReport",
     "EditRequest",
     "Evaluation",
+    "GateError",
     "HostError",
     "HyperParamsError",
     "LayoutError",
@@ -48,8 +51,12 @@ __all__ = [
     "__version__",
     "anchor_pairs",
     "evaluate",
+    "load_gates",
+    "merge_gates",
     "parse_requests",
     "perplexity",
     "register",
+    "remove_gates",
+    "save_gates",
     "unregister",
 ]

@@ -74,6 +74,10 @@ class StateMismatchError(RLSEditError, RuntimeError):
     """The model, its weights or the settings are not those that the editor's state describes."""
 
 
+class GateError(RLSEditError, RuntimeError):
+    """A gated memory is missing, of another model, or was given a part of a pass."""
+
+
 class LedgerError(RLSEditError, OSError):
     """The ledger on disk can't be read or written, is damaged, or is held by another editor."""
 

@@ -35,3 +35,6 @@ TWO_DEVICES = 0.04
 TWO_DEVICES_BFLOAT16 = {"rel": 0.2, "abs": 0.3}  # nats; the same for values found in 8 bits
 RULES_FLOAT64 = 1e-9  # of the change, a rule against its formula by a general solve
 RULES_FLOAT32 = 1e-4  # the same where weight, keys and targets are float32
+
+LEVERAGE_FLOAT32 = {"rtol": 0.0, "atol": 2e-5}  # a gate's g, from factors that were rounded once
+LEVERAGE_FLOAT64 = {"rtol": 0.0, "atol": 1e-9}  # the same in float64, after 1,000 updates

@@ -18,6 +18,7 @@ from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.packed import PackedSymmetric
 from easyedit_rls.solvers.prior import Prior
 from easyedit_rls.solvers.rule import Rule
+from easyedit_rls.solvers.watch import widest_dtype
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,7 @@ def make_priors(
         NumericalError: a prior is not positive definite.
     """
     terms = _anchor_terms(model, tok, hparams, weights, anchors, show_progress)
-    return {
-        layer: _start(hparams.rule, hparams, weights[layer], f"layer {layer}", terms[layer])
-        for layer in terms
-    }
+    return {layer: _start(hparams.rule, hparams, weights[layer], layer, terms[layer]) for layer in terms}
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,16 @@ class _Terms:
     energy: float | None = None
 
 
-def _start(rule: Rule, hp: RLSEditHyperParams, W_0: Tensor, name: str, terms: _Terms) -> LayerStart:
+def _start(rule: Rule, hp: RLSEditHyperParams, W_0: Tensor, layer: int, terms: _Terms) -> LayerStart:
     """One layer before the first edit. What a rebuild needs of it stays in main memory."""
-    solution = rule.begin(Prior(W_0, terms.gram, hp.lambda_reg, hp.mu_reg, terms.cross, terms.moment, name))
+    is_wide = hp.memory == "gated" and layer == hp.layers[0]  # a gate is to go by it, to the last digit
+    W = W_0.to(widest_dtype(W_0.device)) if is_wide else W_0
+    solution = rule.begin(
+        Prior(W, terms.gram, hp.lambda_reg, hp.mu_reg, terms.cross, terms.moment, f"layer {layer}")
+    )
     packed = None if terms.gram is None else PackedSymmetric.from_dense(terms.gram.cpu())
     watch = None if solution.watch is None else solution.watch.to(torch.device("cpu"))
-    W_p = W_0 if torch.equal(W_0, solution.weight) else solution.weight.clone()
+    W_p = W_0 if torch.equal(W_0.to(solution.weight), solution.weight) else solution.weight.clone()
     beginning = Beginning(packed, None, hp.lambda_reg, hp.mu_reg, W_p, watch)
     return LayerStart(solution, W_0, beginning, terms.energy)
 

@@ -249,6 +249,18 @@ class RLSEditHyperParams:
         "Whether prompts, paraphrases and neighbors are user's turns in the model's chat template.", False
     )
 
+    # The memory
+    memory: str = setting(
+        "Where edits go: 'weights', into the edited weights; 'gated', beside them, and a token sees them "
+        "only where the covariance says that the edits know something of it: other text stays as it was, "
+        "to the bit. Generation takes somewhat longer then, and the edits have to be loaded with the model.",
+        "weights",
+        choices=["weights", "gated"],
+    )
+    gate_share: float = setting(
+        "For memory: gated, the share of ordinary tokens that may see the edits.", 1e-3, above=0, below=1
+    )
+
     # Edits that stand, and where they are kept
     on_conflict: str = setting(
         "When the same prompt is edited again: 'supersede' takes the older edit out first, 'keep' fits "
@@ -299,6 +311,8 @@ class RLSEditHyperParams:
             "rehearsal",
             f"0 where solver is {self.solver}",
         )
+        has_covariance = self.rule.has_covariance or self.memory == "weights"
+        refuse_unless(has_covariance, self, "memory", f"'weights' where solver is {self.solver}")
         has_prior = self.lambda_reg > 0 or self.mom2_adjustment
         refuse_unless(has_prior, self, "lambda_reg", "above 0 where mom2_adjustment is false")
         if self.context_templates is not None:

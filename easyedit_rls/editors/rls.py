@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.arguments import listed
 from easyedit_rls._base.progress import progress_bar
+from easyedit_rls.anchors.ordinary import ordinary_keys
 from easyedit_rls.anchors.pairs import AnchorPairs
 from easyedit_rls.anchors.prior import make_priors
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import EditRequest, parse_requests
+from easyedit_rls.editors.gated import GatedMemory, gated_layout, refuse_gates
 from easyedit_rls.editors.outcome import fact_reports, find_said, refuse_if_off, warn_if_unsaid
 from easyedit_rls.editors.rehearsal import due_edits, lost_edits
 from easyedit_rls.editors.reports import EditReport, LayerReport, RetractReport
@@ -109,8 +112,8 @@ class RLSEditor:
         self._show_progress = show_progress
         self.state = EditorState() if state is None else state
         self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
-        self.memory = WeightMemory(self.layout.edited)
         folder = state_dir or hparams.state_dir
+        self.memory = self._make_memory(is_known=folder is not None or bool(self.state.layers))
         if folder is not None and self.state.ledger is None:
             attach(self.state, folder, model, self.layout, self.memory, hparams, anchors)
 
@@ -177,6 +180,7 @@ class RLSEditor:
             self.state.checkpoint(self.hparams.checkpoint_every)
             with self.state.change(self.memory, "retract") as change:
                 self._open(change, wanted)
+                change.gate = self.memory.gate
                 reports = self._layer_reports(change)
             return RetractReport(wanted, self.n_edits, reports)
 
@@ -252,6 +256,16 @@ class RLSEditor:
         """Edits in the state."""
         return self.state.n_edits
 
+    def _make_memory(self, is_known: bool) -> WeightMemory:
+        """Where edits go. A state or a ledger may know of edits that are there already."""
+        if self.hparams.memory == "weights":
+            refuse_gates(self.layout)
+            return WeightMemory(self.layout.edited)
+        self.layout = gated_layout(self.layout, is_known)
+        layer = min(self.layout.edited)
+        keys = partial(ordinary_keys, self.model, self.tok, self.layout, layer, self.hparams)
+        return GatedMemory(self.layout, self.hparams.gate_share, keys)
+
     def _sync(self) -> None:
         """Before each call: the modules are the model's, and the weights those that the state knows."""
         self.layout.refuse_if_replaced()
@@ -306,6 +320,7 @@ class RLSEditor:
                 clock.append(time.perf_counter())
                 walk = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
                 self._write(change, walk, values, facts)
+                change.gate = self.memory.gate
                 next_id = self.state.history.next_id
                 change.edits = tuple(Edit(next_id + row, fact.request, row) for row, fact in enumerate(facts))
                 clock.append(time.perf_counter())
@@ -378,6 +393,7 @@ class RLSEditor:
             templates,
             identify(self.model, self.layout, hp, self._anchors, templates) if has_ledger else None,
         )
+        self.memory.begin(priors.__getitem__)
         logger.info("Prepared layers %s of %s", hp.layers, hp.model_name)
 
     def _optimize(self, facts: Sequence[Fact]) -> Values:

@@ -2,12 +2,14 @@
 back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from easyedit_rls.anchors.prior import LayerStart
+from easyedit_rls.ledger.history import GateEntry
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
 from easyedit_rls.solvers.base import LayerSolver
@@ -18,7 +20,12 @@ class WeightMemory:
 
     Args:
         edited: layer number -> the model's weight.
+
+    Attributes:
+        gate: what a gate goes by; weights have none.
     """
+
+    gate: GateEntry | None = None
 
     def __init__(self, edited: Mapping[int, EditedWeight]) -> None:
         self._edited = edited
@@ -27,6 +34,9 @@ class WeightMemory:
     def dtypes(self) -> dict[int, torch.dtype]:
         """Layer -> the type that its weight is rounded to."""
         return {layer: weight.parameter.dtype for layer, weight in self._edited.items()}
+
+    def begin(self, beginnings: Callable[[int], LayerStart]) -> None:
+        """Weights need nothing of the layers before the first edit."""
 
     def holds(self, layer: int, W: Tensor) -> bool:
         """Whether a layer's weight is exactly W, (d_k, d_v), rounded to its type."""

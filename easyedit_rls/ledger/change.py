@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from easyedit_rls.errors import NumericalError, PrecisionError
-from easyedit_rls.ledger.history import Edit, Entry
+from easyedit_rls.ledger.history import Edit, Entry, GateEntry
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.rebuild import rebuilt
 from easyedit_rls.solvers.base import LayerSolver
@@ -34,6 +34,7 @@ class Change:
         rebuilt: layers that were summed anew.
         factors: layer -> forgetting factor.
         data: tensors of what came in, see `Entry.data`.
+        gate: what a gated memory goes by after it; the one before stays unless somebody sets another.
     """
 
     start: Moment
@@ -45,6 +46,7 @@ class Change:
     data: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.gate: GateEntry | None = self.start.history.gate
         self.solutions: dict[int, LayerSolver] = dict(self.start.solutions)
 
     def open(self, removed: Sequence[int] = ()) -> None:
@@ -106,7 +108,9 @@ class Change:
 
     def entry(self, weights: str) -> Entry:
         """What is to be written down."""
-        return Entry(self.kind, self.edits, self.removed, tuple(self.rebuilt), self.factors, weights)
+        return Entry(
+            self.kind, self.edits, self.removed, tuple(self.rebuilt), self.factors, weights, self.gate
+        )
 
     def _is_begun(self, layer: int) -> bool:
         return bool(self.removed) or layer in self.rebuilt

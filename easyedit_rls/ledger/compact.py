@@ -36,6 +36,8 @@ def compact(ledger: Ledger, journal: Journal, moment: Moment) -> Moment:
         **prior_files({layer: read_prior(journal, layer) for layer in moment.solutions}),
     }
     kept = list(_standing(moment))
+    if kept:
+        kept[-1] = replace(kept[-1][0], gate=moment.history.gate), kept[-1][1]
     known = {entry.weights for entry, _ in kept}
     dropped = [entry.weights for entry in moment.history.entries if entry.weights not in known]
     beginning = {

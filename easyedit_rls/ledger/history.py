@@ -1,7 +1,7 @@
 """What was edited: the changes of a state in order, and the edits that stand."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -34,6 +34,19 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class GateEntry:
+    """What the gate of a gated memory goes by (`editors.gated`).
+
+    Attributes:
+        threshold: τ.
+        edits: how many stood when it was taken.
+    """
+
+    threshold: float
+    edits: int
+
+
+@dataclass(frozen=True)
 class Entry:
     """One change of a state. It never changes, so copies of a state share it.
 
@@ -46,6 +59,7 @@ class Entry:
             edits came in.
         factors: layer -> forgetting factor γ of this batch.
         weights: `weights_fingerprint` of the edited weights after it.
+        gate: after it; None where the memory has none.
         time: when, ISO 8601, UTC.
         version: of this package.
         data: loads the tensors: ``K.<layer>`` (u, d_k), ``V.<layer>`` (u, d_v), ``importance`` (u,), or with
@@ -59,6 +73,7 @@ class Entry:
     rebuilt: tuple[int, ...] = ()
     factors: Mapping[int, float] = field(default_factory=dict)
     weights: str = ""
+    gate: GateEntry | None = None
     time: str = field(default_factory=utc_now)
     version: str = __version__
     data: Data = field(default=dict, compare=False, repr=False)
@@ -86,6 +101,7 @@ class Entry:
             "rebuilt": list(self.rebuilt),
             "factors": {str(layer): factor for layer, factor in self.factors.items()},
             "weights": self.weights,
+            **({} if self.gate is None else {"gate": asdict(self.gate)}),
             "time": self.time,
             "version": self.version,
         }
@@ -102,6 +118,7 @@ class Entry:
         factors = {int(layer): factor for layer, factor in values["factors"].items()}
         rebuilt = tuple(values.get("rebuilt", ()))  # since format 2
         removed, weights = tuple(values["removed"]), values["weights"]
+        gate = GateEntry(**values["gate"]) if "gate" in values else None
         return cls(
             values["kind"],
             tuple(edits),
@@ -109,6 +126,7 @@ class Entry:
             rebuilt,
             factors,
             weights,
+            gate,
             values["time"],
             values["version"],
             data,
@@ -182,6 +200,11 @@ class History:
     def is_adopted(self) -> bool:
         """Whether weights that somebody else wrote are in it."""
         return any(entry.kind == "adopt" for entry in self.entries)
+
+    @property
+    def gate(self) -> GateEntry | None:
+        """Of the last change."""
+        return self.entries[-1].gate if self.entries else None
 
     def conflicts(self, requests: Sequence[EditRequest]) -> list[int]:
         """Numbers of the edits that answer the same prompt as one of the requests, in order."""

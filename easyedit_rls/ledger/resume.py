@@ -14,7 +14,7 @@ from easyedit_rls.errors import StateMismatchError
 from easyedit_rls.ledger import Ledger
 from easyedit_rls.ledger.manifest import Manifest, describe, describe_anchors
 from easyedit_rls.ledger.moment import Moment
-from easyedit_rls.ledger.snapshot import read_manifest, read_moment
+from easyedit_rls.ledger.snapshot import read_manifest, read_moment, read_prior
 from easyedit_rls.ledger.state import EditorState, Memory
 from easyedit_rls.model.layout import Layout
 
@@ -73,6 +73,9 @@ def attach(
                     f"{manifest.created[:10]}, and the same settings, or choose another state_dir."
                 )
         with memory.restored_if_it_fails():
+            if journal is not None and moment.solutions:
+                found = journal
+                memory.begin(lambda layer: read_prior(found, layer, layout.edited[layer].parameter.device))
             memory.show(moment)
             state.now, state.ledger, state.history_found = moment, ledger, moment.history
     except BaseException:

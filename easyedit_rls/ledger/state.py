@@ -10,7 +10,7 @@ put back, and the weights are those of the old moment.
 import copy
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -50,6 +50,9 @@ class Memory(Protocol):
 
     def fingerprint(self) -> str:
         """`weights_fingerprint` of what is there."""
+
+    def begin(self, beginnings: Callable[[int], LayerStart]) -> None:
+        """Take what it needs of the layers before the first edit."""
 
     def show(self, moment: Moment) -> None:
         """Let everything be as a moment says."""

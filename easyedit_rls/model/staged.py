@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from easyedit_rls.model.batching import Batch, run
+from easyedit_rls.model.gated_weight import find_decision
 from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.prefix_cache import SharedPrefixes
@@ -23,12 +24,14 @@ class _Stage:
         level: layers whose output is known for good.
         forms: what these layers return beside the hidden states.
         hidden: output of the last of them, (rows, length, d); None at level 0.
+        is_open: which tokens the gate lets through, where there is one, (rows, length).
     """
 
     batch: Batch
     level: int = 0
     forms: list[Any] = field(default_factory=list)
     hidden: Tensor | None = None
+    is_open: Tensor | None = None
 
 
 class StagedRows:
@@ -45,6 +48,7 @@ class StagedRows:
         self, model: PreTrainedModel, layout: Layout, rows: Sequence[Sequence[int]], batch_tokens: int
     ) -> None:
         self._model, self._layers, self._n_rows = model, layout.lower_layers, len(rows)
+        self._gate = find_decision(layout)
         # through all layers, since a model may ask any of them for the length
         self._prefixes = SharedPrefixes(model, rows, batch_tokens, layout.loss_layer, n_own=1)
         self._stages = [_Stage(group.batch) for group in self._prefixes.groups]
@@ -75,6 +79,8 @@ class StagedRows:
 
     def _run(self, stage: _Stage, wanted: dict[str, Any], level: int, cache: DynamicCache | None) -> Tensor:
         """What the wanted module sees, (rows, length, width); the batch goes up to `level`."""
+        if self._gate is not None:
+            self._gate.open = stage.is_open  # the gate's layer may lie below the ones that are run
         below, between = self._layers[: stage.level], self._layers[stage.level : level]
         with (
             torch.no_grad(),
@@ -83,6 +89,8 @@ class StagedRows:
             tap(**wanted, stop=True) as seen,
         ):
             run(self._model, stage.batch, cache=cache, use_cache=cache is not None)
+        if self._gate is not None:
+            stage.is_open = self._gate.open
         if between:
             stage.level, stage.hidden = level, hidden_of(outputs[-1])
             stage.forms = stage.forms + [form_of(output) for output in outputs]

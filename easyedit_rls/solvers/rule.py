@@ -49,6 +49,11 @@ class Rule:
         return found
 
     @property
+    def has_covariance(self) -> bool:
+        """Whether a gate can go by it: it keeps a covariance, and no filter changes what that stands for."""
+        return self.solver.covariance is not LayerSolver.covariance and not self.filters
+
+    @property
     def can_retract(self) -> bool:
         """Whether edits can be taken out; a filter breaks that."""
         return self.solver.can_retract and not self.filters

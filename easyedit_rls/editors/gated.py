@@ -1,0 +1,160 @@
+"""A memory behind a gate (``memory: gated``): the model's own weights stay as they are, and a token sees the
+edits where the covariance says that they have something to say of it (`model.gate`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from easyedit_rls.anchors.prior import LayerStart
+from easyedit_rls.editors.transaction import WeightMemory
+from easyedit_rls.errors import LayoutError, StateMismatchError
+from easyedit_rls.ledger.history import GateEntry
+from easyedit_rls.ledger.moment import Moment
+from easyedit_rls.model.gate import CLOSED, Decision, gate_of, has_gate, put_gates
+from easyedit_rls.model.gated_weight import GatedWeight
+from easyedit_rls.model.layout import Layout
+from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
+from easyedit_rls.solvers.base import LayerSolver
+from easyedit_rls.solvers.spd import cholesky
+
+_GROWTH = 1.1  # edits have to grow so much, or shrink, for the threshold to be taken anew
+_AT_ONCE = 4096  # ordinary keys
+
+Beginnings = Callable[[int], LayerStart]
+
+
+class GatedMemory(WeightMemory):
+    """Edits stand beside the model's weights, behind gates.
+
+    Args:
+        layout: modules of the model, its edited weights `GatedWeight`.
+        share: of ordinary tokens that may be open, for the threshold.
+        keys: gives keys of ordinary tokens at the gate's layer, (n, d_k).
+
+    Attributes:
+        gate: threshold in use, and at how many edits it was taken; None before the first edit.
+    """
+
+    def __init__(self, layout: Layout, share: float, keys: Callable[[], Tensor]) -> None:
+        super().__init__(layout.edited)
+        self._layout, self._share, self._keys = layout, share, keys
+        self._sample: tuple[Tensor, Tensor] | None = None  # ordinary keys a, and ‖a R_0‖²
+        self._layer = min(layout.edited)
+        self._base = self._base_fingerprint()
+
+    @property
+    def decision(self) -> Decision:
+        """Of the model's gates."""
+        return gate_of(self._layout.edited[self._layer].module).decision
+
+    def begin(self, beginnings: Beginnings) -> None:
+        """Take the prior's covariance."""
+        self._set_factors(0, beginnings(self._layer).solution)
+
+    def holds(self, layer: int, W: Tensor) -> bool:
+        """Whether a layer's weight behind the gate is exactly W, (d_k, d_v), and the model's own unedited."""
+        return self._base_fingerprint() == self._base and super().holds(layer, W)
+
+    def write(self, layer: int, solution: LayerSolver) -> None:
+        """Let a layer's weight be its solution's; at the gate's layer, the gate goes by its covariance."""
+        super().write(layer, solution)
+        if layer == self._layer:
+            self._go_by(solution, self.gate)
+
+    def show(self, moment: Moment) -> None:
+        """Let weights and gate be those of a moment."""
+        super().show(moment)
+        if self._layer in moment.solutions:
+            self._go_by(moment.solutions[self._layer], moment.history.gate)
+
+    @contextmanager
+    def restored_if_it_fails(self) -> Iterator[None]:
+        """If the block fails, weights and gate are bit for bit as it found them."""
+        decision, gate = self.decision, self.gate
+        found = decision.factors, decision.threshold
+        try:
+            with super().restored_if_it_fails():
+                yield
+        except BaseException:
+            (decision.factors, decision.threshold), self.gate = found, gate
+            raise
+
+    def _go_by(self, solution: LayerSolver, gate: GateEntry | None) -> None:
+        if solution.n_edits == 0:
+            self.gate, self.decision.threshold = None, CLOSED
+            return
+        self._set_factors(1, solution)
+        n = solution.n_edits
+        if gate is None or not gate.edits / _GROWTH < n < gate.edits * _GROWTH:
+            gate = GateEntry(self._quantile(), n)
+        self.gate, self.decision.threshold = gate, gate.threshold
+
+    def _set_factors(self, place: int, solution: LayerSolver) -> None:
+        """Of C_0 (place 0) or C_t (place 1), in the decision's factors."""
+        C = solution.covariance()
+        factor = cholesky(C.double() if C.device.type != "mps" else C, f"Covariance of {solution.name}")
+        halves = [factor, factor] if place == 0 else [self.decision.factors[:, : len(C)], factor]
+        self.decision.factors = torch.cat([half.float() for half in halves], 1)
+
+    def _quantile(self) -> float:
+        """The threshold that a share of ordinary tokens passes."""
+        prior, posterior = self.decision.factors.chunk(2, 1)
+        if self._sample is None:
+            keys = self._keys()
+            self._sample = keys, _square_norms(keys, prior)
+        keys, norms = self._sample
+        return float(torch.quantile((1 - _square_norms(keys, posterior) / norms).double(), 1 - self._share))
+
+    def _base_fingerprint(self) -> str:
+        """Of the model's own weights."""
+        return weights_fingerprint(
+            {layer: weight.module.weight for layer, weight in self._layout.edited.items()}
+        )
+
+
+def _square_norms(keys: Tensor, factor: Tensor) -> Tensor:
+    """‖a R‖² of keys, (n, d_k) -> (n,)."""
+    parts = [(some.to(factor) @ factor).square().sum(1) for some in torch.split(keys, _AT_ONCE)]
+    return torch.cat(parts)
+
+
+def refuse_gates(layout: Layout) -> None:
+    """See that no edits stand behind gates.
+
+    Raises:
+        LayoutError: an edited module has a gate.
+    """
+    if any(has_gate(weight.module) for weight in layout.edited.values()):
+        raise LayoutError(
+            "The model has a gated memory, beside which its weights can't be edited. Set memory: gated, or "
+            "take the edits off: easyedit_rls.remove_gates(model)."
+        )
+
+
+def gated_layout(layout: Layout, is_known: bool) -> Layout:
+    """The layout of a model whose edited weights are behind gates; they are put there if they are not yet.
+
+    Args:
+        layout: of the model.
+        is_known: whether a state or a ledger says what the edits behind gates are.
+
+    Raises:
+        StateMismatchError: the model has gates with edits that no state knows.
+    """
+    modules = [weight.module for _, weight in sorted(layout.edited.items())]
+    if not all(has_gate(module) for module in modules):
+        put_gates(modules)
+    elif not is_known and gate_of(modules[0]).decision.threshold != CLOSED:
+        raise StateMismatchError(
+            "The model has gates with edits of another editor. Give that editor's state or its state_dir, or "
+            "take the edits off: easyedit_rls.remove_gates(model)."
+        )
+    edited: dict[int, EditedWeight] = {
+        layer: GatedWeight(weight.module, weight.parameter_name.removesuffix(".weight"))
+        for layer, weight in layout.edited.items()
+    }
+    return replace(layout, edited=edited)

@@ -1,0 +1,258 @@
+"""A gate in front of an edited weight: a token sees the edits only where they have something to say of it.
+
+Recursive least squares is Bayesian linear regression. With prior covariance C_0 and C_t after t batches, the
+variance of what the weight makes of a key a falls from ``a C_0 aᵀ`` to ``a C_t aᵀ``, and
+
+    g(a) = 1 − (a C_t aᵀ) / (a C_0 aᵀ)   in [0, 1]
+
+is the share that the edits took away: the *leverage* they have on a. With C_0 = R_0 R_0ᵀ and C_t = R_t R_tᵀ
+it is ``1 − ‖a R_t‖²/‖a R_0‖²``. A token with g above the threshold τ is *open*: its output is ``a W_t``, that
+of all others ``a W_0``, to the bit. g does not change when a is scaled.
+
+One decision a token: the gate's layer is the first one that is edited. No edit changes what comes to it, so
+what is written at a key stays where it can be found, whatever is edited later. The layers above go by the
+same decision.
+
+This file needs torch and safetensors alone: a saved memory has a copy beside it, so that it can be loaded
+where nothing else of this package is:
+
+    from gate import load_gates
+    load_gates(model, "folder")                        # model: the unedited one
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from easyedit_rls.errors import GateError
+
+CLOSED = float("inf")  # a threshold that no token passes
+
+_NAME = "_easyedit_rls_gate"  # of the submodule, on each edited projection
+_FILE, _FORMAT = "gates.safetensors", "1"
+_OWN_IMPORT = re.compile(r"^from easyedit_rls\.errors import GateError$", re.MULTILINE)
+_SAMPLES = 4096  # values of a weight that its fingerprint is made of
+
+
+class Decision(nn.Module):
+    """Which tokens are open. The factors keep their type when the model is cast, and are in no state dict.
+
+    Attributes:
+        factors: ``[R_0 | R_t]``, (d_k, 2 d_k), float32; empty before the first edit.
+        threshold: τ.
+        open: of the last pass, (rows, tokens) or (tokens,), bool; None before one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors: Tensor = torch.empty(0)
+        self.threshold = CLOSED
+        self.open: Tensor | None = None
+
+    def leverage(self, keys: Tensor) -> Tensor:
+        """g of keys, (..., d_k) -> (...), in the factors' type."""
+        products = (keys.to(self.factors) @ self.factors).square()
+        prior, posterior = (half.sum(-1) for half in products.chunk(2, -1))
+        return torch.where(prior > 0, 1 - posterior / prior, 0)
+
+    def decide(self, keys: Tensor) -> None:
+        """Take the decision for the tokens of a pass, from their keys at the gate's layer, (..., d_k)."""
+        if self.threshold == CLOSED:
+            self.open = torch.zeros(keys.shape[:-1], dtype=torch.bool, device=keys.device)
+        else:
+            self.open = self.leverage(keys) > self.threshold
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decision":
+        """Go to another device with the model, but into no other type."""
+        self.factors = self.factors.to(fn(torch.empty(0).to(self.factors)).device)
+        return self
+
+
+class Gate(nn.Module):
+    """On one edited projection: its weight with the edits, and the way to it.
+
+    Args:
+        projection: ``nn.Linear`` or transformers' ``Conv1D``.
+        decision: shared by all gates of a model.
+        decides: whether this is the gate's layer.
+
+    Attributes:
+        weight: W_t in the projection's own orientation, type and device.
+        decision: see above.
+    """
+
+    weight: Tensor
+
+    def __init__(self, projection: nn.Module, decision: Decision, decides: bool) -> None:
+        super().__init__()
+        given: Any = projection.weight
+        self.register_buffer("weight", given.detach().clone(), persistent=False)
+        self._is_linear, self._decides = isinstance(projection, nn.Linear), decides
+        self._shared = [decision]  # in a list: it is the submodule of one gate alone
+        if decides:
+            self.decider = decision
+            self.register_state_dict_pre_hook(_warn_of_state_dict)  # type: ignore[no-untyped-call]
+
+    @property
+    def decision(self) -> Decision:
+        """Shared by all gates of a model."""
+        return self._shared[0]
+
+    def pass_edits(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The projection's forward hook: output with the edits, where a token is open."""
+        keys = args[0]
+        if self._decides:
+            self.decision.decide(keys)
+        is_open = self.decision.open
+        if is_open is None or is_open.shape != keys.shape[:-1]:
+            raise GateError(
+                "The gate's layer saw other tokens than this one. Run whole passes through the model; to run "
+                "a part of its layers, take the gates off (remove_gates)."
+            )
+        is_open = is_open.to(keys.device)
+        if keys.device.type != "cpu" or torch.compiler.is_compiling():  # no waiting for what is open
+            return torch.where(is_open[..., None], self._edited(projection, keys), output)
+        if not bool(is_open.any()):
+            return output
+        output = output.clone()
+        output[is_open] = self._edited(projection, keys[is_open])
+        return output
+
+    def _edited(self, projection: nn.Module, keys: Tensor) -> Tensor:
+        weight, bias = self.weight.to(keys.dtype), projection.bias
+        return F.linear(keys, weight if self._is_linear else weight.T, bias)  # type: ignore[arg-type]
+
+
+def gate_of(projection: nn.Module) -> Gate:
+    """The gate on a projection.
+
+    Raises:
+        GateError: it has none.
+    """
+    gate = projection._modules.get(_NAME)
+    if not isinstance(gate, Gate):
+        raise GateError("The projection has no gate: it was taken off. Make a new editor of the model.")
+    return gate
+
+
+def has_gate(projection: nn.Module) -> bool:
+    """Whether a projection has a gate."""
+    return _NAME in projection._modules
+
+
+def put_gates(projections: list[nn.Module]) -> Decision:
+    """Put a gate on each edited projection, lowest layer first, which is the gate's; closed, so that nothing
+    changes.
+    """
+    decision = Decision()
+    for number, projection in enumerate(projections):
+        gate = Gate(projection, decision, decides=number == 0)
+        projection.add_module(_NAME, gate)
+        projection.register_forward_hook(gate.pass_edits)
+    return decision
+
+
+def remove_gates(model: nn.Module) -> None:
+    """Take all gates off a model, and the edits with them: it is the unedited one again."""
+    for _, module in _gated(model):
+        gate, hooks = gate_of(module), module._forward_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is gate]:
+            del hooks[key]
+        delattr(module, _NAME)
+
+
+def merge_gates(model: nn.Module) -> None:
+    """Write the edits into the model's own weights and take the gates off: all tokens see them then."""
+    for _, module in _gated(model):
+        weight: Any = module.weight
+        with torch.no_grad():
+            weight.copy_(gate_of(module).weight)
+    remove_gates(model)
+
+
+def save_gates(model: nn.Module, folder: str | Path) -> None:
+    """Write a model's gates into ``gates.safetensors``, and beside it this file, which loads them.
+
+    Raises:
+        GateError: the model has none.
+    """
+    found = _gated(model)
+    if not found:
+        raise GateError("The model has no gates. Edit it with memory: gated.")
+    decision, folder = gate_of(found[0][1]).decision, Path(folder)
+    about = {
+        "format": _FORMAT,
+        "threshold": repr(decision.threshold),
+        "layers": json.dumps([name for name, _ in found]),
+        "unedited": _digest(dict(found)),
+    }
+    tensors = {f"{name}.weight": gate_of(module).weight.contiguous() for name, module in found}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"factors": decision.factors.contiguous(), **tensors}, folder / _FILE, about)
+    source = Path(__file__).read_text(encoding="utf-8")
+    source = _OWN_IMPORT.sub("class GateError(RuntimeError):\\n    ...", source)
+    (folder / "gate.py").write_text(source, encoding="utf-8")
+
+
+def load_gates(model: nn.Module, folder: str | Path) -> None:
+    """Put gates that `save_gates` wrote on the unedited model that they were made with.
+
+    Raises:
+        GateError: the folder holds none, or they are another model's.
+    """
+    path = Path(folder) / _FILE
+    if not path.is_file():
+        raise GateError(f"There is no {path}. Give a folder that edits behind gates were saved in.")
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+        if about.get("format") != _FORMAT:
+            raise GateError(f"{path} has format {about.get('format')}, not {_FORMAT}. Get a newer gate.py.")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    known, names = dict(model.named_modules()), json.loads(about["layers"])
+    found = {name: known[name] for name in names if name in known}
+    if len(found) < len(names) or _digest(found) != about["unedited"]:
+        raise GateError(
+            f"{path} was made with another model, or with this one in another type. Load the unedited model "
+            "as it was when it was edited."
+        )
+    remove_gates(model)
+    modules = [known[name] for name in names]
+    decision = put_gates(modules)
+    decision.factors = tensors["factors"].to(modules[0].weight.device)
+    decision.threshold = float(about["threshold"])
+    for name, module in zip(names, modules):
+        gate_of(module).weight.copy_(tensors[f"{name}.weight"])
+
+
+def _gated(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Projections with a gate, the gate's layer first."""
+    return [(name, module) for name, module in model.named_modules() if has_gate(module)]
+
+
+def _digest(projections: Mapping[str, nn.Module]) -> str:
+    """SHA-256 over evenly spaced values of the projections' own weights."""
+    digest = hashlib.sha256()
+    for name, module in projections.items():
+        weight: Any = module.weight
+        values = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLES)]
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(values.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _warn_of_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    warnings.warn(
+        "The model's edits stand behind gates, which no state dict and no save_pretrained holds. Save them "
+        "with save_gates(model, folder), or write them into the weights with merge_gates(model).",
+        stacklevel=2,
+    )

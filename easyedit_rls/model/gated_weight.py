@@ -1,0 +1,27 @@
+"""Edited weights behind a gate, as the rest of the package sees them."""
+
+from torch import Tensor
+
+from easyedit_rls.model.gate import Decision, gate_of, has_gate
+from easyedit_rls.model.layout import Layout
+from easyedit_rls.model.weights import EditedWeight
+
+
+class GatedWeight(EditedWeight):
+    """An edited weight that stands beside the model's own. It is read and written as one.
+
+    Args:
+        module: the projection; it has a gate.
+        name: full name of the module in the model.
+    """
+
+    @property
+    def parameter(self) -> Tensor:
+        """W_t, in the module's own orientation."""
+        return gate_of(self.module).weight
+
+
+def find_decision(layout: Layout) -> Decision | None:
+    """The decision of a model's gates; None where its edits are in its weights."""
+    module = layout.edited[min(layout.edited)].module
+    return gate_of(module).decision if has_gate(module) else None

@@ -1,0 +1,285 @@
+"""A gated memory: who sees the edits, what the gate goes by; state, ledger and model keep together."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from easyedit_rls import (
+    GateError,
+    LayoutError,
+    NumericalError,
+    RLSEditor,
+    StateMismatchError,
+    load_gates,
+    merge_gates,
+    remove_gates,
+    save_gates,
+)
+from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.ledger.reading import latest
+from easyedit_rls.ledger.snapshot import read_history
+from easyedit_rls.model.gate import gate_of
+from easyedit_rls.model.gated_weight import find_decision
+from tests.conftest import FAMILIES, tiny_settings
+from tests.helpers import same, tensors_of
+from tests.tolerances import LEVERAGE_FLOAT32
+
+
+@pytest.fixture
+def gated(family):
+    def make(**changes):
+        return tiny_settings(family, memory="gated", gate_share=0.01, **changes)
+
+    return make
+
+
+@pytest.fixture
+def logits(tok):
+    def of(model, text):
+        with torch.no_grad():
+            return model(**tok(text, return_tensors="pt")).logits
+
+    return of
+
+
+def gate_tensors(editor):
+    decision = find_decision(editor.layout)
+    weights = {str(layer): weight.parameter.clone() for layer, weight in editor.layout.edited.items()}
+    return {**weights, "factors": decision.factors.clone(), "threshold": torch.tensor(decision.threshold)}
+
+
+def closed_texts(model, tok, texts):
+    """Those of the texts no token of which is open."""
+    decision = next(module for module in model.modules() if type(module).__name__ == "Decision")
+    found = []
+    for text in texts:
+        with torch.no_grad():
+            model(**tok(text, return_tensors="pt"))
+        found += [] if bool(decision.open.any()) else [text]
+    return found
+
+
+def test_a_text_that_opens_no_gate_has_the_unedited_logits(
+    model, family, tok, requests, gated, logits, demo_text
+):
+    unedited, weights = FAMILIES[family](), tensors_of(model)
+    editor = RLSEditor(model, tok, gated())
+    report = editor.edit(requests)
+    assert same(tensors_of_model(model), weights)  # none of the model's own was written
+    words = demo_text.split()
+    texts = [" ".join(words[at : at + 3]) for at in range(0, 300, 3)]
+    closed = closed_texts(model, tok, texts)
+    assert len(closed) > 10
+    for text in closed:
+        assert torch.equal(logits(model, text), logits(unedited, text))
+    prompt = requests[0]["prompt"].format(requests[0]["subject"])
+    assert not torch.equal(logits(model, prompt), logits(unedited, prompt))
+    assert report.n_edits == len(requests)
+    editor.retract(range(1, len(requests) + 1))
+    for text in [*texts, prompt]:
+        assert torch.equal(logits(model, text), logits(unedited, text))
+
+
+def tensors_of_model(model):
+    with pytest.warns(UserWarning, match="edits stand behind gates"):
+        return tensors_of(model)
+
+
+def test_the_gate_is_the_plain_formula(model, tok, requests, gated, tmp_path):
+    """g from the covariances, solved plainly in float64 from the keys that the ledger holds."""
+    hp = gated(state_dir=str(tmp_path))
+    with RLSEditor(model, tok, hp) as editor:
+        for request in requests:
+            editor.edit({**request, "importance": 0.7})
+        editor.retract([2])
+        editor.edit({**requests[1], "target_new": "water"})
+    layer = min(editor.layout.edited)
+    K, _, D = read_history(latest(tmp_path)).tensors([1, 3, 4, 5], [layer])[layer]
+    A_0 = editor.state.now.beginnings[layer].information(torch.device("cpu"))
+    A_t = A_0 + K.double().T @ (D.double()[:, None] * K.double())
+    keys = torch.cat(
+        [K.double(), torch.randn(50, K.shape[1], generator=torch.Generator().manual_seed(0)).double()]
+    )
+
+    def variance(A):
+        return (keys * torch.linalg.solve(A, keys.T).T).sum(1)
+
+    wanted = 1 - variance(A_t) / variance(A_0)
+    found = find_decision(editor.layout).leverage(keys.float())
+    torch.testing.assert_close(found.double(), wanted, **LEVERAGE_FLOAT32)
+    assert float(wanted[:4].min()) > float(wanted[4:].max())
+
+
+def test_the_model_comes_back_from_the_ledger_bit_for_bit(model, family, tok, requests, gated, tmp_path):
+    hp = gated()
+    straight = RLSEditor(model, tok, hp)
+    for batch in (requests[:2], requests[2:]):
+        straight.edit(batch)
+    first = RLSEditor(FAMILIES[family](), tok, hp, state_dir=tmp_path)
+    first.edit(requests[:2])
+    first.close()
+    again = RLSEditor(FAMILIES[family](), tok, hp, state_dir=tmp_path)
+    assert same(gate_tensors(again), gate_tensors(first))
+    again.edit(requests[2:])
+    assert same(gate_tensors(again), gate_tensors(straight))
+    before = gate_tensors(first)
+    again.rollback()
+    assert same(gate_tensors(again), before)
+    again.close()
+
+
+@pytest.mark.parametrize("solver", ["rls", "forgetting", "memit_seq"])
+def test_rules_with_a_covariance_have_a_gate(model, tok, requests, gated, solver):
+    own = {"n_0": 50.0, "norm_weight": 1.0} if solver == "memit_seq" else {}
+    editor = RLSEditor(model, tok, gated(solver=solver, solver_settings=own))
+    editor.edit(requests[:2])
+    before = gate_tensors(editor)
+    editor.edit(requests[2:])
+    assert not torch.equal(gate_tensors(editor)["factors"], before["factors"])
+    editor.rollback()
+    assert same(gate_tensors(editor), before)
+
+
+def test_a_rule_without_a_covariance_is_refused():
+    for solver in ("alphaedit", "rls-rect"):
+        with pytest.raises(
+            HyperParamsError, match=f"memory is 'gated'; allowed: 'weights' where solver is {solver}"
+        ):
+            tiny_settings("llama", memory="gated", solver=solver)
+
+
+def test_a_batch_that_fails_leaves_the_gate_as_it_was(model, tok, requests, gated, monkeypatch):
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests[:2])
+    before, gate = gate_tensors(editor), editor.memory.gate
+
+    def fail(*args):
+        raise NumericalError("no")
+
+    monkeypatch.setattr("easyedit_rls.editors.rls.find_said", fail)
+    with pytest.raises(NumericalError):
+        editor.edit(requests[2:])
+    assert same(gate_tensors(editor), before)
+    assert editor.memory.gate == gate
+
+
+def test_weights_that_somebody_changed_are_noticed(model, tok, requests, gated):
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests[:2])
+    projection = editor.layout.edited[1].module
+    found = projection.weight.detach().clone()
+    with torch.no_grad():
+        projection.weight.mul_(1.5)
+    with pytest.raises(StateMismatchError, match="weights of layers"):
+        editor.edit(requests[2:])
+    with torch.no_grad():
+        projection.weight.copy_(found)
+        gate_of(projection).weight.mul_(1.5)
+    with pytest.raises(StateMismatchError, match=r"weights of layers \[1\]"):
+        editor.edit(requests[2:])
+
+
+def test_two_kinds_of_memory_do_not_meet(model, family, tok, requests, gated, settings):
+    RLSEditor(model, tok, gated()).edit(requests[:2])
+    with pytest.raises(LayoutError, match=r"has a gated memory.*remove_gates"):
+        RLSEditor(model, tok, settings())
+    with pytest.raises(StateMismatchError, match=r"gates with edits of another editor.*remove_gates"):
+        RLSEditor(model, tok, gated())
+    remove_gates(model)
+    assert RLSEditor(model, tok, settings()).edit(requests[:2]).n_edits == 2
+
+
+def test_gates_come_off_without_a_trace(model, family, tok, requests, gated, logits):
+    unedited = FAMILIES[family]()
+    RLSEditor(model, tok, gated()).edit(requests)
+    remove_gates(model)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in unedited.named_modules()]
+    assert not any(module._forward_hooks for module in model.modules())
+    assert same(tensors_of(model), tensors_of(unedited))
+    remove_gates(model)  # nothing happens
+
+
+def test_a_copy_goes_its_own_way(model, tok, requests, gated, logits):
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests[:2])
+    prompt = requests[0]["prompt"].format(requests[0]["subject"])
+    other, before = copy.deepcopy(model), logits(model, prompt)
+    editor.retract([1, 2])
+    assert torch.equal(logits(other, prompt), before)
+    assert not torch.equal(logits(model, prompt), before)
+
+
+def test_saved_gates_are_loaded_with_and_without_this_package(
+    model, family, tok, requests, gated, logits, tmp_path
+):
+    RLSEditor(model, tok, gated()).edit(requests)
+    save_gates(model, tmp_path / "edits")
+    texts = [request["prompt"].format(request["subject"]) for request in requests] + ["Nothing of the kind"]
+    fresh = FAMILIES[family]()
+    load_gates(fresh, tmp_path / "edits")
+    wanted = [logits(model, text) for text in texts]
+    assert all(torch.equal(logits(fresh, text), given) for text, given in zip(texts, wanted))
+    bare = FAMILIES[family]()
+    bare.save_pretrained(tmp_path / "model")
+    torch.save(
+        {"ids": [tok(text, return_tensors="pt").input_ids for text in texts], "wanted": wanted},
+        tmp_path / "x",
+    )
+    script = f"""
+import sys, torch
+sys.modules["easyedit_rls"] = None
+sys.path.insert(0, {str(tmp_path / "edits")!r})
+from transformers import AutoModelForCausalLM
+from gate import load_gates
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}).eval()
+load_gates(model, {str(tmp_path / "edits")!r})
+x = torch.load({str(tmp_path / "x")!r})
+with torch.no_grad():
+    assert all(torch.equal(model(ids).logits, wanted) for ids, wanted in zip(x["ids"], x["wanted"]))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with torch.no_grad():
+        gate_of(
+            RLSEditor(bare, tok, gated()).layout.edited[1].module
+        ).weight.zero_()  # a gate that is there gives way
+    load_gates(bare, tmp_path / "edits")
+    assert torch.equal(logits(bare, texts[0]), wanted[0])
+    with pytest.raises(GateError, match="was made with another model"):
+        load_gates(FAMILIES[family]().bfloat16(), tmp_path / "edits")
+    with pytest.raises(GateError, match="There is no"):
+        load_gates(fresh, tmp_path)
+    with pytest.raises(GateError, match="memory: gated"):
+        save_gates(FAMILIES[family](), tmp_path)
+
+
+def test_merged_gates_are_the_plain_weights(model, family, tok, requests, gated):
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests)
+    edited = {layer: weight.parameter.clone() for layer, weight in editor.layout.edited.items()}
+    merge_gates(model)
+    assert all(
+        torch.equal(weight.module.weight, edited[layer]) for layer, weight in editor.layout.edited.items()
+    )
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_threshold_is_in_the_ledger_and_survives_compaction(
+    model, family, tok, requests, gated, tmp_path
+):
+    from easyedit_rls.cli.main import main
+
+    with RLSEditor(model, tok, gated(), state_dir=tmp_path / "state") as editor:
+        for request in requests:
+            editor.edit(request)
+        editor.retract([4])
+        gate = editor.memory.gate
+    assert gate is not None
+    assert read_history(latest(tmp_path / "state")).gate == gate
+    assert main(["state", "compact", str(tmp_path / "state")]) == 0
+    assert read_history(latest(tmp_path / "state")).gate == gate
+    with RLSEditor(FAMILIES[family](), tok, gated(), state_dir=tmp_path / "state") as again:
+        assert again.memory.gate == gate
+        assert same(gate_tensors(again), gate_tensors(editor))
