@@ -25,7 +25,7 @@ from easyedit_rls.errors import (
 )
 from easyedit_rls.evaluation import Evaluation, evaluate, perplexity
 from easyedit_rls.host import register, unregister
-from easyedit_rls.model.gate import load_gates, merge_gates, remove_gates, save_gates
+from easyedit_rls.model.gate import load_edited, merge_gates, remove_gates, save_edited
 
 __all__ = [
     "AnchorError",
@@ -51,12 +51,12 @@ __all__ = [
     "__version__",
     "anchor_pairs",
     "evaluate",
-    "load_gates",
+    "load_edited",
     "merge_gates",
     "parse_requests",
     "perplexity",
     "register",
     "remove_gates",
-    "save_gates",
+    "save_edited",
     "unregister",
 ]

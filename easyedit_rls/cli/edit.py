@@ -11,6 +11,7 @@ from easyedit_rls._base.device import choose_device
 from easyedit_rls.cli.command import command, output_folder
 from easyedit_rls.cli.console import plain_console
 from easyedit_rls.cli.loading import settings_for
+from easyedit_rls.cli.outputs import save_model
 from easyedit_rls.cli.records import fits, fitting, records_of, without_contradictions
 from easyedit_rls.cli.report import LABELS
 from easyedit_rls.data.requests import parse_requests
@@ -61,7 +62,7 @@ def main(config: DictConfig) -> None:
         json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     if config.save:
-        model.save_pretrained(out)
+        save_model(model, out)
         tok.save_pretrained(out)
     figures = Table("", "Before", "After", title=f"{len(requests)} edits, measured after the last")
     for name in _SHOWN:
@@ -69,9 +70,14 @@ def main(config: DictConfig) -> None:
             figures.add_row(LABELS[name], f"{before[name]:.3f}", f"{after[name]:.3f}")
     console.print(figures)
     console.print(
-        f"Written to {out}: edits.json"
-        + (", and the edited model as save_pretrained writes it" if config.save else "")
+        f"Written to {out}: edits.json" + (f", and {_saved(hparams.memory)}" if config.save else "")
     )
+
+
+def _saved(memory: str) -> str:
+    if memory == "weights":
+        return "the edited model as save_pretrained writes it"
+    return "the unedited model with the edits beside it: easyedit_rls.load_edited(model, folder)"
 
 
 if __name__ == "__main__":

@@ -4,19 +4,19 @@ import argparse
 import contextlib
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from easyedit_rls._base.files import user_path
-from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.cli.console import plain_console, visible
+from easyedit_rls.cli.ledgers import megabytes, moment_of, read_ledger
 from easyedit_rls.cli.loading import add_trust, failed
-from easyedit_rls.errors import LedgerError, ModelError, RLSEditError
+from easyedit_rls.errors import LedgerError, RLSEditError
 from easyedit_rls.ledger.compact import compact
 from easyedit_rls.ledger.inspect import (
     LayerFigures,
@@ -30,12 +30,9 @@ from easyedit_rls.ledger.inspect import (
 )
 from easyedit_rls.ledger.journal import Journal
 from easyedit_rls.ledger.ledger import Ledger
-from easyedit_rls.ledger.moment import Moment
-from easyedit_rls.ledger.reading import at_one_moment, journals, latest, settled
-from easyedit_rls.ledger.snapshot import read_manifest, read_moment, read_prior
+from easyedit_rls.ledger.reading import journals, latest, settled
+from easyedit_rls.ledger.snapshot import read_manifest, read_prior
 from easyedit_rls.ledger.state import EditorState
-
-T = TypeVar("T")
 
 _WEIGHT_TOLERANCE = 1e-2  # of the edit's norm; float32 over long streams, see `verify`
 
@@ -51,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    summary = _read(arguments.ledger, lambda journal: _summary(arguments.ledger, journal))
+    summary = read_ledger(arguments.ledger, lambda journal: _summary(arguments.ledger, journal))
     layers = [LayerFigures(**figures) for figures in summary["layers"]]
     if arguments.json:
         print(json.dumps(summary, indent=1, ensure_ascii=False))
@@ -63,13 +60,15 @@ def _show(arguments: argparse.Namespace) -> int:
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     say(f"of {summary['model'] or 'a model without a name'} ({summary['architecture']}, {summary['dtype']})")
     say(f"from {summary['created']} to {summary['last_change']}")
-    say(f"{_megabytes(summary['bytes_on_disk'])} on disk in {arguments.ledger}")
+    say(f"{megabytes(summary['bytes_on_disk'])} on disk in {arguments.ledger}")
     settings = (
         f"{key} {summary['objective'][key]}"
         for key in ("lambda_reg", "mu_reg", "mom2_update_weight", "solver")
     )
     own = "".join(f", {key} {value}" for key, value in summary["objective"]["solver_settings"].items())
     say(f"objective: {', '.join(settings)}{own}")
+    if summary["gate"] is not None:
+        say(f"behind gates: tokens with leverage above {summary['gate']['threshold']:.3f} see the edits")
     table = Table(
         "Layer", "d_k × d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", title="Edited layers"
     )
@@ -92,7 +91,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _summary(folder: Path, journal: Journal) -> dict[str, Any]:
     """What `show` tells, of one moment."""
-    manifest, moment = read_manifest(journal), _moment(journal)
+    manifest, moment = read_manifest(journal), moment_of(journal)
     layers = [
         layer_figures(read_prior(journal, n), solution, moment.history, n, manifest)
         for n, solution in moment.solutions.items()
@@ -109,12 +108,13 @@ def _summary(folder: Path, journal: Journal) -> dict[str, Any]:
         "batches": moment.history.n_batches,
         "bytes_on_disk": size_on_disk(folder),
         "objective": manifest.objective,
+        "gate": None if moment.history.gate is None else asdict(moment.history.gate),
         "layers": [figures.to_dict() for figures in layers],
     }
 
 
 def _log(arguments: argparse.Namespace) -> int:
-    for row in _read(arguments.ledger, log_rows):
+    for row in read_ledger(arguments.ledger, log_rows):
         print(json.dumps(row, ensure_ascii=False) if arguments.json else visible(_log_line(row)))
     return 0
 
@@ -147,7 +147,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     newest = latest(arguments.ledger)
     if arguments.files_only or newest is None or newest.is_closed:
         return 0
-    figures = _read(arguments.ledger, lambda journal: _all_rebuild_figures(journal))
+    figures = read_ledger(arguments.ledger, lambda journal: _all_rebuild_figures(journal))
     if not figures:
         say("Its rule has no batch solution to hold the state against; every change could be made once more.")
         return 0
@@ -179,7 +179,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _all_rebuild_figures(journal: Journal) -> list[RebuildFigures]:
-    moment = _moment(journal)
+    moment = moment_of(journal)
     return [
         rebuild_figures(journal, moment, layer)
         for layer, solution in moment.solutions.items()
@@ -190,7 +190,7 @@ def _all_rebuild_figures(journal: Journal) -> list[RebuildFigures]:
 def _retract(arguments: argparse.Namespace) -> int:
     with _held(arguments.ledger) as (ledger, journal):
         state = EditorState(ledger, ledger.place())
-        state.now = _moment(journal)
+        state.now = moment_of(journal)
         wanted = state.history.check(arguments.edit_ids)
         texts = [state.history.live[edit_id].request for edit_id in wanted]
         state.retract(wanted, getattr(torch, read_manifest(journal).dtype))
@@ -205,58 +205,29 @@ def _retract(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from easyedit_rls.editors.transaction import WeightMemory
-    from easyedit_rls.ledger.export import edited_weights
-    from easyedit_rls.model.load import load_tokenizer, load_weights
+    from easyedit_rls.cli.outputs import replay
 
-    _refuse_same_folder(arguments.out, arguments.model, "the unedited model would be lost")
-    _refuse_inside(arguments.out, arguments.ledger)
-    manifest, moment = _read(
-        arguments.ledger, lambda journal: (read_manifest(journal), _moment(journal, arguments.from_start))
-    )
-    trust = arguments.trust_remote_code
-    model = load_weights(arguments.model, manifest.dtype, trust_remote_code=trust)
-    WeightMemory(edited_weights(model, manifest, moment)).show(moment)
-    model.save_pretrained(arguments.out)
-    try:
-        load_tokenizer(arguments.model, trust_remote_code=trust).save_pretrained(arguments.out)
-    except ModelError as exc:
-        print(f"No tokenizer was saved. {visible(str(exc))}", file=sys.stderr)
-    print(f"{len(moment.history.live)} edits written into {arguments.model}, saved as {arguments.out}")
-    return 0
+    return replay(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from easyedit_rls.ledger.export import write_adapter
+    from easyedit_rls.cli.outputs import export
 
-    _refuse_inside(arguments.lora, arguments.ledger)
-    manifest, moment = _read(arguments.ledger, lambda journal: (read_manifest(journal), _moment(journal)))
-    report = write_adapter(arguments.lora, manifest, moment, arguments.rank)
-    table = Table(
-        "Layer", "‖ΔW − BA‖/‖ΔW‖", title=f"LoRA adapter of rank {report.rank}, {_megabytes(report.n_bytes)}"
-    )
-    for layer, error in report.errors.items():
-        table.add_row(str(layer), f"{error:.1e}")
-    console = plain_console()
-    console.print(table)
-    console.print(
-        f"Written to {arguments.lora}: adapter_config.json, adapter_model.safetensors", soft_wrap=True
-    )
-    return 0
+    return export(arguments)
 
 
 def _compact(arguments: argparse.Namespace) -> int:
     with _held(arguments.ledger) as (ledger, journal):
         before = size_on_disk(arguments.ledger)
-        compact(ledger, journal, _moment(journal))
-    print(f"{_megabytes(before)} before, {_megabytes(size_on_disk(arguments.ledger))} after")
+        compact(ledger, journal, moment_of(journal))
+    print(f"{megabytes(before)} before, {megabytes(size_on_disk(arguments.ledger))} after")
     return 0
 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[tuple[Ledger, Journal]]:
     """A ledger that is locked while the block runs."""
-    _read(folder, lambda journal: journal)  # so that a mistyped folder is not made
+    read_ledger(folder, lambda journal: journal)  # so that a mistyped folder is not made
     ledger = Ledger(folder)
     try:
         journal = ledger.open()
@@ -264,43 +235,6 @@ def _held(folder: Path) -> Iterator[tuple[Ledger, Journal]]:
         yield ledger, journal
     finally:
         ledger.close()
-
-
-def _read(folder: Path, read: Callable[[Journal], T]) -> T:
-    """What a function reads of the journal in use, all of one moment."""
-
-    def look(journal: Journal) -> T:
-        if journal.is_closed:
-            raise LedgerError(
-                f"All edits in {folder} were forgotten (reset) at {journal.lines[-1].time}. "
-                "There is nothing to look at."
-            )
-        return read(journal)
-
-    if not folder.is_dir():
-        raise LedgerError(f"{folder} holds no ledger. Give the folder that was state_dir.")
-    return at_one_moment(folder, look)
-
-
-def _moment(journal: Journal, from_start: bool = False) -> Moment:
-    with progress_bar(len(journal.lines), "ledger", "event", None) as bar:
-        return read_moment(journal, from_start=from_start, progress=bar)
-
-
-def _refuse_same_folder(out: Path, other: str, why: str) -> None:
-    if out.exists() and Path(other).exists() and out.samefile(other):
-        raise LedgerError(f"{out} is {other}: {why}. Give another folder to write to.")
-
-
-def _refuse_inside(out: Path, ledger: Path) -> None:
-    if ledger.resolve() in (out.resolve(), *out.resolve().parents):
-        raise LedgerError(
-            f"{out} lies within the ledger, where nothing else has a place. Give another folder to write to."
-        )
-
-
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:.1f} MB"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -362,7 +296,8 @@ def _parser() -> argparse.ArgumentParser:
         "apply the ledger to the unedited model and save it",
         (
             "Reads the ledger and MODEL, which must be the one that was edited; "
-            "writes an ordinary model folder, OUT, with the tokenizer."
+            "writes an ordinary model folder, OUT, with the tokenizer; edits behind gates (memory: gated) "
+            "lie beside the unedited model there, with gate.py, which loads them."
         ),
     )
     replayed.add_argument("model", metavar="MODEL", help="folder or hub name of the unedited model")
@@ -371,6 +306,11 @@ def _parser() -> argparse.ArgumentParser:
         "--from-start",
         action="store_true",
         help="make every change once more instead of starting at the last checkpoint",
+    )
+    replayed.add_argument(
+        "--merge",
+        action="store_true",
+        help="write edits behind gates (memory: gated) into the weights; prints what that costs other text",
     )
     add_trust(replayed)
     export = add(

@@ -2,19 +2,23 @@
 edits where the covariance says that they have something to say of it (`model.gate`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from easyedit_rls.anchors.ordinary import ordinary_keys
 from easyedit_rls.anchors.prior import LayerStart
+from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.editors.transaction import WeightMemory
-from easyedit_rls.errors import LayoutError, StateMismatchError
+from easyedit_rls.errors import GateError, LayoutError, StateMismatchError
 from easyedit_rls.ledger.history import GateEntry
 from easyedit_rls.ledger.moment import Moment
-from easyedit_rls.model.gate import CLOSED, Decision, gate_of, has_gate, put_gates
+from easyedit_rls.model.gate import CLOSED, Decision, gate_of, has_gate, has_gates, put_gates
 from easyedit_rls.model.gated_weight import GatedWeight
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
@@ -31,25 +35,29 @@ class GatedMemory(WeightMemory):
     """Edits stand beside the model's weights, behind gates.
 
     Args:
-        layout: modules of the model, its edited weights `GatedWeight`.
+        edited: layer number -> the model's weight behind its gate.
         share: of ordinary tokens that may be open, for the threshold.
-        keys: gives keys of ordinary tokens at the gate's layer, (n, d_k).
+        keys: gives keys of ordinary tokens at the gate's layer, (n, d_k); None where nothing is to be edited.
 
     Attributes:
         gate: threshold in use, and at how many edits it was taken; None before the first edit.
     """
 
-    def __init__(self, layout: Layout, share: float, keys: Callable[[], Tensor]) -> None:
-        super().__init__(layout.edited)
-        self._layout, self._share, self._keys = layout, share, keys
+    def __init__(
+        self,
+        edited: Mapping[int, GatedWeight],
+        share: float = 1e-3,
+        keys: Callable[[], Tensor] | None = None,
+    ) -> None:
+        super().__init__(edited)
+        self._share, self._keys, self._layer = share, keys, min(edited)
         self._sample: tuple[Tensor, Tensor] | None = None  # ordinary keys a, and ‖a R_0‖²
-        self._layer = min(layout.edited)
         self._base = self._base_fingerprint()
 
     @property
     def decision(self) -> Decision:
         """Of the model's gates."""
-        return gate_of(self._layout.edited[self._layer].module).decision
+        return gate_of(self._edited[self._layer].module).decision
 
     def begin(self, beginnings: Beginnings) -> None:
         """Take the prior's covariance."""
@@ -62,14 +70,18 @@ class GatedMemory(WeightMemory):
     def write(self, layer: int, solution: LayerSolver) -> None:
         """Let a layer's weight be its solution's; at the gate's layer, the gate goes by its covariance."""
         super().write(layer, solution)
-        if layer == self._layer:
-            self._go_by(solution, self.gate)
+        n = solution.n_edits
+        if layer == self._layer and self._go_by(solution):
+            if self.gate is None or not self.gate.edits / _GROWTH < n < self.gate.edits * _GROWTH:
+                self.gate = GateEntry(self._quantile(), n)
+            self.decision.threshold = self.gate.threshold
 
     def show(self, moment: Moment) -> None:
         """Let weights and gate be those of a moment."""
         super().show(moment)
-        if self._layer in moment.solutions:
-            self._go_by(moment.solutions[self._layer], moment.history.gate)
+        if self._layer in moment.solutions and self._go_by(moment.solutions[self._layer]):
+            self.gate = moment.history.gate or GateEntry(self._quantile(), len(moment.history.live))
+            self.decision.threshold = self.gate.threshold
 
     @contextmanager
     def restored_if_it_fails(self) -> Iterator[None]:
@@ -83,15 +95,13 @@ class GatedMemory(WeightMemory):
             (decision.factors, decision.threshold), self.gate = found, gate
             raise
 
-    def _go_by(self, solution: LayerSolver, gate: GateEntry | None) -> None:
+    def _go_by(self, solution: LayerSolver) -> bool:
+        """Take a solution's covariance; False where it has no edits, and the gate is closed."""
         if solution.n_edits == 0:
             self.gate, self.decision.threshold = None, CLOSED
-            return
+            return False
         self._set_factors(1, solution)
-        n = solution.n_edits
-        if gate is None or not gate.edits / _GROWTH < n < gate.edits * _GROWTH:
-            gate = GateEntry(self._quantile(), n)
-        self.gate, self.decision.threshold = gate, gate.threshold
+        return True
 
     def _set_factors(self, place: int, solution: LayerSolver) -> None:
         """Of C_0 (place 0) or C_t (place 1), in the decision's factors."""
@@ -104,6 +114,8 @@ class GatedMemory(WeightMemory):
         """The threshold that a share of ordinary tokens passes."""
         prior, posterior = self.decision.factors.chunk(2, 1)
         if self._sample is None:
+            if self._keys is None:
+                raise GateError("The ledger has no threshold. Open it with an editor, memory: gated.")
             keys = self._keys()
             self._sample = keys, _square_norms(keys, prior)
         keys, norms = self._sample
@@ -111,9 +123,7 @@ class GatedMemory(WeightMemory):
 
     def _base_fingerprint(self) -> str:
         """Of the model's own weights."""
-        return weights_fingerprint(
-            {layer: weight.module.weight for layer, weight in self._layout.edited.items()}
-        )
+        return weights_fingerprint({layer: weight.module.weight for layer, weight in self._edited.items()})
 
 
 def _square_norms(keys: Tensor, factor: Tensor) -> Tensor:
@@ -122,39 +132,51 @@ def _square_norms(keys: Tensor, factor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def refuse_gates(layout: Layout) -> None:
-    """See that no edits stand behind gates.
-
-    Raises:
-        LayoutError: an edited module has a gate.
-    """
-    if any(has_gate(weight.module) for weight in layout.edited.values()):
-        raise LayoutError(
-            "The model has a gated memory, beside which its weights can't be edited. Set memory: gated, or "
-            "take the edits off: easyedit_rls.remove_gates(model)."
-        )
-
-
-def gated_layout(layout: Layout, is_known: bool) -> Layout:
-    """The layout of a model whose edited weights are behind gates; they are put there if they are not yet.
+def find_memory(
+    model: PreTrainedModel,
+    tok: PreTrainedTokenizerBase,
+    layout: Layout,
+    hparams: RLSEditHyperParams,
+    is_known: bool,
+) -> tuple[Layout, WeightMemory]:
+    """Where the edits of a model go, as the setting `memory` says, and the layout with what is written there.
 
     Args:
-        layout: of the model.
+        model: the model; gates are put on it if there shall be some and are none yet.
+        tok: its tokenizer.
+        layout: its modules.
+        hparams: memory, gate_share.
         is_known: whether a state or a ledger says what the edits behind gates are.
 
     Raises:
-        StateMismatchError: the model has gates with edits that no state knows.
+        LayoutError: the edits shall go into the weights, and some stand behind gates.
+        StateMismatchError: edits stand behind gates that no state knows.
     """
-    modules = [weight.module for _, weight in sorted(layout.edited.items())]
-    if not all(has_gate(module) for module in modules):
-        put_gates(modules)
-    elif not is_known and gate_of(modules[0]).decision.threshold != CLOSED:
+    module = layout.edited[min(layout.edited)].module
+    if hparams.memory == "weights":
+        if has_gates(model):
+            raise LayoutError(
+                "The model has a gated memory, beside which its weights can't be edited. Set memory: gated, "
+                "or take the edits off: easyedit_rls.remove_gates(model)."
+            )
+        return layout, WeightMemory(layout.edited)
+    if has_gate(module) and not is_known and gate_of(module).decision.threshold != CLOSED:
         raise StateMismatchError(
             "The model has gates with edits of another editor. Give that editor's state or its state_dir, or "
             "take the edits off: easyedit_rls.remove_gates(model)."
         )
-    edited: dict[int, EditedWeight] = {
+    edited = behind_gates(layout.edited)
+    layout = replace(layout, edited=dict(edited))
+    keys = partial(ordinary_keys, model, tok, layout, min(edited), hparams)
+    return layout, GatedMemory(edited, hparams.gate_share, keys)
+
+
+def behind_gates(edited: Mapping[int, EditedWeight]) -> dict[int, GatedWeight]:
+    """Edited weights behind gates, which are put there if they are not yet."""
+    modules = [weight.module for _, weight in sorted(edited.items())]
+    if not all(has_gate(module) for module in modules):
+        put_gates(modules)
+    return {
         layer: GatedWeight(weight.module, weight.parameter_name.removesuffix(".weight"))
-        for layer, weight in layout.edited.items()
+        for layer, weight in edited.items()
     }
-    return replace(layout, edited=edited)

@@ -5,7 +5,6 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -16,17 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.arguments import listed
 from easyedit_rls._base.progress import progress_bar
-from easyedit_rls.anchors.ordinary import ordinary_keys
 from easyedit_rls.anchors.pairs import AnchorPairs
 from easyedit_rls.anchors.prior import make_priors
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import EditRequest, parse_requests
-from easyedit_rls.editors.gated import GatedMemory, gated_layout, refuse_gates
+from easyedit_rls.editors.arguments import refuse_wrong_types
+from easyedit_rls.editors.gated import find_memory
 from easyedit_rls.editors.outcome import fact_reports, find_said, refuse_if_off, warn_if_unsaid
 from easyedit_rls.editors.rehearsal import due_edits, lost_edits
 from easyedit_rls.editors.reports import EditReport, LayerReport, RetractReport
-from easyedit_rls.editors.transaction import WeightMemory
-from easyedit_rls.errors import ArgumentError, RequestError, RLSEditWarning
+from easyedit_rls.errors import RequestError, RLSEditWarning
 from easyedit_rls.facts.keys import Fact, KnownFacts, LayerWalk, locate_facts, refuse_unfit_facts
 from easyedit_rls.facts.targets import target_outputs
 from easyedit_rls.facts.templates import templates_of
@@ -86,34 +84,16 @@ class RLSEditor:
         state_dir: str | Path | None = None,
         show_progress: bool | None = None,
     ) -> None:
-        if not isinstance(hparams, RLSEditHyperParams):
-            cure = (
-                "Give RLSEditHyperParams: "
-                "from_hparams reads a file, from_dict takes a mapping, for_model makes them."
-            )
-            raise ArgumentError(f"hparams is a {type(hparams).__name__}. {cure}")
-        if not isinstance(tok, PreTrainedTokenizerBase):
-            raise ArgumentError(
-                f"tok is a {type(tok).__name__}, not a tokenizer. Load it with AutoTokenizer."
-            )
-        if state is not None and not isinstance(state, EditorState):
-            raise ArgumentError(
-                f"state is a {type(state).__name__}, not an EditorState. "
-                "Give another editor's state, or None."
-            )
-        if state_dir is not None and not isinstance(state_dir, (str, Path)):
-            raise ArgumentError(f"state_dir is a {type(state_dir).__name__}, not the name of a folder.")
+        refuse_wrong_types(tok, hparams, state, state_dir)
         if not isinstance(anchors, AnchorPairs | None):
             anchors = listed(anchors, "anchors")
-        self.model = model
-        self.tok = tok
-        self.hparams = hparams
-        self._anchors = anchors
-        self._show_progress = show_progress
+        self.model, self.tok, self.hparams = model, tok, hparams
+        self._anchors, self._show_progress = anchors, show_progress
         self.state = EditorState() if state is None else state
         self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
         folder = state_dir or hparams.state_dir
-        self.memory = self._make_memory(is_known=folder is not None or bool(self.state.layers))
+        is_known = folder is not None or bool(self.state.layers)
+        self.layout, self.memory = find_memory(model, tok, self.layout, hparams, is_known)
         if folder is not None and self.state.ledger is None:
             attach(self.state, folder, model, self.layout, self.memory, hparams, anchors)
 
@@ -255,16 +235,6 @@ class RLSEditor:
     def n_edits(self) -> int:
         """Edits in the state."""
         return self.state.n_edits
-
-    def _make_memory(self, is_known: bool) -> WeightMemory:
-        """Where edits go. A state or a ledger may know of edits that are there already."""
-        if self.hparams.memory == "weights":
-            refuse_gates(self.layout)
-            return WeightMemory(self.layout.edited)
-        self.layout = gated_layout(self.layout, is_known)
-        layer = min(self.layout.edited)
-        keys = partial(ordinary_keys, self.model, self.tok, self.layout, layer, self.hparams)
-        return GatedMemory(self.layout, self.hparams.gate_share, keys)
 
     def _sync(self) -> None:
         """Before each call: the modules are the model's, and the weights those that the state knows."""

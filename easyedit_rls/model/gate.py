@@ -16,8 +16,8 @@ same decision.
 This file needs torch and safetensors alone: a saved memory has a copy beside it, so that it can be loaded
 where nothing else of this package is:
 
-    from gate import load_gates
-    load_gates(model, "folder")                        # model: the unedited one
+    from gate import load_edited
+    load_edited(model, "folder")                        # model: the unedited one
 """
 
 import hashlib
@@ -150,6 +150,11 @@ def has_gate(projection: nn.Module) -> bool:
     return _NAME in projection._modules
 
 
+def has_gates(model: nn.Module) -> bool:
+    """Whether a model's edits stand behind gates."""
+    return bool(_gated(model))
+
+
 def put_gates(projections: list[nn.Module]) -> Decision:
     """Put a gate on each edited projection, lowest layer first, which is the gate's; closed, so that nothing
     changes.
@@ -180,7 +185,7 @@ def merge_gates(model: nn.Module) -> None:
     remove_gates(model)
 
 
-def save_gates(model: nn.Module, folder: str | Path) -> None:
+def save_edited(model: nn.Module, folder: str | Path) -> None:
     """Write a model's gates into ``gates.safetensors``, and beside it this file, which loads them.
 
     Raises:
@@ -204,8 +209,8 @@ def save_gates(model: nn.Module, folder: str | Path) -> None:
     (folder / "gate.py").write_text(source, encoding="utf-8")
 
 
-def load_gates(model: nn.Module, folder: str | Path) -> None:
-    """Put gates that `save_gates` wrote on the unedited model that they were made with.
+def load_edited(model: nn.Module, folder: str | Path) -> None:
+    """Put gates that `save_edited` wrote on the unedited model that they were made with.
 
     Raises:
         GateError: the folder holds none, or they are another model's.
@@ -253,6 +258,6 @@ def _digest(projections: Mapping[str, nn.Module]) -> str:
 def _warn_of_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     warnings.warn(
         "The model's edits stand behind gates, which no state dict and no save_pretrained holds. Save them "
-        "with save_gates(model, folder), or write them into the weights with merge_gates(model).",
+        "with save_edited(model, folder), or write them into the weights with merge_gates(model).",
         stacklevel=2,
     )

@@ -13,10 +13,10 @@ from easyedit_rls import (
     NumericalError,
     RLSEditor,
     StateMismatchError,
-    load_gates,
+    load_edited,
     merge_gates,
     remove_gates,
-    save_gates,
+    save_edited,
 )
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.ledger.reading import latest
@@ -216,10 +216,10 @@ def test_saved_gates_are_loaded_with_and_without_this_package(
     model, family, tok, requests, gated, logits, tmp_path
 ):
     RLSEditor(model, tok, gated()).edit(requests)
-    save_gates(model, tmp_path / "edits")
+    save_edited(model, tmp_path / "edits")
     texts = [request["prompt"].format(request["subject"]) for request in requests] + ["Nothing of the kind"]
     fresh = FAMILIES[family]()
-    load_gates(fresh, tmp_path / "edits")
+    load_edited(fresh, tmp_path / "edits")
     wanted = [logits(model, text) for text in texts]
     assert all(torch.equal(logits(fresh, text), given) for text, given in zip(texts, wanted))
     bare = FAMILIES[family]()
@@ -233,9 +233,9 @@ import sys, torch
 sys.modules["easyedit_rls"] = None
 sys.path.insert(0, {str(tmp_path / "edits")!r})
 from transformers import AutoModelForCausalLM
-from gate import load_gates
+from gate import load_edited
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}).eval()
-load_gates(model, {str(tmp_path / "edits")!r})
+load_edited(model, {str(tmp_path / "edits")!r})
 x = torch.load({str(tmp_path / "x")!r})
 with torch.no_grad():
     assert all(torch.equal(model(ids).logits, wanted) for ids, wanted in zip(x["ids"], x["wanted"]))
@@ -245,14 +245,14 @@ with torch.no_grad():
         gate_of(
             RLSEditor(bare, tok, gated()).layout.edited[1].module
         ).weight.zero_()  # a gate that is there gives way
-    load_gates(bare, tmp_path / "edits")
+    load_edited(bare, tmp_path / "edits")
     assert torch.equal(logits(bare, texts[0]), wanted[0])
     with pytest.raises(GateError, match="was made with another model"):
-        load_gates(FAMILIES[family]().bfloat16(), tmp_path / "edits")
+        load_edited(FAMILIES[family]().bfloat16(), tmp_path / "edits")
     with pytest.raises(GateError, match="There is no"):
-        load_gates(fresh, tmp_path)
+        load_edited(fresh, tmp_path)
     with pytest.raises(GateError, match="memory: gated"):
-        save_gates(FAMILIES[family](), tmp_path)
+        save_edited(FAMILIES[family](), tmp_path)
 
 
 def test_merged_gates_are_the_plain_weights(model, family, tok, requests, gated):
