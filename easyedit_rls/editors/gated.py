@@ -52,7 +52,7 @@ class GatedMemory(WeightMemory):
         super().__init__(edited)
         self._share, self._keys, self._layer = share, keys, min(edited)
         self._sample: tuple[Tensor, Tensor] | None = None  # ordinary keys a, and ‖a R_0‖²
-        self._base = self._base_fingerprint()
+        self._base = {layer: self._base_fingerprint(layer) for layer in edited}
 
     @property
     def decision(self) -> Decision:
@@ -65,7 +65,7 @@ class GatedMemory(WeightMemory):
 
     def holds(self, layer: int, W: Tensor) -> bool:
         """Whether a layer's weight behind the gate is exactly W, (d_k, d_v), and the model's own unedited."""
-        return self._base_fingerprint() == self._base and super().holds(layer, W)
+        return self._base_fingerprint(layer) == self._base[layer] and super().holds(layer, W)
 
     def write(self, layer: int, solution: LayerSolver) -> None:
         """Let a layer's weight be its solution's; at the gate's layer, the gate goes by its covariance."""
@@ -82,6 +82,12 @@ class GatedMemory(WeightMemory):
         if self._layer in moment.solutions and self._go_by(moment.solutions[self._layer]):
             self.gate = moment.history.gate or GateEntry(self._quantile(), len(moment.history.live))
             self.decision.threshold = self.gate.threshold
+
+    def reset(self) -> None:
+        """Close the gate; behind it are the model's own weights."""
+        for weight in self._edited.values():
+            weight.restore(weight.module.weight)
+        self.gate, self.decision.threshold = None, CLOSED
 
     @contextmanager
     def restored_if_it_fails(self) -> Iterator[None]:
@@ -121,9 +127,9 @@ class GatedMemory(WeightMemory):
         keys, norms = self._sample
         return float(torch.quantile((1 - _square_norms(keys, posterior) / norms).double(), 1 - self._share))
 
-    def _base_fingerprint(self) -> str:
-        """Of the model's own weights."""
-        return weights_fingerprint({layer: weight.module.weight for layer, weight in self._edited.items()})
+    def _base_fingerprint(self, layer: int) -> str:
+        """Of the model's own weight."""
+        return weights_fingerprint({layer: self._edited[layer].module.weight})
 
 
 def _square_norms(keys: Tensor, factor: Tensor) -> Tensor:

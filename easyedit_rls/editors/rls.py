@@ -205,10 +205,11 @@ class RLSEditor:
 
     def reset(self) -> None:
         """Forget all edits and start anew from the weights as they are now; they count as unedited from here
-        on.
+        on. Edits behind gates are gone.
         """
         with self.state.mutex:
             self.state.reset()
+            self.memory.reset()
 
     def adopt_weights(self) -> None:
         """Go on with the covariance of all edits so far, but from the weights as they are now."""

@@ -50,6 +50,9 @@ class WeightMemory:
         """`weights_fingerprint` of what is there."""
         return weights_fingerprint({layer: weight.oriented() for layer, weight in self._edited.items()})
 
+    def reset(self) -> None:
+        """Weights stay as they are."""
+
     def write(self, layer: int, solution: LayerSolver) -> None:
         """Let a layer's weight be its solution's, rounded to its type."""
         self._edited[layer].write(solution.weight)

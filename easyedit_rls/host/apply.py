@@ -100,7 +100,7 @@ def apply_rls_to_model(
         state = state_of(model, hparams)
         with resumed(model, hparams, state):
             editor = RLSEditor(model, tok, hparams, state=state)
-            names = [weight.parameter_name for weight in editor.layout.edited.values()]
+            names = [weight.live_name for weight in editor.layout.edited.values()]
             originals = {
                 name: nethook.get_parameter(model, name).detach().clone()
                 for name in names

@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from easyedit_rls.config.hparams import RLSEditHyperParams
+from easyedit_rls.editors.gated import GatedMemory, behind_gates
 from easyedit_rls.editors.transaction import WeightMemory
 from easyedit_rls.errors import RLSEditWarning, StateMismatchError
 from easyedit_rls.ledger import Ledger
@@ -110,7 +111,7 @@ def resumed(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorSt
     if hparams.state_dir is None or state.ledger is not None:
         yield
         return
-    memory = WeightMemory(find_layout(model, hparams).edited)
+    memory = _memory(model, hparams)
     failure: BaseException | None = None
     with memory.restored_if_it_fails():
         try:
@@ -126,6 +127,12 @@ def resumed(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorSt
         raise failure
 
 
+def _memory(model: PreTrainedModel, hparams: RLSEditHyperParams) -> WeightMemory:
+    """Where the model's edits are."""
+    edited = find_layout(model, hparams).edited
+    return GatedMemory(behind_gates(edited)) if hparams.memory == "gated" else WeightMemory(edited)
+
+
 def _key(hparams: RLSEditHyperParams) -> str:
     return json.dumps(hparams.objective(), sort_keys=True)
 
@@ -137,7 +144,7 @@ def _keep(model: PreTrainedModel, hparams: RLSEditHyperParams, state: EditorStat
 
 def _is_empty(model: PreTrainedModel, kept: _Kept) -> bool:
     try:
-        kept.state.sync_with_weights(WeightMemory(find_layout(model, kept.hparams).edited))
+        kept.state.sync_with_weights(_memory(model, kept.hparams))
     except StateMismatchError:  # the weights were edited since, but may come back to what the state knows
         return False
     return kept.state.n_edits == 0

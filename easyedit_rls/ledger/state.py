@@ -181,6 +181,7 @@ class EditorState:
                 self.n_batches,
             )
             self.roll_back(None)
+            memory.show(self.now)  # a gate follows
             return
         raise StateMismatchError(
             f"The weights of layers {changed} are neither those "

@@ -91,17 +91,14 @@ class Gate(nn.Module):
         decision: see above.
     """
 
-    weight: Tensor
-
     def __init__(self, projection: nn.Module, decision: Decision, decides: bool) -> None:
         super().__init__()
         given: Any = projection.weight
-        self.register_buffer("weight", given.detach().clone(), persistent=False)
+        self.weight = nn.Parameter(given.detach().clone(), requires_grad=False)
         self._is_linear, self._decides = isinstance(projection, nn.Linear), decides
         self._shared = [decision]  # in a list: it is the submodule of one gate alone
         if decides:
             self.decider = decision
-            self.register_state_dict_pre_hook(_warn_of_state_dict)  # type: ignore[no-untyped-call]
 
     @property
     def decision(self) -> Decision:
@@ -128,6 +125,19 @@ class Gate(nn.Module):
         output[is_open] = self._edited(projection, keys[is_open])
         return output
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A state dict is the unedited model's."""
+        if self._decides:
+            warnings.warn(
+                "The model's edits stand behind gates, which no state dict and no save_pretrained holds. "
+                "Save them with save_edited(model, folder), or write them into the weights with "
+                "merge_gates(model).",
+                stacklevel=2,
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The same."""
+
     def _edited(self, projection: nn.Module, keys: Tensor) -> Tensor:
         weight, bias = self.weight.to(keys.dtype), projection.bias
         return F.linear(keys, weight if self._is_linear else weight.T, bias)  # type: ignore[arg-type]
@@ -143,6 +153,16 @@ def gate_of(projection: nn.Module) -> Gate:
     if not isinstance(gate, Gate):
         raise GateError("The projection has no gate: it was taken off. Make a new editor of the model.")
     return gate
+
+
+def gate_weight_name(parameter_name: str) -> str:
+    """Full name of the gate's weight for an edited parameter's, ``layer.projection.weight``."""
+    return f"{parameter_name.removesuffix('weight')}{_NAME}.weight"
+
+
+def is_behind_gate(parameter_name: str) -> bool:
+    """Whether a parameter of a model is a gate's."""
+    return f".{_NAME}." in parameter_name
 
 
 def has_gate(projection: nn.Module) -> bool:
@@ -236,7 +256,7 @@ def load_edited(model: nn.Module, folder: str | Path) -> None:
     decision.factors = tensors["factors"].to(modules[0].weight.device)
     decision.threshold = float(about["threshold"])
     for name, module in zip(names, modules):
-        gate_of(module).weight.copy_(tensors[f"{name}.weight"])
+        gate_of(module).weight.data.copy_(tensors[f"{name}.weight"])
 
 
 def _gated(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -253,11 +273,3 @@ def _digest(projections: Mapping[str, nn.Module]) -> str:
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(values.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _warn_of_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    warnings.warn(
-        "The model's edits stand behind gates, which no state dict and no save_pretrained holds. Save them "
-        "with save_edited(model, folder), or write them into the weights with merge_gates(model).",
-        stacklevel=2,
-    )

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from easyedit_rls.model.gate import Decision, gate_of, has_gate
+from easyedit_rls.model.gate import Decision, gate_of, gate_weight_name, has_gate
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import EditedWeight
 
@@ -14,6 +14,11 @@ class GatedWeight(EditedWeight):
         module: the projection; it has a gate.
         name: full name of the module in the model.
     """
+
+    @property
+    def live_name(self) -> str:
+        """Full name of the gate's parameter."""
+        return gate_weight_name(self.parameter_name)
 
     @property
     def parameter(self) -> Tensor:

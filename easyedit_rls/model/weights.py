@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from easyedit_rls.errors import LayoutError, NumericalError
+from easyedit_rls.model.gate import is_behind_gate
 
 _SAMPLES = 4096  # values of each parameter that go into the fingerprint
 
@@ -48,6 +49,11 @@ class EditedWeight:
         self.module = module
         self.parameter_name = f"{name}.weight"
         self._is_transposed = isinstance(module, nn.Linear)
+
+    @property
+    def live_name(self) -> str:
+        """Full name of the parameter that edits are written to."""
+        return self.parameter_name
 
     @property
     def parameter(self) -> Tensor:
@@ -144,7 +150,9 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
         leave_out: names of parameters that don't count.
     """
     return _digest(
-        (name, parameter) for name, parameter in sorted(model.named_parameters()) if name not in leave_out
+        (name, parameter)
+        for name, parameter in sorted(model.named_parameters())
+        if name not in leave_out and not is_behind_gate(name)
     )
 
 

@@ -4,11 +4,13 @@ The judge is `RLSEditor` on a freshly loaded model; all comparisons are bit for 
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from easyedit_rls import RequestError, RLSEditor, RLSEditWarning, StateMismatchError
+from easyedit_rls.model.gate import gate_weight_name
 
 PARTS = ("prompts", "subject", "target_new", "ground_truth", "rephrase_prompts")
 
@@ -30,11 +32,27 @@ def reordered(edits, order):
     }
 
 
+@pytest.fixture(autouse=True)
+def _few_ordinary_keys(monkeypatch):
+    monkeypatch.setattr("easyedit_rls.anchors.ordinary.N_KEYS", 2000)
+
+
+@pytest.fixture(params=["weights", "gated"])
+def each_memory(hparams, request):
+    return partial(hparams, memory=request.param)
+
+
+def names_of(hp):
+    """Of the parameters that edits go to."""
+    names = [f"{hp.rewrite_module_tmp.format(layer)}.weight" for layer in hp.layers]
+    return [gate_weight_name(name) for name in names] if hp.memory == "gated" else names
+
+
 def weights(model, hp):
-    return [
-        model.get_parameter(f"{hp.rewrite_module_tmp.format(layer)}.weight").detach().clone()
-        for layer in hp.layers
-    ]
+    """What the model holds there; before the first edit a gate is not there yet, and has the model's own."""
+    known = dict(model.named_parameters())
+    own = [f"{hp.rewrite_module_tmp.format(layer)}.weight" for layer in hp.layers]
+    return [known.get(name, known[mine]).detach().clone() for name, mine in zip(names_of(hp), own)]
 
 
 def same(these, those):
@@ -66,8 +84,8 @@ def expected(easyeditor, hp, *batches):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
-def test_independent_edits_equal_fresh_editors_in_any_order(easyeditor, hparams, edits, order):
-    hp, seen = hparams(), []
+def test_independent_edits_equal_fresh_editors_in_any_order(easyeditor, each_memory, edits, order):
+    hp, seen = each_memory(), []
     editor = new_editor(easyeditor, hp, seen)
     before = weights(editor.model, hp)
     metrics, _, originals = editor.edit(**reordered(edits, order), sequential_edit=False, verbose=False)
@@ -76,11 +94,11 @@ def test_independent_edits_equal_fresh_editors_in_any_order(easyeditor, hparams,
     assert len(metrics) == 4
     assert all(same(got, expected(easyeditor, hp, [requests[i]])) for got, i in zip(seen, order, strict=True))
     assert same(weights(editor.model, hp), before)
-    assert sorted(originals) == sorted(f"{hp.rewrite_module_tmp.format(layer)}.weight" for layer in hp.layers)
+    assert sorted(originals) == sorted(names_of(hp))
 
 
-def test_sequential_edits_are_one_stream(easyeditor, hparams, edits):
-    hp = hparams()
+def test_sequential_edits_are_one_stream(easyeditor, each_memory, edits):
+    hp = each_memory()
     editor = new_editor(easyeditor, hp)
     editor.edit(**edits, sequential_edit=True, verbose=False)
     assert same(
@@ -88,16 +106,16 @@ def test_sequential_edits_are_one_stream(easyeditor, hparams, edits):
     )
 
 
-def test_edit_requests_and_a_second_call_go_on_with_the_stream(easyeditor, hparams, edits):
-    hp, requests = hparams(), requests_of(edits)
+def test_edit_requests_and_a_second_call_go_on_with_the_stream(easyeditor, each_memory, edits):
+    hp, requests = each_memory(), requests_of(edits)
     editor = new_editor(easyeditor, hp)
     editor.edit_requests(requests[:2], sequential_edit=True, verbose=False)
     editor.edit_requests(requests[2:], sequential_edit=True, verbose=False)
     assert same(weights(editor.model, hp), expected(easyeditor, hp, *([request] for request in requests)))
 
 
-def test_independent_batches_equal_fresh_editors(easyeditor, hparams, edits):
-    hp, seen, requests = hparams(batch_size=2), [], requests_of(edits)
+def test_independent_batches_equal_fresh_editors(easyeditor, each_memory, edits):
+    hp, seen, requests = each_memory(batch_size=2), [], requests_of(edits)
     editor = new_editor(easyeditor, hp, seen)
     before = weights(editor.model, hp)
     editor.batch_edit(**edits, sequential_edit=False, verbose=False)
@@ -106,8 +124,8 @@ def test_independent_batches_equal_fresh_editors(easyeditor, hparams, edits):
     assert same(weights(editor.model, hp), before)
 
 
-def test_sequential_batches_are_one_stream(easyeditor, hparams, edits):
-    hp, requests = hparams(batch_size=3), requests_of(edits)
+def test_sequential_batches_are_one_stream(easyeditor, each_memory, edits):
+    hp, requests = each_memory(batch_size=3), requests_of(edits)
     editor = new_editor(easyeditor, hp)
     metrics, model, _ = editor.batch_edit(**edits, sequential_edit=True, verbose=False)
     assert same(weights(editor.model, hp), expected(easyeditor, hp, requests[:3], requests[3:]))
@@ -115,8 +133,8 @@ def test_sequential_batches_are_one_stream(easyeditor, hparams, edits):
     assert all("near_acc" in metric["post"]["locality"] for metric in metrics)
 
 
-def test_undone_edits_do_not_stay_in_a_later_stream(easyeditor, hparams, edits):
-    hp, requests = hparams(), requests_of(edits)
+def test_undone_edits_do_not_stay_in_a_later_stream(easyeditor, each_memory, edits):
+    hp, requests = each_memory(), requests_of(edits)
     editor = new_editor(easyeditor, hp)
     editor.edit_requests(requests[:2], sequential_edit=True, verbose=False)
     editor.edit_requests(requests[2:3], sequential_edit=False, verbose=False)
@@ -146,8 +164,8 @@ def test_generate_edit(easyeditor, hparams, edits, sequential, monkeypatch):
     assert same(weights(editor.model, hp), seen[1] if sequential else before)
 
 
-def test_a_copy_is_edited_and_its_original_is_not(easyeditor, hparams, edits):
-    hp, requests = hparams(), requests_of(edits)
+def test_a_copy_is_edited_and_its_original_is_not(easyeditor, each_memory, edits):
+    hp, requests = each_memory(), requests_of(edits)
     editor = new_editor(easyeditor, hp)
     apply, model, tok = easyeditor.apply_rls_to_model, editor.model, editor.tok
     apply(model, tok, requests[:1], hp)
@@ -161,8 +179,8 @@ def test_a_copy_is_edited_and_its_original_is_not(easyeditor, hparams, edits):
     assert same(weights(copied, hp), expected(easyeditor, hp, requests[:1], requests[1:2], requests[3:]))
 
 
-def test_a_deep_copy_starts_with_the_state_and_goes_its_own_way(easyeditor, hparams, edits):
-    hp, requests = hparams(), requests_of(edits)
+def test_a_deep_copy_starts_with_the_state_and_goes_its_own_way(easyeditor, each_memory, edits):
+    hp, requests = each_memory(), requests_of(edits)
     editor = new_editor(easyeditor, hp)
     easyeditor.apply_rls_to_model(editor.model, editor.tok, requests[:1], hp)
     twin = copy.deepcopy(editor.model)
@@ -171,8 +189,8 @@ def test_a_deep_copy_starts_with_the_state_and_goes_its_own_way(easyeditor, hpar
     assert same(weights(twin, hp), expected(easyeditor, hp, requests[:1], requests[2:3]))
 
 
-def test_two_editors_interleaved_equal_the_two_apart(easyeditor, hparams, edits):
-    hp, requests = hparams(), requests_of(edits)
+def test_two_editors_interleaved_equal_the_two_apart(easyeditor, each_memory, edits):
+    hp, requests = each_memory(), requests_of(edits)
     one, two = new_editor(easyeditor, hp), new_editor(easyeditor, hp)
     for i in range(2):
         one.edit_requests(requests[i : i + 1], sequential_edit=True, verbose=False)
@@ -204,8 +222,8 @@ def test_reset_cache_forgets_the_edits_but_not_the_weights(easyeditor, hparams, 
     assert same(weights(model, hp), weights(anew, hp))
 
 
-def test_weights_changed_by_somebody_else_are_refused(easyeditor, hparams, edits):
-    hp, requests = hparams(), requests_of(edits)
+def test_weights_changed_by_somebody_else_are_refused(easyeditor, each_memory, edits):
+    hp, requests = each_memory(), requests_of(edits)
     editor = new_editor(easyeditor, hp)
     editor.edit_requests(requests[:2], sequential_edit=True, verbose=False)
     with torch.no_grad():
@@ -238,8 +256,8 @@ def test_normal_edit_says_why_it_cannot_serve(easyeditor, hparams, edits):
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_nothing_but_the_edited_weights_is_touched(easyeditor, hparams, edits, padding):
-    hp, requests = hparams(), requests_of(edits)
+def test_nothing_but_the_edited_weights_is_touched(easyeditor, each_memory, edits, padding):
+    hp, requests = each_memory(), requests_of(edits)
     editor = new_editor(easyeditor, hp)
     model, tok = editor.model, editor.tok
     tok.padding_side = padding

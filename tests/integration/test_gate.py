@@ -28,6 +28,11 @@ from tests.helpers import same, tensors_of
 from tests.tolerances import LEVERAGE_FLOAT32
 
 
+@pytest.fixture(autouse=True)
+def _few_ordinary_keys(monkeypatch):
+    monkeypatch.setattr("easyedit_rls.anchors.ordinary.N_KEYS", 4000)
+
+
 @pytest.fixture
 def gated(family):
     def make(**changes):
