@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import transformers
 from omegaconf import OmegaConf
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import easyedit_rls
 from easyedit_rls import RLSEditHyperParams
 from easyedit_rls.cli.loading import settings_for
+from easyedit_rls.solvers.rls import RecursiveLeastSquares
 
 _LONGEST = 2000  # characters of a line of results
 
@@ -79,6 +81,11 @@ def load(folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(
         device
     ).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def gate_factors(start: RecursiveLeastSquares, now: RecursiveLeastSquares) -> Tensor:
+    """What a gate goes by (`Decision.factors`), from a layer's states before the first edit and now."""
+    return torch.cat([torch.linalg.cholesky(one.covariance()) for one in (start, now)], 1).float()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

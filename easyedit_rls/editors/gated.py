@@ -24,6 +24,7 @@ from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
 from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.spd import cholesky
+from easyedit_rls.solvers.watch import widest_dtype
 
 _GROWTH = 1.1  # edits have to grow so much, or shrink, for the threshold to be taken anew
 _AT_ONCE = 4096  # ordinary keys
@@ -112,9 +113,9 @@ class GatedMemory(WeightMemory):
     def _set_factors(self, place: int, solution: LayerSolver) -> None:
         """Of C_0 (place 0) or C_t (place 1), in the decision's factors."""
         C = solution.covariance()
-        factor = cholesky(C.double() if C.device.type != "mps" else C, f"Covariance of {solution.name}")
-        halves = [factor, factor] if place == 0 else [self.decision.factors[:, : len(C)], factor]
-        self.decision.factors = torch.cat([half.float() for half in halves], 1)
+        factor = cholesky(C.to(widest_dtype(C.device)), f"Covariance of {solution.name}").float()
+        known = factor if place == 0 else self.decision.factors[:, : len(C)]
+        self.decision.factors = torch.cat([known, factor], 1)
 
     def _quantile(self) -> float:
         """The threshold that a share of ordinary tokens passes."""
