@@ -26,7 +26,7 @@ from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.spd import cholesky
 from easyedit_rls.solvers.watch import widest_dtype
 
-_GROWTH = 1.1  # edits have to grow so much, or shrink, for the threshold to be taken anew
+_GROWTH = 1.2  # edits have to grow so much, or shrink, for the threshold to be taken anew
 _AT_ONCE = 4096  # ordinary keys
 
 Beginnings = Callable[[int], LayerStart]

@@ -21,6 +21,7 @@ from easyedit_rls.data.requests import EditRequest, as_chat
 from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import RequestError, RLSEditError, UnsaidWarning
 from easyedit_rls.evaluation import evaluate, perplexity
+from easyedit_rls.model.gate import remove_gates
 from easyedit_rls.tuning.trial import MEASURED
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ class Search:
             error = str(exc)
             logger.warning("Trial %d failed: %s", number, exc)
         finally:
+            remove_gates(self._model)
             with torch.no_grad():
                 for name, parameter in self._edited(changes["layers"]):
                     parameter.copy_(weights[name])

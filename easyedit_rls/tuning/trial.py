@@ -17,6 +17,7 @@ from easyedit_rls.editors.reports import EditReport
 from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import RLSEditError, UnsaidWarning
 from easyedit_rls.evaluation import evaluate, perplexity
+from easyedit_rls.model.gate import remove_gates
 
 MEASURED = ("rewrite_accuracy", "paraphrase_accuracy", "specificity", "perplexity")
 
@@ -116,6 +117,7 @@ def try_settings(
                 report = editor.edit(facts)
             look = replace(look, report=report, after=_measure(model, tok, facts, text, show_progress))
             editor.rollback()
+            remove_gates(model)
         except RLSEditError as exc:
             look = replace(look, refusal=str(exc))
     return replace(look, seconds=time.perf_counter() - begun)
