@@ -1,6 +1,7 @@
 """A gated memory: who sees the edits, what the gate goes by; state, ledger and model keep together."""
 
 import copy
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from easyedit_rls import (
     remove_gates,
     save_edited,
 )
+from easyedit_rls.cli.main import main
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_history
@@ -274,8 +276,6 @@ def test_merged_gates_are_the_plain_weights(model, family, tok, requests, gated)
 def test_the_threshold_is_in_the_ledger_and_survives_compaction(
     model, family, tok, requests, gated, tmp_path
 ):
-    from easyedit_rls.cli.main import main
-
     with RLSEditor(model, tok, gated(), state_dir=tmp_path / "state") as editor:
         for request in requests:
             editor.edit(request)
@@ -288,3 +288,53 @@ def test_the_threshold_is_in_the_ledger_and_survives_compaction(
     with RLSEditor(FAMILIES[family](), tok, gated(), state_dir=tmp_path / "state") as again:
         assert again.memory.gate == gate
         assert same(gate_tensors(again), gate_tensors(editor))
+
+
+def test_replay_keeps_the_gate_and_merge_leaves_it_out(
+    model, family, tok, requests, gated, logits, tmp_path, capsys
+):
+    base = FAMILIES[family]()
+    base.save_pretrained(tmp_path / "base")
+    tok.save_pretrained(tmp_path / "base")
+    ledger = tmp_path / "state"
+    with RLSEditor(model, tok, gated(), state_dir=ledger) as editor:
+        editor.edit(requests)
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    prompt = requests[0]["prompt"].format(requests[0]["subject"])
+    assert main(["state", "replay", str(ledger), str(tmp_path / "base"), str(out)]) == 0
+    assert "edits behind gates" in capsys.readouterr().out
+    fresh = type(base).from_pretrained(out).eval()
+    assert same(tensors_of(fresh), tensors_of(base))
+    load_edited(fresh, out)
+    assert torch.equal(logits(fresh, prompt), logits(model, prompt))
+    assert main(["state", "replay", str(ledger), str(tmp_path / "base"), str(merged), "--merge"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"without their gates.*perplexity of ordinary text \d+\.\d+ -> \d+\.\d+", said)
+    assert not (merged / "gates.safetensors").exists()
+    plain = type(base).from_pretrained(merged).eval()
+    for layer, weight in editor.layout.edited.items():
+        name = weight.parameter_name
+        assert torch.equal(plain.get_parameter(name), weight.parameter), layer
+    assert main(["state", "show", str(ledger)]) == 0
+    assert "behind gates: tokens with leverage above" in capsys.readouterr().out
+
+
+def test_a_reset_closes_the_gate(model, family, tok, requests, gated, logits):
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests[:2])
+    editor.reset()
+    prompt = requests[0]["prompt"].format(requests[0]["subject"])
+    assert torch.equal(logits(model, prompt), logits(FAMILIES[family](), prompt))
+    editor.edit(requests[:2])
+    other = FAMILIES[family]()
+    RLSEditor(other, tok, gated()).edit(requests[:2])
+    assert torch.equal(logits(model, prompt), logits(other, prompt))
+
+
+def test_a_part_of_a_pass_is_refused(model, family, tok, requests, gated):
+    """A layer above the gate's that is run by itself does not go by an older decision."""
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests)
+    upper = editor.layout.edited[max(editor.layout.edited)]
+    with pytest.raises(GateError, match="saw other tokens"):
+        upper.module(torch.randn(1, 91, upper.shape[0]))
