@@ -20,6 +20,7 @@ import easyedit_rls
 from easyedit_rls import RLSEditHyperParams
 from easyedit_rls.cli.loading import settings_for
 from easyedit_rls.solvers.rls import RecursiveLeastSquares
+from easyedit_rls.solvers.spd import inverse_factor
 
 _LONGEST = 2000  # characters of a line of results
 
@@ -83,9 +84,11 @@ def load(folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -
     ).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def gate_factors(start: RecursiveLeastSquares, now: RecursiveLeastSquares) -> Tensor:
+def gate_factors(start: RecursiveLeastSquares, now: RecursiveLeastSquares, prior: float) -> Tensor:
     """What a gate goes by (`Decision.factors`), from a layer's states before the first edit and now."""
-    return torch.cat([torch.linalg.cholesky(one.covariance()) for one in (start, now)], 1).float()
+    A_0 = start.information()
+    halves = (prior * A_0, now.information() - (1 - prior) * A_0)
+    return torch.cat([inverse_factor(half) for half in halves], 1).float()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

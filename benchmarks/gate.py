@@ -54,7 +54,7 @@ def main() -> None:
         solver = start.update(K[:count], torch.zeros(count, K.shape[1], 1), walk.importance[:count])
         edited = behind_gates(layout.edited)
         decision = GatedMemory(edited).decision
-        decision.factors = gate_factors(start, solver)
+        decision.factors = gate_factors(start, solver, hp.gate_prior)
         decision.threshold = float(torch.quantile(decision.leverage(sample).double(), 1 - hp.gate_share))
         for weight in edited.values():
             weight.write(weight.read() * 1.01)

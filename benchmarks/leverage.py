@@ -64,7 +64,7 @@ def main() -> None:
         solver = RecursiveLeastSquares(Prior(W_0, hp.mom2_update_weight * moment, 0.0, 1.0, None, moment))
         decision = Decision()
         after = solver.update(K, torch.zeros(*K.shape[:-1], 1), walk.importance)
-        decision.factors = gate_factors(solver, after)
+        decision.factors = gate_factors(solver, after, hp.gate_prior)
         g = {"edits": decision.leverage(K[:, 0])}
         for kind, some in rows.items():
             per_row = [decision.leverage(keys) for keys in keys_of(model, layout, layer, some, len(start))]

@@ -257,6 +257,13 @@ class RLSEditHyperParams:
         "weights",
         choices=["weights", "gated"],
     )
+    gate_prior: float = setting(
+        "For memory: gated, how much the prior counts for the gate, as a share of what it does for the "
+        "weights; smaller lets many edits stand out better.",
+        0.03,
+        above=0,
+        most=1,
+    )
     gate_share: float = setting(
         "For memory: gated, the share of ordinary tokens that may see the edits.", 1e-3, above=0, below=1
     )

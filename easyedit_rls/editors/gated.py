@@ -23,8 +23,7 @@ from easyedit_rls.model.gated_weight import GatedWeight
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
 from easyedit_rls.solvers.base import LayerSolver
-from easyedit_rls.solvers.spd import cholesky
-from easyedit_rls.solvers.watch import widest_dtype
+from easyedit_rls.solvers.spd import inverse_factor
 
 _GROWTH = 1.2  # edits have to grow so much, or shrink, for the threshold to be taken anew
 _AT_ONCE = 4096  # ordinary keys
@@ -38,6 +37,7 @@ class GatedMemory(WeightMemory):
     Args:
         edited: layer number -> the model's weight behind its gate.
         share: of ordinary tokens that may be open, for the threshold.
+        prior: how much the prior counts for the gate, as a share of what it does for the weights.
         keys: gives keys of ordinary tokens at the gate's layer, (n, d_k); None where nothing is to be edited.
 
     Attributes:
@@ -48,10 +48,11 @@ class GatedMemory(WeightMemory):
         self,
         edited: Mapping[int, GatedWeight],
         share: float = 1e-3,
+        prior: float = 0.03,
         keys: Callable[[], Tensor] | None = None,
     ) -> None:
         super().__init__(edited)
-        self._share, self._keys, self._layer = share, keys, min(edited)
+        self._share, self._prior, self._keys, self._layer = share, prior, keys, min(edited)
         self._sample: tuple[Tensor, Tensor] | None = None  # ordinary keys a, and ‖a R_0‖²
         self._base = {layer: self._base_fingerprint(layer) for layer in edited}
 
@@ -61,8 +62,8 @@ class GatedMemory(WeightMemory):
         return gate_of(self._edited[self._layer].module).decision
 
     def begin(self, beginnings: Beginnings) -> None:
-        """Take the prior's covariance."""
-        self._set_factors(0, beginnings(self._layer).solution)
+        """Take the prior's information."""
+        self.decision.prior = beginnings(self._layer).solution.information().clone()
 
     def holds(self, layer: int, W: Tensor) -> bool:
         """Whether a layer's weight behind the gate is exactly W, (d_k, d_v), and the model's own unedited."""
@@ -107,15 +108,17 @@ class GatedMemory(WeightMemory):
         if solution.n_edits == 0:
             self.gate, self.decision.threshold = None, CLOSED
             return False
-        self._set_factors(1, solution)
+        self._set_factors(solution)
         return True
 
-    def _set_factors(self, place: int, solution: LayerSolver) -> None:
-        """Of C_0 (place 0) or C_t (place 1), in the decision's factors."""
-        C = solution.covariance()
-        factor = cholesky(C.to(widest_dtype(C.device)), f"Covariance of {solution.name}").float()
-        known = factor if place == 0 else self.decision.factors[:, : len(C)]
-        self.decision.factors = torch.cat([known, factor], 1)
+    def _set_factors(self, solution: LayerSolver) -> None:
+        """Of the prior and of now, in the decision's factors."""
+        A_0 = self.decision.prior
+        if A_0 is None:
+            raise StateMismatchError("The gates were loaded, and can't go on from there. Give the state_dir.")
+        A = solution.information() - (1 - self._prior) * A_0
+        factors = [inverse_factor(some, f"Gate at {solution.name}") for some in (self._prior * A_0, A)]
+        self.decision.factors = torch.cat(factors, 1).float()
 
     def _quantile(self) -> float:
         """The threshold that a share of ordinary tokens passes."""
@@ -152,7 +155,7 @@ def find_memory(
         model: the model; gates are put on it if there shall be some and are none yet.
         tok: its tokenizer.
         layout: its modules.
-        hparams: memory, gate_share.
+        hparams: memory, gate_share, gate_prior.
         is_known: whether a state or a ledger says what the edits behind gates are.
 
     Raises:
@@ -175,7 +178,7 @@ def find_memory(
     edited = behind_gates(layout.edited)
     layout = replace(layout, edited=dict(edited))
     keys = partial(ordinary_keys, model, tok, layout, min(edited), hparams)
-    return layout, GatedMemory(edited, hparams.gate_share, keys)
+    return layout, GatedMemory(edited, hparams.gate_share, hparams.gate_prior, keys)
 
 
 def behind_gates(edited: Mapping[int, EditedWeight]) -> dict[int, GatedWeight]:

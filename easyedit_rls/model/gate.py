@@ -6,7 +6,9 @@ variance of what the weight makes of a key a falls from ``a C_0 aᵀ`` to ``a C_
     g(a) = 1 − (a C_t aᵀ) / (a C_0 aᵀ)   in [0, 1]
 
 is the share that the edits took away: the *leverage* they have on a. With C_0 = R_0 R_0ᵀ and C_t = R_t R_tᵀ
-it is ``1 − ‖a R_t‖²/‖a R_0‖²``. A token with g above the threshold τ is *open*: its output is ``a W_t``, that
+it is ``1 − ‖a R_t‖²/‖a R_0‖²``. The gate's prior is ρ times the weights' (`gate_prior`): A_0 = C_0^-1 counts
+ρ A_0, and A_t = C_t^-1 counts ``A_t − (1 − ρ) A_0``, which with few edits changes little, and with many lets
+those that were made stand out. A token with g above the threshold τ is *open*: its output is ``a W_t``, that
 of all others ``a W_0``, to the bit. g does not change when a is scaled.
 
 One decision a token: the gate's layer is the first one that is edited. No edit changes what comes to it, so
@@ -49,6 +51,7 @@ class Decision(nn.Module):
 
     Attributes:
         factors: ``[R_0 | R_t]``, (d_k, 2 d_k), float32; empty before the first edit.
+        prior: A_0, (d_k, d_k), what an editor makes them of; None where the gates were loaded.
         threshold: τ.
         open: of the last pass, (rows, tokens) or (tokens,), bool; None before one.
     """
@@ -56,6 +59,7 @@ class Decision(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.factors: Tensor = torch.empty(0)
+        self.prior: Tensor | None = None
         self.threshold = CLOSED
         self.open: Tensor | None = None
 
@@ -74,7 +78,9 @@ class Decision(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decision":
         """Go to another device with the model, but into no other type."""
-        self.factors = self.factors.to(fn(torch.empty(0).to(self.factors)).device)
+        device = fn(torch.empty(0).to(self.factors)).device
+        self.factors = self.factors.to(device)
+        self.prior = None if self.prior is None else self.prior.to(device)
         return self
 
 

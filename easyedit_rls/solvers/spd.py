@@ -52,6 +52,26 @@ def cholesky(
     return L
 
 
+def inverse_factor(A: Tensor, name: str = "Matrix") -> Tensor:
+    """R with ``R Rᵀ = A^-1``, (n, n), upper triangular, so that ``a A^-1 aᵀ = ‖a R‖²`` loses no digits.
+
+    Args:
+        A: SPD matrix, (n, n), float32 or float64.
+        name: what the matrix is, for the error's text.
+
+    Raises:
+        NumericalError: see `cholesky`.
+
+    >>> R = inverse_factor(torch.tensor([[4.0, 2.0], [2.0, 5.0]]))
+    >>> R @ R.T @ torch.tensor([[4.0, 2.0], [2.0, 5.0]])
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
+    factor: Tensor = torch.linalg.solve_triangular(cholesky(A, name), eye, upper=False).T.contiguous()
+    return factor
+
+
 def spd_inverse(
     A: Tensor,  # shape: (n, n), SPD
     name: str = "Matrix",

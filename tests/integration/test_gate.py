@@ -114,7 +114,8 @@ def test_the_gate_is_the_plain_formula(model, tok, requests, gated, tmp_path):
     def variance(A):
         return (keys * torch.linalg.solve(A, keys.T).T).sum(1)
 
-    wanted = 1 - variance(A_t) / variance(A_0)
+    rho = hp.gate_prior
+    wanted = 1 - rho * variance(A_t - (1 - rho) * A_0) / variance(A_0)
     found = find_decision(editor.layout).leverage(keys.float())
     torch.testing.assert_close(found.double(), wanted, **LEVERAGE_FLOAT32)
     assert float(wanted[:4].min()) > float(wanted[4:].max())
