@@ -12,6 +12,7 @@ from easyedit_rls import (
     GateError,
     LayoutError,
     NumericalError,
+    RLSEditHyperParams,
     RLSEditor,
     StateMismatchError,
     load_edited,
@@ -25,9 +26,12 @@ from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_history
 from easyedit_rls.model.gate import gate_of
 from easyedit_rls.model.gated_weight import find_decision
+from tests import zoo
 from tests.conftest import FAMILIES, tiny_settings
 from tests.helpers import same, tensors_of
 from tests.tolerances import LEVERAGE_FLOAT32
+
+KEPT = ("context_templates", "lambda_reg", "mu_reg", "mom2_adjustment", "v_num_grad_steps", "max_deviation")
 
 
 @pytest.fixture(autouse=True)
@@ -339,3 +343,22 @@ def test_a_part_of_a_pass_is_refused(model, family, tok, requests, gated):
     upper = editor.layout.edited[max(editor.layout.edited)]
     with pytest.raises(GateError, match="saw other tokens"):
         upper.module(torch.randn(1, 91, upper.shape[0]))
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_every_family_has_its_gate(name, tok, requests, logits, demo_text):
+    """Bit for bit the unedited logits where no token is open, and everywhere once the edits are retracted."""
+    model, unedited = zoo.make(name), zoo.make(name)
+    own = {key: value for key, value in tiny_settings("llama").to_dict().items() if key in KEPT}
+    hp = RLSEditHyperParams.for_model(model, **own, memory="gated", gate_share=0.01)
+    editor = RLSEditor(model, tok, hp)
+    editor.edit(requests[:2])
+    words = demo_text.split()
+    texts = [" ".join(words[at : at + 3]) for at in range(0, 90, 3)]
+    prompts = [request["prompt"].format(request["subject"]) for request in requests[:2]]
+    closed = closed_texts(model, tok, texts)
+    assert len(closed) > 3
+    assert all(torch.equal(logits(model, text), logits(unedited, text)) for text in closed)
+    assert not any(torch.equal(logits(model, text), logits(unedited, text)) for text in prompts)
+    editor.retract([1, 2])
+    assert all(torch.equal(logits(model, text), logits(unedited, text)) for text in [*texts, *prompts])
