@@ -4,7 +4,7 @@ of ordinary tokens that open, and bytes an edit; prints one JSON object.
     python benchmarks/gate.py --model models/smollm2-135m --data counterfact.json --text TEXT.txt
 
 The gates get the keys of as many facts, and weights that a random change was made to: the time depends on
-neither. Unedited and gated runs alternate; times are medians, with the spread of the middle half.
+neither. Unedited and gated runs alternate; times are medians, with the least and the largest.
 """
 
 import statistics
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import as_json, gate_factors, load, parser, settings_of, versions
+from common import as_json, gate_factors, load, parser, settings_of, spread, versions
 from torch import Tensor
 
 from easyedit_rls.anchors.cache import moments
@@ -106,12 +106,6 @@ def clocked(call: Callable[[], None]) -> float:
     begun = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - begun)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and middle half."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    return {"median": middle, "low": low, "high": high}
 
 
 if __name__ == "__main__":
