@@ -18,7 +18,15 @@ from easyedit_rls.editors.transaction import WeightMemory
 from easyedit_rls.errors import GateError, LayoutError, StateMismatchError
 from easyedit_rls.ledger.history import GateEntry
 from easyedit_rls.ledger.moment import Moment
-from easyedit_rls.model.gate import CLOSED, Decision, gate_of, has_gate, has_gates, put_gates
+from easyedit_rls.model.gate import (
+    CLOSED,
+    Decision,
+    gate_of,
+    gated_modules,
+    has_gate,
+    put_gates,
+    remove_gates,
+)
 from easyedit_rls.model.gated_weight import GatedWeight
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
@@ -60,6 +68,18 @@ class GatedMemory(WeightMemory):
     def decision(self) -> Decision:
         """Of the model's gates."""
         return gate_of(self._edited[self._layer].module).decision
+
+    def refuse_unknown(self) -> None:
+        """See that the gate is closed: nobody knows of edits behind it.
+
+        Raises:
+            StateMismatchError: it lets some through.
+        """
+        if self.decision.threshold != CLOSED:
+            raise StateMismatchError(
+                "The model has gates with edits of another editor. Give that editor's state or its "
+                "state_dir, or take the edits off: easyedit_rls.remove_gates(model)."
+            )
 
     def begin(self, beginnings: Beginnings) -> None:
         """Take the prior's information."""
@@ -147,7 +167,6 @@ def find_memory(
     tok: PreTrainedTokenizerBase,
     layout: Layout,
     hparams: RLSEditHyperParams,
-    is_known: bool,
 ) -> tuple[Layout, WeightMemory]:
     """Where the edits of a model go, as the setting `memory` says, and the layout with what is written there.
 
@@ -156,25 +175,23 @@ def find_memory(
         tok: its tokenizer.
         layout: its modules.
         hparams: memory, gate_share, gate_prior.
-        is_known: whether a state or a ledger says what the edits behind gates are.
 
     Raises:
-        LayoutError: the edits shall go into the weights, and some stand behind gates.
-        StateMismatchError: edits stand behind gates that no state knows.
+        LayoutError: some edits stand behind gates already, and others shall go into the weights, or to other
+            layers.
     """
-    module = layout.edited[min(layout.edited)].module
-    if hparams.memory == "weights":
-        if has_gates(model):
+    known = gated_modules(model)
+    wanted = {w.parameter_name.removesuffix(".weight"): w.module for _, w in sorted(layout.edited.items())}
+    if known and (hparams.memory == "weights" or list(known.values()) != list(wanted.values())):
+        if gate_of(next(iter(known.values()))).decision.threshold != CLOSED:
             raise LayoutError(
-                "The model has a gated memory, beside which its weights can't be edited. Set memory: gated, "
-                "or take the edits off: easyedit_rls.remove_gates(model)."
+                f"The model has edits behind gates at {', '.join(known)}, beside which no others can be "
+                "made. Set memory: gated and the same layers, or take them off: "
+                "easyedit_rls.remove_gates(model)."
             )
+        remove_gates(model)
+    if hparams.memory == "weights":
         return layout, WeightMemory(layout.edited)
-    if has_gate(module) and not is_known and gate_of(module).decision.threshold != CLOSED:
-        raise StateMismatchError(
-            "The model has gates with edits of another editor. Give that editor's state or its state_dir, or "
-            "take the edits off: easyedit_rls.remove_gates(model)."
-        )
     edited = behind_gates(layout.edited)
     layout = replace(layout, edited=dict(edited))
     keys = partial(ordinary_keys, model, tok, layout, min(edited), hparams)

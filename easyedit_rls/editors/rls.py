@@ -89,13 +89,14 @@ class RLSEditor:
             anchors = listed(anchors, "anchors")
         self.model, self.tok, self.hparams = model, tok, hparams
         self._anchors, self._show_progress = anchors, show_progress
-        self.state = EditorState() if state is None else state
+        self.state = state or EditorState()
         self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
         folder = state_dir or hparams.state_dir
-        is_known = folder is not None or bool(self.state.layers)
-        self.layout, self.memory = find_memory(model, tok, self.layout, hparams, is_known)
+        self.layout, self.memory = find_memory(model, tok, self.layout, hparams)
         if folder is not None and self.state.ledger is None:
             attach(self.state, folder, model, self.layout, self.memory, hparams, anchors)
+        elif not self.state.layers:
+            self.memory.refuse_unknown()
 
     def edit(
         self, requests: Sequence[Mapping[str, Any] | EditRequest] | Mapping[str, Any] | EditRequest
@@ -204,9 +205,7 @@ class RLSEditor:
             self.state.roll_back(self.memory)
 
     def reset(self) -> None:
-        """Forget all edits and start anew from the weights as they are now; they count as unedited from here
-        on. Edits behind gates are gone.
-        """
+        """Forget all edits, and take the weights as they are now for unedited; edits behind gates are gone."""
         with self.state.mutex:
             self.state.reset()
             self.memory.reset()

@@ -50,6 +50,9 @@ class WeightMemory:
         """`weights_fingerprint` of what is there."""
         return weights_fingerprint({layer: weight.oriented() for layer, weight in self._edited.items()})
 
+    def refuse_unknown(self) -> None:
+        """Whatever the weights are, they count as unedited before the first edit."""
+
     def reset(self) -> None:
         """Weights stay as they are."""
 

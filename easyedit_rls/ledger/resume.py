@@ -72,6 +72,8 @@ def attach(
                     f"by version {manifest.version} of the package on "
                     f"{manifest.created[:10]}, and the same settings, or choose another state_dir."
                 )
+        if not moment.solutions:
+            memory.refuse_unknown()
         with memory.restored_if_it_fails():
             if journal is not None and moment.solutions:
                 found = journal

@@ -51,6 +51,9 @@ class Memory(Protocol):
     def fingerprint(self) -> str:
         """`weights_fingerprint` of what is there."""
 
+    def refuse_unknown(self) -> None:
+        """See that it holds no edits that nobody knows of."""
+
     def begin(self, beginnings: Callable[[int], LayerStart]) -> None:
         """Take what it needs of the layers before the first edit."""
 

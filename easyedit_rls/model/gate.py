@@ -178,7 +178,7 @@ def has_gate(projection: nn.Module) -> bool:
 
 def has_gates(model: nn.Module) -> bool:
     """Whether a model's edits stand behind gates."""
-    return bool(_gated(model))
+    return bool(gated_modules(model))
 
 
 def put_gates(projections: list[nn.Module]) -> Decision:
@@ -195,7 +195,7 @@ def put_gates(projections: list[nn.Module]) -> Decision:
 
 def remove_gates(model: nn.Module) -> None:
     """Take all gates off a model, and the edits with them: it is the unedited one again."""
-    for _, module in _gated(model):
+    for module in gated_modules(model).values():
         gate, hooks = gate_of(module), module._forward_hooks
         for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is gate]:
             del hooks[key]
@@ -204,7 +204,7 @@ def remove_gates(model: nn.Module) -> None:
 
 def merge_gates(model: nn.Module) -> None:
     """Write the edits into the model's own weights and take the gates off: all tokens see them then."""
-    for _, module in _gated(model):
+    for module in gated_modules(model).values():
         weight: Any = module.weight
         with torch.no_grad():
             weight.copy_(gate_of(module).weight)
@@ -217,17 +217,17 @@ def save_edited(model: nn.Module, folder: str | Path) -> None:
     Raises:
         GateError: the model has none.
     """
-    found = _gated(model)
+    found = gated_modules(model)
     if not found:
         raise GateError("The model has no gates. Edit it with memory: gated.")
-    decision, folder = gate_of(found[0][1]).decision, Path(folder)
+    decision, folder = gate_of(next(iter(found.values()))).decision, Path(folder)
     about = {
         "format": _FORMAT,
         "threshold": repr(decision.threshold),
-        "layers": json.dumps([name for name, _ in found]),
-        "unedited": _digest(dict(found)),
+        "layers": json.dumps(list(found)),
+        "unedited": _digest(found),
     }
-    tensors = {f"{name}.weight": gate_of(module).weight.contiguous() for name, module in found}
+    tensors = {f"{name}.weight": gate_of(module).weight.contiguous() for name, module in found.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"factors": decision.factors.contiguous(), **tensors}, folder / _FILE, about)
     source = Path(__file__).read_text(encoding="utf-8")
@@ -265,9 +265,9 @@ def load_edited(model: nn.Module, folder: str | Path) -> None:
         gate_of(module).weight.data.copy_(tensors[f"{name}.weight"])
 
 
-def _gated(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Projections with a gate, the gate's layer first."""
-    return [(name, module) for name, module in model.named_modules() if has_gate(module)]
+def gated_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Projections with a gate by name, the gate's layer first."""
+    return {name: module for name, module in model.named_modules() if has_gate(module)}
 
 
 def _digest(projections: Mapping[str, nn.Module]) -> str:

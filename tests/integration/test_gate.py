@@ -194,13 +194,18 @@ def test_weights_that_somebody_changed_are_noticed(model, tok, requests, gated):
         editor.edit(requests[2:])
 
 
-def test_two_kinds_of_memory_do_not_meet(model, family, tok, requests, gated, settings):
+def test_two_kinds_of_memory_do_not_meet(model, family, tok, requests, gated, settings, tmp_path):
     RLSEditor(model, tok, gated()).edit(requests[:2])
-    with pytest.raises(LayoutError, match=r"has a gated memory.*remove_gates"):
+    with pytest.raises(LayoutError, match=r"edits behind gates at .*remove_gates"):
         RLSEditor(model, tok, settings())
+    with pytest.raises(LayoutError, match=r"edits behind gates at .*the same layers"):
+        RLSEditor(model, tok, gated(layers=[2]))
     with pytest.raises(StateMismatchError, match=r"gates with edits of another editor.*remove_gates"):
         RLSEditor(model, tok, gated())
+    with pytest.raises(StateMismatchError, match=r"gates with edits of another editor"):
+        RLSEditor(model, tok, gated(), state_dir=tmp_path)  # a new ledger
     remove_gates(model)
+    RLSEditor(model, tok, gated(layers=[2]))  # closed gates give way
     assert RLSEditor(model, tok, settings()).edit(requests[:2]).n_edits == 2
 
 
