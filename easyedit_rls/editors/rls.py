@@ -205,7 +205,7 @@ class RLSEditor:
             self.state.roll_back(self.memory)
 
     def reset(self) -> None:
-        """Forget all edits, and take the weights as they are now for unedited; edits behind gates are gone."""
+        """Forget all edits, and count the weights as they are as unedited; edits behind gates are gone."""
         with self.state.mutex:
             self.state.reset()
             self.memory.reset()
