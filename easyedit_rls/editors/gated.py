@@ -89,7 +89,7 @@ class GatedMemory(WeightMemory):
         """Whether a layer's weight behind the gate is exactly W, (d_k, d_v), and the model's own unedited."""
         return self._base_fingerprint(layer) == self._base[layer] and super().holds(layer, W)
 
-    def write(self, layer: int, solution: LayerSolver) -> None:
+    def write(self, layer: int, solution: LayerSolver, keys: Tensor | None = None) -> None:
         """Let a layer's weight be its solution's; at the gate's layer, the gate goes by its covariance."""
         super().write(layer, solution)
         n = solution.n_edits
@@ -97,6 +97,9 @@ class GatedMemory(WeightMemory):
             if self.gate is None or not self.gate.edits / _GROWTH < n < self.gate.edits * _GROWTH:
                 self.gate = GateEntry(self._quantile(), n)
             self.decision.threshold = self.gate.threshold
+            if keys is not None:
+                g = self.decision.leverage(keys if keys.dim() == 2 else keys[:, 0])  # the bare prompt's
+                self.leverage = [(some, some > self.gate.threshold) for some in g.tolist()]
 
     def show(self, moment: Moment) -> None:
         """Let weights and gate be those of a moment."""

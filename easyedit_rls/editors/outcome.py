@@ -32,7 +32,11 @@ def find_said(model: PreTrainedModel, facts: Sequence[Fact], batch_tokens: int) 
 
 
 def fact_reports(
-    edits: Sequence[Edit], walk: LayerWalk, values: Values, said: Sequence[bool], value_layer: int
+    edits: Sequence[Edit],
+    walk: LayerWalk,
+    values: Values,
+    said: Sequence[bool],
+    leverage: Sequence[tuple[float, bool]] | None = None,
 ) -> list[FactReport]:
     """A report of each fact, with the weights as they are now.
 
@@ -41,16 +45,18 @@ def fact_reports(
         walk: has gone through all edited layers.
         values: what was to be written.
         said: see `find_said`.
-        value_layer: number of the last edited layer.
+        leverage: of each fact's key, and whether it is open, where there is a gate.
     """
     wanted = (values.z - values.h).norm(dim=1)
-    missed = (values.z - walk.value_states(value_layer)).norm(dim=1)
+    missed = (values.z - walk.value_states_now()).norm(dim=1)
     change = (wanted / values.h.norm(dim=1)).tolist()
     miss = (missed / wanted.clamp(min=1e-12)).tolist()
     numbers = zip(values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss, said)
+    gate: Sequence[tuple[float | None, bool]] = leverage or [(None, True)] * len(edits)
+    about = [(edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id) for edit in edits]
     return [
-        FactReport(edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id, *row)
-        for edit, row in zip(edits, numbers)
+        FactReport(*whose, *row, leverage=g, is_open=is_open)
+        for whose, row, (g, is_open) in zip(about, numbers, gate)
     ]
 
 
@@ -115,6 +121,12 @@ def advice(
     short = [fact for fact in unsaid if fact.miss <= _WRITTEN or not fact.nll <= _FAR_NLL]
     unwritten = [fact for fact in unsaid if not fact.miss <= _WRITTEN]
     sentences = []
+    closed = [fact for fact in unsaid if not fact.is_open]
+    if closed:
+        sentences.append(
+            f"The gate stays closed for {len(closed)}: raise gate_share ({hparams.gate_share:g}), "
+            f"lower gate_prior ({hparams.gate_prior:g}), or edit another first layer."
+        )
     if unwritten:
         name = "mom2_update_weight" if hparams.mom2_adjustment and hparams.mu_reg > 0 else "lambda_reg"
         cures = [] if hparams.keys == "each" else ["set keys: each"]

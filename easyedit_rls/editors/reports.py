@@ -20,6 +20,8 @@ class FactReport:
         miss: ‖z − h‖ after they were written, as a fraction of the same before; 0 is a perfect write.
         is_said: whether the edited model says the target: each of its tokens is the most probable one behind
             the bare prompt.
+        leverage: g of its key, where there is a gate (`memory: gated`).
+        is_open: whether the gate lets its key see the edits.
     """
 
     edit_id: int
@@ -32,6 +34,8 @@ class FactReport:
     value_change: float
     miss: float
     is_said: bool
+    leverage: float | None = None
+    is_open: bool = True
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,7 @@ class RLSEditor:
                 change.edits = tuple(Edit(next_id + row, fact.request, row) for row, fact in enumerate(facts))
                 clock.append(time.perf_counter())
                 said = find_said(self.model, facts, self.hparams.batch_tokens)
-                told = fact_reports(change.edits, walk, values, said, self.hparams.layers[-1])
+                told = fact_reports(change.edits, walk, values, said, self.memory.leverage)
                 layer_reports = self._layer_reports(change)
                 refuse_if_off(told, {report.layer: report.step for report in layer_reports}, self.hparams)
                 clock.append(time.perf_counter())
@@ -385,7 +385,7 @@ class RLSEditor:
             K = walk.advance_to(layer).to(W.device)
             V = target_outputs(K, W, walk, values, layer, self.hparams)
             change.bring_in(layer, K, V, walk.importance)
-            self.memory.write(layer, change.solutions[layer])
+            self.memory.write(layer, change.solutions[layer], K)
         if any(solution.looks_after for solution in change.solutions.values()):
             again = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
             for layer in self.layout.edited:

@@ -23,9 +23,11 @@ class WeightMemory:
 
     Attributes:
         gate: what a gate goes by; weights have none.
+        leverage: of each of the last batch's keys, and whether it is open; weights have none.
     """
 
     gate: GateEntry | None = None
+    leverage: list[tuple[float, bool]] | None = None
 
     def __init__(self, edited: Mapping[int, EditedWeight]) -> None:
         self._edited = edited
@@ -56,8 +58,8 @@ class WeightMemory:
     def reset(self) -> None:
         """Weights stay as they are."""
 
-    def write(self, layer: int, solution: LayerSolver) -> None:
-        """Let a layer's weight be its solution's, rounded to its type."""
+    def write(self, layer: int, solution: LayerSolver, keys: Tensor | None = None) -> None:
+        """Let a layer's weight be its solution's, rounded to its type; `keys` are the batch's."""
         self._edited[layer].write(solution.weight)
 
     def show(self, moment: Moment) -> None:

@@ -165,6 +165,10 @@ class LayerWalk:
         """
         return self._bare.last_states(self._layout.value_layer, False, layer)
 
+    def value_states_now(self) -> Tensor:
+        """The same once all edited layers are written."""
+        return self.value_states(max(self._layout.edited))
+
     def layer_states(self, layer: int) -> Tensor:
         """Hidden states that this layer passes on, as `value_states`: (facts, d), float32."""
         return self._bare.last_states(self._layout.layers[layer], False, layer)

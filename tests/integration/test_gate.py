@@ -15,6 +15,7 @@ from easyedit_rls import (
     RLSEditHyperParams,
     RLSEditor,
     StateMismatchError,
+    UnsaidWarning,
     load_edited,
     merge_gates,
     remove_gates,
@@ -339,6 +340,18 @@ def test_a_reset_closes_the_gate(model, family, tok, requests, gated, logits):
     other = FAMILIES[family]()
     RLSEditor(other, tok, gated()).edit(requests[:2])
     assert torch.equal(logits(model, prompt), logits(other, prompt))
+
+
+def test_reports_say_whose_gate_stays_closed(model, tok, requests, gated):
+    editor = RLSEditor(model, tok, gated())
+    report = editor.edit(requests)
+    decision = find_decision(editor.layout)
+    assert all(fact.is_open == (fact.leverage > decision.threshold) for fact in report.facts)
+    assert any(fact.is_open for fact in report.facts)
+    editor.rollback()
+    strict = RLSEditor(model, tok, gated(gate_prior=1.0, lambda_reg=100.0, layers=[2]))
+    with pytest.warns(UnsaidWarning, match=r"The gate stays closed for \d.*raise gate_share \(0.01\)"):
+        strict.edit({**requests[0], "importance": 1e-6})
 
 
 def test_a_part_of_a_pass_is_refused(model, family, tok, requests, gated):
