@@ -1,7 +1,8 @@
 """What a batch has done: reports, warnings, and the refusal of a batch that moved much and said little."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -51,13 +52,14 @@ def fact_reports(
     missed = (values.z - walk.value_states_now()).norm(dim=1)
     change = (wanted / values.h.norm(dim=1)).tolist()
     miss = (missed / wanted.clamp(min=1e-12)).tolist()
-    numbers = zip(values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss, said)
-    gate: Sequence[tuple[float | None, bool]] = leverage or [(None, True)] * len(edits)
-    about = [(edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id) for edit in edits]
-    return [
-        FactReport(*whose, *row, leverage=g, is_open=is_open)
-        for whose, row, (g, is_open) in zip(about, numbers, gate)
+    numbers: Iterable[tuple[Any, ...]] = zip(
+        values.steps.tolist(), values.loss.tolist(), values.nll.tolist(), change, miss, said
+    )
+    gate: Sequence[tuple[Any, ...]] = leverage or [(None, True)] * len(edits)
+    about: list[tuple[Any, ...]] = [
+        (edit.edit_id, edit.request.prompt, edit.request.target, edit.request.case_id) for edit in edits
     ]
+    return [FactReport(*whose, *row, *own) for whose, row, own in zip(about, numbers, gate)]
 
 
 def refuse_if_off(
