@@ -29,7 +29,7 @@ from easyedit_rls.model.gate import (
 )
 from easyedit_rls.model.gated_weight import GatedWeight
 from easyedit_rls.model.layout import Layout
-from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
+from easyedit_rls.model.weights import EditedWeight
 from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.spd import inverse_factor
 
@@ -62,7 +62,6 @@ class GatedMemory(WeightMemory):
         super().__init__(edited)
         self._share, self._prior, self._keys, self._layer = share, prior, keys, min(edited)
         self._sample: tuple[Tensor, Tensor] | None = None  # ordinary keys a, and ‖a R_0‖²
-        self._base = {layer: self._base_fingerprint(layer) for layer in edited}
 
     @property
     def decision(self) -> Decision:
@@ -87,7 +86,8 @@ class GatedMemory(WeightMemory):
 
     def holds(self, layer: int, W: Tensor) -> bool:
         """Whether a layer's weight behind the gate is exactly W, (d_k, d_v), and the model's own unedited."""
-        return self._base_fingerprint(layer) == self._base[layer] and super().holds(layer, W)
+        module = self._edited[layer].module
+        return gate_of(module).is_untouched(module) and super().holds(layer, W)
 
     def write(self, layer: int, solution: LayerSolver, keys: Tensor | None = None) -> None:
         """Let a layer's weight be its solution's; at the gate's layer, the gate goes by its covariance."""
@@ -153,10 +153,6 @@ class GatedMemory(WeightMemory):
             self._sample = keys, _square_norms(keys, prior)
         keys, norms = self._sample
         return float(torch.quantile((1 - _square_norms(keys, posterior) / norms).double(), 1 - self._share))
-
-    def _base_fingerprint(self, layer: int) -> str:
-        """Of the model's own weight."""
-        return weights_fingerprint({layer: self._edited[layer].module.weight})
 
 
 def _square_norms(keys: Tensor, factor: Tensor) -> Tensor:

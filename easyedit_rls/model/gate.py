@@ -102,6 +102,7 @@ class Gate(nn.Module):
         given: Any = projection.weight
         self.weight = nn.Parameter(given.detach().clone(), requires_grad=False)
         self._is_linear, self._decides = isinstance(projection, nn.Linear), decides
+        self._unedited = given.dtype, _digest({"": projection})
         self._shared = [decision]  # in a list: it is the submodule of one gate alone
         if decides:
             self.decider = decision
@@ -110,6 +111,16 @@ class Gate(nn.Module):
     def decision(self) -> Decision:
         """Shared by all gates of a model."""
         return self._shared[0]
+
+    def is_untouched(self, projection: nn.Module) -> bool:
+        """Whether the projection's own weight is what it was when the gate was put on it; one that was cast
+        since counts as it is.
+        """
+        weight: Any = projection.weight
+        now = weight.dtype, _digest({"": projection})
+        if now[0] != self._unedited[0]:
+            self._unedited = now
+        return now == self._unedited
 
     def pass_edits(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The projection's forward hook: output with the edits, where a token is open."""

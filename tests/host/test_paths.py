@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from easyedit_rls import RequestError, RLSEditor, RLSEditWarning, StateMismatchError
-from easyedit_rls.model.gate import gate_weight_name
+from easyedit_rls.model.gate import gate_weight_name, is_behind_gate
 
 PARTS = ("prompts", "subject", "target_new", "ground_truth", "rephrase_prompts")
 
@@ -266,6 +266,7 @@ def test_nothing_but_the_edited_weights_is_touched(easyeditor, each_memory, edit
         copy.deepcopy(requests),
         {name: p.detach().clone() for name, p in model.named_parameters()},
     )
+    before |= dict(zip(names_of(hp), weights(model, hp)))  # a gate is not there yet
     _, originals = easyeditor.apply_rls_to_model(model, tok, requests, hp, return_orig_weights=True)
 
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -275,5 +276,6 @@ def test_nothing_but_the_edited_weights_is_touched(easyeditor, each_memory, edit
     assert requests == given
     assert tok.padding_side == padding
     assert model.training
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad for name, p in model.named_parameters() if not is_behind_gate(name))
+    gates = len(hp.layers) if hp.memory == "gated" else 0
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == gates
