@@ -245,28 +245,22 @@ class RLSEditHyperParams:
         least=0,
         below=1,
     )
-    chat_template: bool = setting(
-        "Whether prompts, paraphrases and neighbors are user's turns in the model's chat template.", False
-    )
+    chat_template: bool = setting("Whether all prompts are user's turns in the model's chat template.", False)
 
     # The memory
     memory: str = setting(
-        "Where edits go: 'weights', into the edited weights; 'gated', beside them, and a token sees them "
-        "only where the covariance says that the edits know something of it: other text stays as it was, "
-        "to the bit. Generation takes somewhat longer then, and the edits have to be loaded with the model.",
+        "Where edits go: 'weights', into the edited weights; 'gated', beside them, and only tokens that the "
+        "edits know something of see them (docs/memory.md): other text stays as it was, to the bit.",
         "weights",
         choices=["weights", "gated"],
     )
     gate_prior: float = setting(
-        "For memory: gated, how much the prior counts for the gate, as a share of what it does for the "
-        "weights; smaller lets many edits stand out better.",
+        "How much the prior counts for the gate, as a share of what it does for the weights.",
         0.03,
         above=0,
         most=1,
     )
-    gate_share: float = setting(
-        "For memory: gated, the share of ordinary tokens that may see the edits.", 1e-3, above=0, below=1
-    )
+    gate_share: float = setting("Ordinary tokens that may see gated edits.", 1e-3, above=0, below=1)
 
     # Edits that stand, and where they are kept
     on_conflict: str = setting(
