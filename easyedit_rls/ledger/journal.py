@@ -28,12 +28,10 @@ from typing import Any
 
 from torch import Tensor
 
-from easyedit_rls._base.clock import utc_now
 from easyedit_rls._base.files import Stamp, sync_folder, write_all, write_file
 from easyedit_rls.errors import LedgerError
 from easyedit_rls.ledger.files import (
     canonical,
-    is_file_name,
     open_regular,
     pack,
     parsed,
@@ -43,59 +41,13 @@ from easyedit_rls.ledger.files import (
     unpack,
 )
 from easyedit_rls.ledger.history import Entry
+from easyedit_rls.ledger.line import Line, size_of
 
 FORMAT = 2
 INDEX, ENTRIES, HEAD, MANIFEST = "index.jsonl", "entries.bin", "head.json", "manifest.json"
 SPARE = "head.json.before"
-_KINDS = ("begin", "entry", "rollback", "checkpoint", "reset")
 _LONGEST_LINE = 1 << 26  # bytes, when read; what is written is far below
 _MOST_TEXT = 1 << 23  # bytes of a change's texts; escaped, as in the record, they are up to six times as long
-
-
-@dataclass(frozen=True)
-class Line:
-    """One event.
-
-    Attributes:
-        kind: 'begin', 'entry', 'rollback', 'checkpoint' or 'reset'.
-        files: name -> stamp of the files it brought.
-        record: where its tensors are in `ENTRIES`: offset and stamp; None if there are none, or they are in a
-            file.
-        entry: for 'entry', what `Entry.to_dict` gave; for 'begin', what the history begins with; else empty.
-        time: ISO 8601, UTC.
-    """
-
-    kind: str
-    files: Mapping[str, Stamp] = field(default_factory=dict)
-    record: tuple[int, Stamp] | None = None
-    entry: Mapping[str, Any] = field(default_factory=dict)
-    time: str = field(default_factory=utc_now)
-
-    def encode(self) -> bytes:
-        """The line as bytes."""
-        files = {name: [stamp.sha256, stamp.n_bytes] for name, stamp in self.files.items()}
-        values: dict[str, Any] = {"kind": self.kind, "time": self.time, "files": files, "entry": self.entry}
-        if self.record is not None:
-            values["record"] = [self.record[0], self.record[1].sha256, self.record[1].n_bytes]
-        return canonical(values)
-
-    @classmethod
-    def decode(cls, raw: bytes) -> "Line":
-        """The line that `encode` gave.
-
-        Raises:
-            ValueError: it is no such line.
-        """
-        values = json.loads(raw)
-        files = {name: _stamp(sha256, n_bytes) for name, (sha256, n_bytes) in values["files"].items()}
-        foreign = [name for name in files if not is_file_name(name)]
-        if foreign or values["kind"] not in _KINDS:
-            raise ValueError(f"{(foreign or [values['kind']])[0]!r} has no place in a ledger")
-        record = None
-        if "record" in values:
-            offset, sha256, n_bytes = values["record"]
-            record = (_size(offset), _stamp(sha256, n_bytes))
-        return cls(values["kind"], files, record, values["entry"], str(values["time"]))
 
 
 @dataclass(frozen=True)
@@ -372,7 +324,7 @@ def read_head(folder: Path) -> tuple[bytes, dict[str, Any]]:
 def _heads_like(head: Mapping[str, Any]) -> tuple[bytes, ...]:
     """What a head with these values looks like, in this format and in the first."""
     try:
-        values = _size(head["lines"]), _size(head["index_bytes"]), str(head["index_sha256"])
+        values = size_of(head["lines"]), size_of(head["index_bytes"]), str(head["index_sha256"])
     except (KeyError, ValueError):
         return ()
     old = canonical({"lines": values[0], "index_bytes": values[1], "index_sha256": values[2]})
@@ -399,18 +351,6 @@ def _write_behind(path: Path, offset: int, content: bytes) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _stamp(sha256: object, n_bytes: object) -> Stamp:
-    if not isinstance(sha256, str):
-        raise ValueError("a checksum is no text")
-    return Stamp(sha256, _size(n_bytes))
-
-
-def _size(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 60:
-        raise ValueError("a size is no number")
-    return value
 
 
 _BACKUP = "Put it back from a backup."

@@ -33,7 +33,6 @@ from easyedit_rls.ledger.journal import (
     SPARE,
     Event,
     Journal,
-    Line,
     Position,
     commit_file,
     create,
@@ -41,6 +40,7 @@ from easyedit_rls.ledger.journal import (
     put_back,
     restore,
 )
+from easyedit_rls.ledger.line import Line
 from easyedit_rls.ledger.reading import POINTER, journals, latest, newest, pointer_of, read_pointer
 from easyedit_rls.ledger.tidy import tidy
 

@@ -12,8 +12,9 @@ from easyedit_rls.anchors.prior import LayerStart
 from easyedit_rls.errors import LedgerError
 from easyedit_rls.ledger.files import pack, parsed
 from easyedit_rls.ledger.history import Entry, History
-from easyedit_rls.ledger.journal import INDEX, MANIFEST, Event, Journal, Line
+from easyedit_rls.ledger.journal import INDEX, MANIFEST, Event, Journal
 from easyedit_rls.ledger.ledger import Ledger, Place
+from easyedit_rls.ledger.line import Line
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.rebuild import replayed

@@ -24,7 +24,8 @@ from easyedit_rls.errors import LedgerError, NumericalError, StateMismatchError
 from easyedit_rls.ledger import Ledger, Place
 from easyedit_rls.ledger.change import Change, adopted
 from easyedit_rls.ledger.history import Entry, History
-from easyedit_rls.ledger.journal import MANIFEST, Event, Journal, Line, entry_event, entry_of
+from easyedit_rls.ledger.journal import MANIFEST, Event, Journal, entry_event, entry_of
+from easyedit_rls.ledger.line import Line
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.snapshot import StoredBeginnings, prior_files, write_checkpoint
