@@ -21,6 +21,7 @@ from easyedit_rls import (
     remove_gates,
     save_edited,
 )
+from easyedit_rls.anchors.ordinary import ordinary_keys
 from easyedit_rls.cli.main import main
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.ledger.reading import latest
@@ -380,3 +381,35 @@ def test_every_family_has_its_gate(name, tok, requests, logits, demo_text):
     assert not any(torch.equal(logits(model, text), logits(unedited, text)) for text in prompts)
     editor.retract([1, 2])
     assert all(torch.equal(logits(model, text), logits(unedited, text)) for text in [*texts, *prompts])
+
+
+def test_the_threshold_is_taken_anew_as_edits_grow(model, tok, requests, gated):
+    """It is the quantile of the leverage that ordinary tokens have now."""
+    editor = RLSEditor(model, tok, gated())
+    seen = set()
+    for number, request in enumerate(requests, 1):
+        editor.edit(request)
+        decision, layer = find_decision(editor.layout), min(editor.layout.edited)
+        g = decision.leverage(ordinary_keys(model, tok, editor.layout, layer, editor.hparams))
+        assert editor.memory.gate.edits == number
+        assert decision.threshold == pytest.approx(float(g.double().quantile(0.99)), abs=1e-5)
+        seen.add(decision.threshold)
+    assert len(seen) == len(requests)
+
+
+def test_compaction_keeps_the_threshold_of_a_change_that_it_drops(
+    model, family, tok, requests, gated, tmp_path
+):
+    """The last change that stands is a retraction, which nobody can take back any more."""
+    with RLSEditor(model, tok, gated(), state_dir=tmp_path / "state") as editor:
+        for request in requests[:3]:
+            editor.edit(request)
+        before = editor.memory.gate
+        editor.retract([1])
+        gate = editor.memory.gate
+        assert gate != before
+        editor.edit(requests[3])
+        editor.rollback()
+        assert editor.memory.gate == gate
+    assert main(["state", "compact", str(tmp_path / "state")]) == 0
+    assert read_history(latest(tmp_path / "state")).gate == gate
