@@ -413,3 +413,10 @@ def test_compaction_keeps_the_threshold_of_a_change_that_it_drops(
         assert editor.memory.gate == gate
     assert main(["state", "compact", str(tmp_path / "state")]) == 0
     assert read_history(latest(tmp_path / "state")).gate == gate
+
+
+def test_the_layer_that_the_gate_goes_by_is_in_float64(model, tok, requests, gated):
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests[:2])
+    dtypes = [solution.weight.dtype for _, solution in sorted(editor.state.layers.items())]
+    assert dtypes == [torch.float64, *[torch.float32] * (len(dtypes) - 1)]
