@@ -420,3 +420,16 @@ def test_the_layer_that_the_gate_goes_by_is_in_float64(model, tok, requests, gat
     editor.edit(requests[:2])
     dtypes = [solution.weight.dtype for _, solution in sorted(editor.state.layers.items())]
     assert dtypes == [torch.float64, *[torch.float32] * (len(dtypes) - 1)]
+
+
+def test_the_gate_follows_weights_that_somebody_put_back(model, tok, requests, gated):
+    """As EasyEdit does after an edit that shall not stay."""
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests[:2])
+    before = gate_tensors(editor)
+    editor.edit(requests[2:])
+    for layer, weight in editor.layout.edited.items():
+        weight.restore(before[str(layer)])
+    editor.state.sync_with_weights(editor.memory)  # what every call begins with
+    assert editor.n_edits == 2
+    assert same(gate_tensors(editor), before)
