@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.data.requests import Probe
-from easyedit_rls.model.batching import Batch, device_of, pack_batches, pass_overhead, run
+from easyedit_rls.model.batching import device_of, logits_at, pack_batches, pass_overhead
 from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.limits import refuse_unfit
-from easyedit_rls.model.prefix_tree import grow, takes_trees, tree_batch
+from easyedit_rls.model.masked_memory import prompts_of, reads_prompts
+from easyedit_rls.model.prefix_tree import Tree, grow, takes_trees, tree_batch
 from easyedit_rls.model.subject import Row, answer_rows
 
 _Ids = tuple[int, ...]
@@ -126,16 +127,15 @@ def _run_rows(
     for i, row in enumerate(rows):
         askers.setdefault(row.ids[:-1], []).append(i)
     with undisturbed(model), progress_bar(len(rows), desc, "text", show_progress) as bar:
-        is_packed = len(askers) > _FEW and takes_trees(model, max(map(len, askers)))
         price = pass_overhead(device_of(model), model.dtype)
-        trees = grow(askers, min(_WIDTH, batch_tokens) if is_packed else 0)
+        if reads_prompts(model):  # what a prompt is decides what the model says: each has a row of its own
+            trees, asked_of = _apart(rows)
+        else:
+            is_packed = len(askers) > _FEW and takes_trees(model, max(map(len, askers)))
+            trees = grow(askers, min(_WIDTH, batch_tokens) if is_packed else 0)
+            asked_of = [[(i, path) for t, path in tree.paths.items() for i in askers[t]] for tree in trees]
         for group in pack_batches([len(tree.ids) for tree in trees], batch_tokens, price):
-            asked = [
-                (i, r, path)
-                for r, g in enumerate(group)
-                for text, path in trees[g].paths.items()
-                for i in askers[text]
-            ]
+            asked = [(i, r, path) for r, g in enumerate(group) for i, path in asked_of[g]]
             wanted = [
                 (r, path[rows[i].target_start - 1 + k])
                 for i, r, path in asked
@@ -143,7 +143,9 @@ def _run_rows(
             ]
             places = sorted(set(wanted))
             number = {place: n for n, place in enumerate(places)}
-            logits = _logits(model, tree_batch([trees[g] for g in group], model), places)
+            prompts = [rows[asked_of[g][0][0]].target_start for g in group]
+            with prompts_of(model, prompts):
+                logits = logits_at(model, tree_batch([trees[g] for g in group], model), places)
             take(
                 [i for i, _, _ in asked],
                 logits,
@@ -152,20 +154,14 @@ def _run_rows(
             bar.update(len(asked))
 
 
-def _logits(model: PreTrainedModel, batch: Batch, places: Sequence[tuple[int, int]]) -> Tensor:
-    """Run a batch; the logits at these (row, position) alone, (places, vocabulary)."""
-    head = model.get_output_embeddings()
-    which, where = (torch.tensor(column, device=batch.ids.device) for column in zip(*places))
-
-    def pick(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][which, where][None], *args[1:])
-
-    hook = head.register_forward_pre_hook(pick)
-    try:
-        logits: Tensor = run(model, batch).logits[0]
-    finally:
-        hook.remove()
-    return logits
+def _apart(rows: Sequence[Row]) -> tuple[list[Tree], list[list[tuple[int, list[int]]]]]:
+    """A tree for each prompt with what stands behind it, and which rows it answers by which path."""
+    askers: dict[tuple[_Ids, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        askers.setdefault((row.ids[:-1], row.target_start), []).append(i)
+    trees = [Tree() for _ in askers]
+    paths = [tree.add(text, ()) for tree, (text, _) in zip(trees, askers)]
+    return trees, [[(i, path) for i in numbers] for path, numbers in zip(paths, askers.values())]
 
 
 def _top(logits: Tensor) -> Tensor:

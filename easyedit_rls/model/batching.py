@@ -111,6 +111,21 @@ def run(model: PreTrainedModel, batch: Batch, cache: Any = None, use_cache: bool
     return model(input_ids=batch.ids, **kwargs)
 
 
+def logits_at(model: PreTrainedModel, batch: Batch, places: Sequence[tuple[int, int]]) -> Tensor:
+    """Run a batch; the logits at these (row, position) alone, (places, vocabulary)."""
+    which, where = (torch.tensor(column, device=batch.ids.device) for column in zip(*places))
+
+    def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][which, where][None], *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        logits: Tensor = run(model, batch).logits[0]
+    finally:
+        hook.remove()
+    return logits
+
+
 def window_of(model: PreTrainedModel) -> int | None:
     """How many tokens back a token sees at least, in the layer where that is the fewest; None where it sees
     all.

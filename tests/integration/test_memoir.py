@@ -1,0 +1,288 @@
+"""MEMOIR: who sees the memory, what is learned, and what is kept of it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from easyedit_rls import GateError, HyperParamsError, LayoutError, evaluate
+from easyedit_rls.data.requests import parse_requests
+from easyedit_rls.editors.base import EDITORS, Setup
+from easyedit_rls.editors.memoir import MEMOIR
+from easyedit_rls.evaluation.scores import score
+from easyedit_rls.model.batching import pad
+from easyedit_rls.model.masked_memory import (
+    find_memory_of,
+    load_memory,
+    prompts_of,
+    remove_memory,
+    save_memory,
+)
+from tests.conftest import FAMILIES, tiny_settings
+from tests.helpers import same, tensors_of
+
+FRONTS = ("Once upon a time. ", "It rains. ")
+OWN = {"layer": 1, "n_iter": 40, "edit_lr": 2.0, "irr_threshold": 0.7}
+
+
+@pytest.fixture
+def begin(model, tok, family):
+    def make(other=None, fronts=FRONTS, **changes):
+        setup = Setup(
+            model if other is None else other, tok, tiny_settings(family), fronts, {**OWN, **changes}
+        )
+        return MEMOIR.begin(setup)
+
+    return make
+
+
+@pytest.fixture
+def facts(requests):
+    return parse_requests(requests)
+
+
+@pytest.fixture
+def logits(tok):
+    def of(model, text):
+        with torch.no_grad():
+            return model(**tok(text, return_tensors="pt")).logits
+
+    return of
+
+
+def prompt_of(fact):
+    return fact.before + fact.subject + fact.after
+
+
+def unlike(model, tok, texts, threshold=0.7):
+    """Those of the texts that share less than the threshold with every edit."""
+    memory, found = find_memory_of(model)[1], []
+    for text in texts:
+        with torch.no_grad():
+            model(**tok(text, return_tensors="pt"))
+        found += [text] if float(memory.overlap) < threshold else []
+    return found
+
+
+def test_without_edits_the_outputs_are_the_models(model, family, begin, facts, logits):
+    unedited = FAMILIES[family]()
+    begin()
+    assert all(torch.equal(logits(model, prompt_of(f)), logits(unedited, prompt_of(f))) for f in facts)
+
+
+def test_an_edits_own_prompt_has_its_mask(model, begin, facts, logits):
+    editor = begin()
+    editor.edit(facts)
+    assert editor.masked.masks.shape == (len(facts), editor.masked.masks.shape[1])
+    assert editor.masked.masks.sum(1).tolist() == [editor.masked.top_k] * len(facts)
+    for number, fact in enumerate(facts):
+        logits(model, prompt_of(fact))
+        assert float(editor.masked.overlap) == 1.0
+        assert torch.equal(editor.masked._selected[0], editor.masked.masks[number])
+
+
+def test_below_the_threshold_logits_are_the_models(model, family, tok, begin, facts, logits, demo_text):
+    unedited, weights = FAMILIES[family](), tensors_of(model)
+    begin().edit(facts)
+    words = demo_text.split()
+    texts = unlike(model, tok, [" ".join(words[at : at + 4]) for at in range(0, 200, 4)])
+    assert len(texts) > 10
+    assert all(torch.equal(logits(model, text), logits(unedited, text)) for text in texts)
+    with pytest.warns(UserWarning, match="save_memory"):
+        assert same(tensors_of(model), weights)  # none of the model's own was written
+    assert not torch.equal(logits(model, prompt_of(facts[0])), logits(unedited, prompt_of(facts[0])))
+
+
+def test_without_decay_inputs_outside_the_mask_stay(begin, facts, model):
+    editor = begin(weight_decay=0.0)
+    editor.edit(facts[:1])
+    before, first = editor.masked.weight.clone(), editor.masked.masks[0]
+    outside = (~first)[None] if editor.masked._is_linear else (~first)[:, None]
+    assert float((before * outside).abs().max()) == 0.0
+    assert float(before.abs().max()) > 0.0
+    editor.edit(facts[1:2])
+    second = editor.masked.masks[1]
+    outside = (~second)[None] if editor.masked._is_linear else (~second)[:, None]
+    moved = (editor.masked.weight - before) * outside
+    assert float(moved.abs().max()) == 0.0
+    decayed = begin(weight_decay=0.1)
+    decayed.edit(facts[:2])
+    assert float(decayed.masked.weight.norm()) < float(editor.masked.weight.norm())
+
+
+def test_facts_are_learned(model, tok, begin, facts):
+    """The last one surely, since nothing was learned after it."""
+    assert evaluate(model, tok, facts, show_progress=False).rewrite_accuracy == 0.0
+    begin(n_iter=200).edit(facts)
+    found = [record.rewrite_accuracy for record in evaluate(model, tok, facts, show_progress=False).records]
+    assert found[-1] == 1.0
+    assert sum(found) >= 2
+
+
+def test_a_batch_of_prompts_is_what_each_gives_alone(model, tok, begin, facts, logits):
+    """Padding on either side, edited and unedited prompts together."""
+    begin().edit(facts)
+    texts = [prompt_of(facts[0]), "Nothing of the kind is said here", prompt_of(facts[1]) + " and so on"]
+    rows = [tok(text).input_ids for text in texts]
+    for side in ("left", "right"):
+        batch = pad(rows, side, torch.device("cpu"))
+        kwargs = {"attention_mask": batch.mask, "position_ids": batch.positions}
+        with torch.no_grad():
+            found = model(input_ids=batch.ids, **kwargs).logits
+        for row, mask, text in zip(found, batch.mask.bool(), texts):
+            torch.testing.assert_close(row[mask], logits(model, text)[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_generation_keeps_its_prompts_mask(model, tok, begin, facts):
+    """With a cache, and without one where the prompt's length is told, the same tokens follow."""
+    editor = begin()
+    editor.edit(facts)
+    ids = tok(prompt_of(facts[0]), return_tensors="pt").input_ids
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert torch.equal(editor.masked._selected[0], editor.masked.masks[0])
+    with torch.no_grad(), prompts_of(model, [ids.shape[1]]):
+        whole = model(written).logits[0, ids.shape[1] - 1 : -1]
+    assert whole.argmax(1).tolist() == written[0, ids.shape[1] :].tolist()
+    assert editor.masked.told is None
+
+
+def test_beams_keep_it_too(model, tok, begin, facts):
+    begin().edit(facts)
+    ids = tok(prompt_of(facts[0]), return_tensors="pt").input_ids
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    cached = model.generate(ids, **kwargs)
+    assert cached.shape[1] > ids.shape[1]
+
+
+def test_scores_know_what_the_prompt_is(model, tok, begin, facts):
+    """A target's tokens don't change who is asked; nor does what else is scored in the same pass."""
+    editor = begin(irr_threshold=1.0)  # any token more, and the mask is another
+    editor.edit(facts)
+    probes = [f.probe(f.prompt, f.target) for f in facts]
+    alone = [score(model, tok, [probe], show_progress=False)[0].nll for probe in probes]
+    together = [s.nll for s in score(model, tok, probes * 3, show_progress=False)][: len(facts)]
+    assert together == pytest.approx(alone, rel=1e-3)
+    remove_memory(model)
+    unedited = [s.nll for s in score(model, tok, probes, show_progress=False)]
+    assert all(a < b for a, b in zip(alone, unedited))
+
+
+def test_what_goes_on_behind_other_prompts_is_refused(model, tok, begin, facts):
+    begin().edit(facts)
+    ids = tok(prompt_of(facts[0]), return_tensors="pt").input_ids
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids.repeat(2, 1))
+        with pytest.raises(GateError, match="behind other prompts"):
+            model(ids[:, -1:], past_key_values=cache)
+
+
+def test_saved_and_loaded(model, family, begin, facts, logits, tmp_path):
+    begin().edit(facts)
+    save_memory(model, tmp_path)
+    other = FAMILIES[family]()
+    load_memory(other, tmp_path)
+    for fact in facts:
+        assert torch.equal(logits(other, prompt_of(fact)), logits(model, prompt_of(fact)))
+    tensors = load_file(tmp_path / "masked_memory.safetensors")
+    assert set(tensors) == {"weight", "masks", "permutation", "background"}
+    assert tensors["masks"].shape == (len(facts), -(-len(tensors["permutation"]) // 8))  # a bit an input
+    remove_memory(other)
+    with pytest.raises(GateError, match="no memory with masks"):
+        save_memory(other, tmp_path / "none")
+    with pytest.raises(GateError, match="There is no"):
+        load_memory(other, tmp_path / "none")
+
+
+def test_it_goes_on_from_its_memory(model, family, begin, facts, tmp_path):
+    """As a comparison does that was broken off: its tensors are all it needs."""
+    straight = begin()
+    straight.edit(facts[:2])
+    kept = {name: tensor.clone() for name, tensor in straight.memory().items()}
+    straight.edit(facts[2:])
+    again = begin(FAMILIES[family]())
+    assert again.remember(kept, 1)
+    again.edit(facts[2:])
+    assert same(again.memory(), straight.memory())
+
+
+def test_off_without_a_trace(model, family, begin, facts):
+    unedited = FAMILIES[family]()
+    begin().edit(facts)
+    remove_memory(model)
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in unedited.named_modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not model._forward_pre_hooks_with_kwargs
+    assert same(tensors_of(model), tensors_of(unedited))
+
+
+def test_a_batch_that_fails_leaves_the_memory_as_it_was(begin, facts, monkeypatch, model, logits):
+    editor = begin()
+    editor.edit(facts[:1])
+    before = {name: tensor.clone() for name, tensor in editor.memory().items()}
+    real = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", fail)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(facts[1:])
+    assert same(editor.memory(), before)
+    assert editor.masked.forced is None
+    assert not editor.masked.weight.requires_grad
+
+
+def test_a_copy_goes_its_own_way_and_types_are_its_own(model, begin, facts, logits):
+    editor = begin()
+    editor.edit(facts)
+    other, prompt = copy.deepcopy(model), prompt_of(facts[0])
+    found = logits(model, prompt)
+    with torch.no_grad():
+        editor.masked.weight.zero_()
+    assert torch.equal(logits(other, prompt), found)
+    assert not torch.equal(logits(model, prompt), found)
+    other.bfloat16()
+    assert find_memory_of(other)[1].weight.dtype == torch.float32
+    assert logits(other, prompt).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"top_k": 0}, HyperParamsError, "top_k is 0"),
+        ({"top_k": 10_000}, HyperParamsError, "up to"),
+        ({"irr_threshold": 1.5}, HyperParamsError, "irr_threshold is 1.5"),
+        ({"edit_rl": 1.0}, HyperParamsError, "Did you mean edit_lr"),
+        ({"layer": 99}, LayoutError, "no layer 99"),
+        ({"loss": "sum"}, HyperParamsError, "'mean' or 'published'"),
+    ],
+)
+def test_wrong_settings(begin, changes, error, said):
+    with pytest.raises(error, match=said):
+        begin(**changes)
+
+
+def test_the_published_loss_counts_places_behind_the_prompt(begin, facts):
+    rows = begin()._rows(facts[0], 0)
+    width = max(len(row.ids) for row in rows) - 1
+    shares = begin(loss="published")._shares(rows, width)
+    n = [width - (row.target_start - 2) for row in rows]
+    assert shares.tolist() == pytest.approx(
+        [1 / k / len(rows) for k, row in zip(n, rows) for _ in row.target]
+    )
+    assert float(begin()._shares(rows, width).sum()) == pytest.approx(1.0)
+
+
+def test_it_is_registered_and_tells_all_settings(begin):
+    assert EDITORS.get("MEMOIR") is MEMOIR
+    told = begin().describe()
+    assert told["layer"] == 1
+    assert told["top_k"] > 0
+    json.dumps(told)
