@@ -7,20 +7,20 @@ from pathlib import Path
 from easyedit_rls._base.files import user_path
 from easyedit_rls.errors import HyperParamsError
 
-_PACKAGED = Path(__file__).parents[1] / "_hparams" / "RLSEdit"  # in an installed wheel
-_CHECKOUT = Path(__file__).parents[2] / "hparams" / "RLSEdit"  # in a source tree
+_PACKAGED = Path(__file__).parents[1] / "_hparams"  # in an installed wheel
+_CHECKOUT = Path(__file__).parents[2] / "hparams"  # in a source tree
 
 
-def shipped() -> list[str]:
-    """Names that `RLSEditHyperParams.from_hparams` finds without a path."""
-    return sorted(path.stem for path in _shipped_folder().glob("*.yaml"))
+def shipped(method: str = "RLSEdit") -> list[str]:
+    """Names that the `from_hparams` of a method's settings finds without a path."""
+    return sorted(path.stem for path in _shipped_folder(method).glob("*.yaml"))
 
 
-def _shipped_folder() -> Path:
-    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
+def _shipped_folder(method: str) -> Path:
+    return (_PACKAGED if _PACKAGED.is_dir() else _CHECKOUT) / method
 
 
-def find_settings(path_or_name: str | Path) -> Path:
+def find_settings(path_or_name: str | Path, method: str = "RLSEdit") -> Path:
     """The file that is meant, by path, with or without its '.yaml', or by shipped name.
 
     Raises:
@@ -29,12 +29,12 @@ def find_settings(path_or_name: str | Path) -> Path:
     given = user_path(path_or_name)
     candidates = [given, given.parent / f"{given.name}.yaml"]
     if given.name == str(given):
-        candidates.append(_shipped_folder() / f"{re.sub(r'[.]yaml$', '', given.name)}.yaml")
+        candidates.append(_shipped_folder(method) / f"{re.sub(r'[.]yaml$', '', given.name)}.yaml")
     with contextlib.suppress(OSError):  # a name too long for any file
         for candidate in candidates:
             if candidate.is_file():
                 return candidate.resolve()
     raise HyperParamsError(
-        f"No settings file at {given.absolute()}; shipped: {', '.join(shipped())}. "
+        f"No settings file at {given.absolute()}; shipped: {', '.join(shipped(method))}. "
         "Give a path or one of these names."
     )

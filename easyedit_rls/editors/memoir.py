@@ -140,14 +140,13 @@ class MEMOIR(Editor):
             RequestError: a target has no token of its own, or a text is longer than the model's positions.
         """
         texts = [self._rows(request, index) for index, request in enumerate(requests)]
-        weight, masks = self.masked.weight.detach().clone(), self.masked.masks
+        self.masked.begin_batch()
         try:
             with undisturbed(self.model):
                 for rows in texts:
                     self._learn(rows)
         except BaseException:
-            self.masked.weight.data.copy_(weight)
-            self.masked.masks = masks
+            self.masked.take_back()
             raise
         finally:
             self.masked.forced = None

@@ -31,7 +31,7 @@ _EDIT_FIELDS = (
     "cond",
 )
 _LOST_SUBJECT = (
-    "RLSEdit edits at a subject: pass subject=[...] to edit, batch_edit or generate_edit. "
+    "An edit needs its subject: pass subject=[...] to edit, batch_edit or generate_edit. "
     "normal_edit can't pass one, and always puts the weights back; use batch_edit instead."
 )
 
@@ -85,7 +85,7 @@ def apply_rls_to_model(
     unknown = [name for name, value in kwargs.items() if value is not None and name not in _KNOWN_EXTRAS]
     if unknown:
         logger.warning("RLSEdit has no use for the arguments %s", ", ".join(unknown))
-    parsed = _parse(requests)
+    parsed = parse_batch(requests)
     easyeditor()
     from easyeditor.util import nethook
 
@@ -110,7 +110,7 @@ def apply_rls_to_model(
     return model, originals
 
 
-def _parse(requests: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> list[EditRequest]:
+def parse_batch(requests: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> list[EditRequest]:
     """Parse what is to be edited, and say where a missing subject was lost."""
     listed = [_edit_only(request) for request in ([requests] if isinstance(requests, Mapping) else requests)]
     try:

@@ -1,8 +1,8 @@
-"""Runs EasyEdit's own scripts with RLSEdit among the methods they know.
+"""Runs EasyEdit's own scripts with this package's methods among those they know.
 
 The scripts choose the class of settings from ``--editing_method``, each by a chain of comparisons or a table
-of its own, and refuse other names. The script's file is run as it is on disk, but for one more branch that is
-added to its syntax tree in memory.
+of its own, and refuse other names. The script's file is run as it is on disk, but for one more branch a
+method, which is added to its syntax tree in memory.
 """
 
 import argparse
@@ -16,16 +16,15 @@ from types import CodeType, ModuleType
 from easyedit_rls._base.files import user_path
 from easyedit_rls.errors import HostError
 from easyedit_rls.host.find import add_checkout, easyeditor, is_checkout
-from easyedit_rls.host.registration import ALG_NAME, register
+from easyedit_rls.host.registration import SETTINGS, register
 
-_CLASS = "RLSEditHyperParams"
-_PEERS = {"MEMIT", "AlphaEdit"}  # where a script treats these alike, RLSEdit is treated alike too
+_PEERS = {"MEMIT", "AlphaEdit"}  # where a script treats these alike, ours are treated alike too
 _RESULT_FOLDERS = {"--metrics_save_dir", "--output_dir", "--results_dir"}
 
 
 def run_script(script: str | Path, arguments: Sequence[str]) -> None:
-    """Run one script of an EasyEdit checkout as ``python SCRIPT ARGUMENTS`` would, with RLSEdit registered
-    and selectable.
+    """Run one script of an EasyEdit checkout as ``python SCRIPT ARGUMENTS`` would, with our methods
+    registered and selectable.
 
     The folder that results go to is made if it is missing (some scripts only find out at the end that it is).
 
@@ -37,14 +36,14 @@ def run_script(script: str | Path, arguments: Sequence[str]) -> None:
         HostError: no EasyEdit, no such script, or nowhere in it a method is chosen.
     """
     path = _find_script(user_path(script))
-    code, folder = compile_with_rlsedit(path, arguments)
+    code, folder = compile_with_ours(path, arguments)
     register()
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
     main = ModuleType("__main__")
     main.__dict__.update(__file__=str(path), __builtins__=__builtins__)
-    main.__dict__[_CLASS] = getattr(easyeditor(), _CLASS)
+    main.__dict__.update({name: getattr(easyeditor(), name) for name in SETTINGS.values()})
     before = sys.modules["__main__"], sys.argv, list(sys.path)
     sys.modules["__main__"], sys.argv = main, [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
@@ -54,8 +53,8 @@ def run_script(script: str | Path, arguments: Sequence[str]) -> None:
         sys.modules["__main__"], sys.argv, sys.path[:] = before
 
 
-def compile_with_rlsedit(path: Path, arguments: Sequence[str] = ()) -> tuple[CodeType, str | None]:
-    """A script with RLSEdit selectable, and the folder it will write its results to, if that can be told.
+def compile_with_ours(path: Path, arguments: Sequence[str] = ()) -> tuple[CodeType, str | None]:
+    """A script with our methods selectable, and the folder it will write its results to, if that can be told.
 
     Raises:
         HostError: the script chooses no method by its name.
@@ -65,28 +64,31 @@ def compile_with_rlsedit(path: Path, arguments: Sequence[str] = ()) -> tuple[Cod
     tree = ast.fix_missing_locations(branches.visit(tree))
     if not branches.n_selections:
         raise HostError(
-            f"{path} offers no choice of methods by their settings' class that {ALG_NAME} could join. "
+            f"{path} offers no choice of methods by their settings' class that RLSEdit could join. "
             "Choose another script, or call easyedit_rls.register() in it and set the hparams yourself."
         )
     return compile(tree, str(path), "exec", dont_inherit=True), _result_folder(tree, arguments)
 
 
 class _Branches(ast.NodeTransformer):
-    """Adds RLSEdit wherever a script tells methods apart."""
+    """Adds our methods wherever a script tells methods apart."""
 
     def __init__(self) -> None:
         self.n_selections = 0
 
     def visit_If(self, node: ast.If) -> ast.AST:
-        """``if method == 'X': hparams = XHyperParams elif …`` gets a first branch for RLSEdit."""
+        """``if method == 'X': hparams = XHyperParams elif …`` gets a branch for each of ours in front."""
         chosen = _chosen_class(node)
         if chosen is None:
             return self.generic_visit(node)
         method, target = chosen
         self.n_selections += 1
-        test = ast.Compare(copy.deepcopy(method), [ast.Eq()], [ast.Constant(ALG_NAME)])
-        select = ast.Assign([copy.deepcopy(target)], ast.Name(_CLASS, ast.Load()))
-        return ast.copy_location(ast.If(test, [select], [node]), node)
+        branches = node
+        for name, settings in SETTINGS.items():
+            test = ast.Compare(copy.deepcopy(method), [ast.Eq()], [ast.Constant(name)])
+            select = ast.Assign([copy.deepcopy(target)], ast.Name(settings, ast.Load()))
+            branches = ast.copy_location(ast.If(test, [select], [branches]), node)
+        return branches
 
     def visit_Dict(self, node: ast.Dict) -> ast.AST:
         """``{'X': XHyperParams, …}`` gets an entry; a table of functions by method name gets MEMIT's."""
@@ -96,21 +98,21 @@ class _Branches(ast.NodeTransformer):
         }
         if any(_is_settings_class(value) for value in table.values()):
             self.n_selections += 1
-            node.keys.append(ast.Constant(ALG_NAME))
-            node.values.append(ast.Name(_CLASS, ast.Load()))
-        elif "MEMIT" in table and ALG_NAME not in table:
-            node.keys.append(ast.Constant(ALG_NAME))
-            node.values.append(copy.deepcopy(table["MEMIT"]))
+            node.keys += [ast.Constant(name) for name in SETTINGS]
+            node.values += [ast.Name(settings, ast.Load()) for settings in SETTINGS.values()]
+        elif "MEMIT" in table and "RLSEdit" not in table:
+            node.keys += [ast.Constant(name) for name in SETTINGS]
+            node.values += [copy.deepcopy(table["MEMIT"]) for _ in SETTINGS]
         return node
 
     def visit_List(self, node: ast.List) -> ast.AST:
-        """``['ROME', 'MEMIT']``, in a test or as argparse's choices, gets RLSEdit."""
+        """``['ROME', 'MEMIT']``, in a test or as argparse's choices, gets ours."""
         self.generic_visit(node)
         texts = {
             item.value for item in node.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)
         }
         if texts & _PEERS and len(texts) == len(node.elts):
-            node.elts.append(ast.Constant(ALG_NAME))
+            node.elts += [ast.Constant(name) for name in SETTINGS]
         return node
 
 

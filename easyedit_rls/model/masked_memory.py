@@ -49,6 +49,7 @@ class MaskedMemory(nn.Module):
         overlap: of the last prompts, the largest share with a stored mask, (rows,); None before the first.
         forced: a mask that all tokens use, whatever the prompt, (d_k,), bool; None where the prompt decides.
         told: prompt tokens of each row of the next pass, (rows,); None where the whole text is the prompt.
+        before: W_m and the number of masks before the last batch; None before the first.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class MaskedMemory(nn.Module):
         self.overlap: Tensor | None = None
         self.forced: Tensor | None = None
         self.told: Tensor | None = None
+        self.before: tuple[Tensor, int] | None = None
         self._is_linear = isinstance(projection, nn.Linear)
         self._real: Tensor | None = None  # of the pass: its attention mask
         self._goes_on = False  # whether the pass has a cache: it goes on behind a prompt
@@ -114,6 +116,20 @@ class MaskedMemory(nn.Module):
         output = output.clone()
         output[is_open] += self._part(keys[is_open], selected[is_open], output)
         return output
+
+    def begin_batch(self) -> None:
+        """Note down what there is. Where somebody put W_m back to what it was before the last batch, that
+        batch's masks go first.
+        """
+        if self.before is not None and torch.equal(self.weight, self.before[0]):
+            self.masks = self.masks[: self.before[1]]
+        self.before = self.weight.detach().clone(), len(self.masks)
+
+    def take_back(self) -> None:
+        """Be what `begin_batch` noted down."""
+        if self.before is not None:
+            self.weight.data.copy_(self.before[0])
+            self.masks = self.masks[: self.before[1]]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is remembered, by name; masks as bits."""
@@ -223,6 +239,11 @@ def remove_memory(model: nn.Module) -> None:
             del hooks[key]
             owner._forward_pre_hooks_with_kwargs.pop(key, None)
     delattr(projection, _NAME)
+
+
+def memory_weight_name(projection_name: str) -> str:
+    """Full name of W_m for its projection's."""
+    return f"{projection_name}.{_NAME}.weight"
 
 
 def save_memory(model: nn.Module, folder: str | Path) -> None:

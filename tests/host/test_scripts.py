@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from easyedit_rls import HostError
-from easyedit_rls.host.scripts import compile_with_rlsedit
+from easyedit_rls.host.scripts import compile_with_ours
 from tests.conftest import REPOSITORY
 from tests.host.conftest import host_settings
 
@@ -51,9 +51,9 @@ def test_every_script_that_takes_a_method_can_take_ours(examples):
     for path in scripts:
         if path.name in NO_CHOICE:
             with pytest.raises(HostError, match="offers no choice"):
-                compile_with_rlsedit(path)
+                compile_with_ours(path)
         else:
-            compile_with_rlsedit(path)
+            compile_with_ours(path)
 
 
 @pytest.mark.parametrize(

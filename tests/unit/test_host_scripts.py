@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from easyedit_rls import HostError
-from easyedit_rls.host.scripts import compile_with_rlsedit
+from easyedit_rls.host.scripts import compile_with_ours
 
 CHAIN = """
 class ROMEHyperParams: pass
@@ -32,24 +32,30 @@ others = args.editing_method in ['FT', 'LoRA']
 def run(source: str, method: str, tmp_path: Path, arguments=()):
     path = tmp_path / "script.py"
     path.write_text(source)
-    code, folder = compile_with_rlsedit(path, arguments)
-    names = {"args": type("Args", (), {"editing_method": method})(), "RLSEditHyperParams": "ours"}
+    code, folder = compile_with_ours(path, arguments)
+    names = {
+        "args": type("Args", (), {"editing_method": method})(),
+        "RLSEditHyperParams": "ours",
+        "MEMOIRHyperParams": "its",
+    }
     exec(code, names)
     return names, folder
 
 
 def test_a_chain_of_comparisons_gets_one_more_branch(tmp_path):
     assert run(CHAIN, "RLSEdit", tmp_path)[0]["chosen"] == "ours"
+    assert run(CHAIN, "MEMOIR", tmp_path)[0]["chosen"] == "its"
     assert run(CHAIN, "ROME", tmp_path)[0]["chosen"].__name__ == "ROMEHyperParams"
     assert run(CHAIN, "MEMIT", tmp_path)[0]["chosen"].__name__ == "MEMITHyperParams"
     with pytest.raises(NotImplementedError):
         run(CHAIN, "Nonsense", tmp_path)
 
 
-def test_tables_and_lists_get_one_more_entry(tmp_path):
-    names, _ = run(TABLES, "RLSEdit", tmp_path)
+@pytest.mark.parametrize(("method", "settings"), [("RLSEdit", "ours"), ("MEMOIR", "its")])
+def test_tables_and_lists_get_one_more_entry(tmp_path, method, settings):
+    names, _ = run(TABLES, method, tmp_path)
     assert (names["chosen"], names["way"], names["alike"], names["others"]) == (
-        "ours",
+        settings,
         "memit's way",
         True,
         False,
@@ -78,7 +84,7 @@ def test_the_folder_for_results_is_known(tmp_path, arguments, folder):
 def test_line_numbers_stay_those_of_the_file(tmp_path):
     path = tmp_path / "script.py"
     path.write_text(CHAIN + "1 / 0\n")
-    code, _ = compile_with_rlsedit(path)
+    code, _ = compile_with_ours(path)
     with pytest.raises(ZeroDivisionError) as caught:
         exec(code, {"args": type("Args", (), {"editing_method": "ROME"})()})
     assert caught.traceback[-1].lineno + 1 == len(path.read_text().splitlines())
