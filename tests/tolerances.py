@@ -21,6 +21,7 @@ WEIGHTS = {"rtol": 1e-4, "atol": 1e-5}  # float32; a weight found along another 
 REBUILT = {"rtol": 1e-3, "atol": 1e-4}  # float32; a solution made anew, or merged from a product of low rank
 REPLAYED = {"rtol": 1e-6, "atol": 1e-8}  # float32; the same steps from the same numbers
 LOGITS = 1e-4  # absolute; a row alone, and in a batch
+OTHER_THREADS = {"rtol": 1e-4, "atol": 1e-5}  # float32 logits; other threads sum in another order
 SCORES = 1e-4  # relative; an answer's NLL in a batch, and by a pass of its own
 NEARLY_ZERO = 1e-4  # nats; losses that go to zero
 PROBABILITY = 1e-6  # absolute; a probability in a batch, and by a pass of its own

@@ -13,12 +13,9 @@ from easyedit_rls.model.gate import gate_of
 from tests.conftest import FAMILIES, tiny_settings
 from tests.tolerances import LOGITS
 
+pytestmark = pytest.mark.usefixtures("few_ordinary_keys")
+
 NEW = 8  # tokens that are generated
-
-
-@pytest.fixture(autouse=True)
-def _few_ordinary_keys(monkeypatch):
-    monkeypatch.setattr("easyedit_rls.anchors.ordinary.N_KEYS", 4000)
 
 
 @pytest.fixture

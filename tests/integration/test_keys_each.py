@@ -5,7 +5,7 @@ when taken back.
 import pytest
 import torch
 
-from easyedit_rls import RLSEditor, StateMismatchError
+from easyedit_rls import StateMismatchError
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.facts.keys import LayerWalk, locate_facts
@@ -14,7 +14,6 @@ from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.rebuild import rebuilt
 from easyedit_rls.ledger.snapshot import read_manifest, read_prior
 from easyedit_rls.model.hooks import tap
-from tests.conftest import FAMILIES
 from tests.helpers import FADING
 from tests.tolerances import FLOAT32, REBUILT, WEIGHTS
 
@@ -25,12 +24,6 @@ TEMPLATES = ["The well is old. ", "Leaves fall. ", "He said: "]
 def each(settings):
     """Settings with three templates before the prompt, so four rows a fact."""
     return lambda **changes: settings(**{"context_templates": TEMPLATES, "keys": "each", **changes})
-
-
-@pytest.fixture
-def fresh(family, tok):
-    """Makes an editor of the same unedited model, time and again."""
-    return lambda hp, state_dir=None: RLSEditor(FAMILIES[family](), tok, hp, state_dir=state_dir)
 
 
 def solved(prior, history, layer):

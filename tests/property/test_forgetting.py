@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from easyedit_rls.errors import NumericalError
 from easyedit_rls.solvers.forgetting import ForgettingLeastSquares, ForgettingSettings
 from easyedit_rls.solvers.prior import Prior
-from tests.property.test_recursion import assert_close, problems, splits
+from tests.property.conftest import Problem, assert_close, problems, splits
 from tests.tolerances import FLOAT64, RETRACTION
 
 
@@ -64,8 +64,6 @@ def test_forgetting_equals_the_weighted_batch_solution(problem, data, factor):
 
 
 def test_the_adaptive_factor_falls_after_a_surprise():
-    from tests.property.test_recursion import Problem
-
     problem = Problem(0, 40, "both", False, "moments")
     problem.V = problem.K @ problem.W_0 + 0.1 * problem.V  # little to learn
     problem.V[30:35] += 3.0
@@ -122,8 +120,6 @@ def test_values_and_storage_are_bit_for_bit(problem, data, factor):
 
 @pytest.mark.parametrize("factor", [0.9, None])
 def test_rows_that_share_an_importance_weigh_and_fade_as_one(factor):
-    from tests.property.test_recursion import Problem
-
     problem = Problem(0, 12, "both", False, "moments")
     one, three = forgetting(problem, factor), forgetting(problem, factor)
     K, V, d = problem.K, problem.V, problem.d
@@ -139,8 +135,6 @@ def test_rows_that_share_an_importance_weigh_and_fade_as_one(factor):
 
 
 def test_faults_change_nothing():
-    from tests.property.test_recursion import Problem
-
     problem = Problem(2, 8, "lambda", True, "moments")
     state = forgetting(problem, 0.9)
     state = feed(state, problem, 0, 4)
@@ -154,8 +148,6 @@ def test_faults_change_nothing():
 
 
 def test_a_change_that_came_to_nothing_leaves_what_is_stored_as_it_was():
-    from tests.property.test_recursion import Problem
-
     problem = Problem(0, 12, "both", False, "moments")
     before = feed(forgetting(problem, 0.9), problem, 0, 4)
     now = feed(before, problem, 4, 8)
