@@ -175,7 +175,7 @@ class MEMOIR(Editor):
     def _learn(self, rows: Sequence[Row]) -> None:
         """Train W_m on one fact, through the mask of its bare prompt."""
         memory, device = self.masked, device_of(self.model)
-        mask = memory.masks_of(self._features([rows[0].ids[: rows[0].target_start]]))[0]
+        mask = memory.masks_of(self.features([rows[0].ids[: rows[0].target_start]]))[0]
         batch = pad([row.ids[:-1] for row in rows], "right", device)
         lower = self._layers[:-1]
         hidden, forms = self._below(batch)
@@ -223,7 +223,7 @@ class MEMOIR(Editor):
             run(self.model, batch)
         return hidden_of(outputs[-1]), [form_of(output) for output in outputs]
 
-    def _features(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def features(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """f of prompts, (n, d_k)."""
         batch = pad(prompts, "right", device_of(self.model))
         with tap(inputs={0: self._projection}, stop=True) as seen:
@@ -236,4 +236,4 @@ class MEMOIR(Editor):
         settings = RLSEditHyperParams.from_dict({**hp.to_dict(), "mom2_n_samples": n})
         rows = list(chain.from_iterable(token_blocks(self.model, self.tok, settings)))[:n]
         length = _PROMPT_TOKENS + len(start_tokens(self.tok))
-        return torch.cat([self._features([row[:length]]) for row in rows]).mean(0)
+        return torch.cat([self.features([row[:length]]) for row in rows]).mean(0)

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from easyedit_rls.facts.keys import Fact
 from easyedit_rls.model.batching import Batch, device_of, pack_batches, pad, pass_overhead, run
+from easyedit_rls.model.gated_weight import find_decision
 from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.prefix_cache import PrefixCache, fork
@@ -100,6 +101,8 @@ class _Pass:
         cache: their prefixes in the model's cache, or None.
         states: of their suffixes behind the layers that see no value, (rows, length, d); None where all
             layers see it.
+        is_open: which of their tokens see edits behind gates, (rows, length), bool; None where no layer that
+            runs has a gate, or the gate's own runs.
         wanted: which outputs are wanted, as indices of rows and tokens; on the CPU, since layers may lie on
             several devices.
     """
@@ -108,6 +111,7 @@ class _Pass:
     batch: Batch
     cache: DynamicCache | None
     states: Tensor | None
+    is_open: Tensor | None
     wanted: tuple[Tensor, Tensor]
 
 
@@ -172,6 +176,9 @@ class Suffixes:
         self._forms: list[Any] = []
         states: dict[int, Tensor] = {}
         places: dict[int, Tensor] = {}
+        is_open: dict[int, Tensor] = {}
+        has_gates_above = at == "hidden" and layout.n_lower <= max(layout.edited)
+        self._decision = find_decision(layout) if has_gates_above else None
         for group in pack_batches(
             [len(row.suffix) for row in rows], batch_tokens, pass_overhead(device_of(model))
         ):
@@ -181,7 +188,10 @@ class Suffixes:
             if below:
                 states |= {i: state[: len(rows[i].suffix)] for i, state in zip(group, hidden_of(below[-1]))}
             places |= dict(zip(group, outputs if at == "output" else end[:, :1]))
+            if self._decision is not None and self._decision.open is not None:
+                is_open |= {i: row[: len(rows[i].suffix)] for i, row in zip(group, self._decision.open)}
         self._states = [states[i] for i in range(len(rows))] if self._below else None
+        self._open = [is_open[i] for i in range(len(rows))] if is_open else None
         self.places = [places[i] for i in range(len(rows))]
 
     def plan(self, chosen: Sequence[int]) -> SuffixPasses:
@@ -200,7 +210,8 @@ class Suffixes:
                 wanted += [(j, row.first + n) for n in range(len(row.target))]
                 outputs += [(k, token, row.share / len(row.target)) for token in row.target]
             rows, tokens = torch.tensor(wanted).unbind(1)
-            passes.append(_Pass(group, *self._batch(numbers), self._states_of(numbers), (rows, tokens)))
+            below = self._states_of(numbers), self._open_of(numbers)
+            passes.append(_Pass(group, *self._batch(numbers), *below, (rows, tokens)))
         targets = [place for place, (_, token, _) in enumerate(outputs) if token != _NO_TOKEN]
         kl_places = [place for place, (_, token, _) in enumerate(outputs) if token == _NO_TOKEN]
         return SuffixPasses(
@@ -217,9 +228,7 @@ class Suffixes:
         loss layer, (wanted, d).
         """
         found = [
-            self._with_value(one.batch, one.cache, one.states, delta[one.places], self._layout.loss_layer)[0][
-                one.wanted
-            ]
+            self._with_value(one, delta[one.places], self._layout.loss_layer)[0][one.wanted]
             for one in plan.passes
         ]
         return torch.cat(found)
@@ -236,7 +245,7 @@ class Suffixes:
         parts: dict[int, tuple[Tensor, Tensor]] = {}
         for one in self.plan(numbers).passes:
             with tap(outputs=layers) as seen:
-                _, outputs = self._with_value(one.batch, one.cache, one.states, delta[one.places], last)
+                _, outputs = self._with_value(one, delta[one.places], last)
             states = torch.stack([seen[key][:, 0].to(outputs.device) for key in layers], dim=1)
             parts |= {
                 k: (state, output) for k, state, output in zip(one.places, states.float(), outputs.float())
@@ -244,19 +253,20 @@ class Suffixes:
         found_states, found_outputs = zip(*(parts[k] for k in range(len(numbers))))
         return torch.stack(found_states), torch.stack(found_outputs)
 
-    def _with_value(
-        self, batch: Batch, cache: DynamicCache | None, states: Tensor | None, delta: Tensor, until: nn.Module
-    ) -> tuple[Tensor, Tensor]:
+    def _with_value(self, one: _Pass, delta: Tensor, until: nn.Module) -> tuple[Tensor, Tensor]:
         """A pass with δ, (rows, n, d), at its places; see `_run`."""
         edits: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        states = one.states
         if self._at == "output":
             edits = {
                 weight.module: _at_first(delta[:, i]) for i, weight in enumerate(self._layout.edited.values())
             }
         elif states is not None:
             states = _at_first(delta[:, 0])(states)
+        if self._decision is not None and one.is_open is not None:
+            self._decision.hold(one.is_open)
         with skip_layers(self._below, self._forms, states):
-            return self._run(batch, cache, until, edits)
+            return self._run(one.batch, one.cache, until, edits)
 
     def _batch(self, numbers: Sequence[int]) -> tuple[Batch, DynamicCache | None]:
         """Rows' suffixes, and the cache of their prefixes."""
@@ -269,6 +279,14 @@ class Suffixes:
         if self._states is None:
             return None
         return pad_sequence([self._states[i] for i in numbers], batch_first=True)
+
+    def _open_of(self, numbers: Sequence[int]) -> Tensor | None:
+        """Which tokens are open where a value is put: the first ones are, once it is written."""
+        if self._open is None:
+            return None
+        is_open = pad_sequence([self._open[i] for i in numbers], batch_first=True)
+        is_open[:, 0] = True
+        return is_open
 
     def _run(
         self,

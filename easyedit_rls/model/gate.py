@@ -54,6 +54,7 @@ class Decision(nn.Module):
         prior: A_0, (d_k, d_k), what an editor makes them of; None where the gates were loaded.
         threshold: τ.
         open: of the last pass, (rows, tokens) or (tokens,), bool; None before one.
+        is_used_up: whether the pass that `open` is of went through all gates.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,7 @@ class Decision(nn.Module):
         self.prior: Tensor | None = None
         self.threshold = CLOSED
         self.open: Tensor | None = None
+        self.is_used_up = False
 
     def leverage(self, keys: Tensor) -> Tensor:
         """g of keys, (..., d_k) -> (...), in the factors' type."""
@@ -75,6 +77,11 @@ class Decision(nn.Module):
             self.open = torch.zeros(keys.shape[:-1], dtype=torch.bool, device=keys.device)
         else:
             self.open = self.leverage(keys) > self.threshold
+        self.is_used_up = False
+
+    def hold(self, is_open: Tensor) -> None:
+        """Set the decision for a pass that begins above the gate's layer, (rows, tokens), bool."""
+        self.open, self.is_used_up = is_open, False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decision":
         """Go to another device with the model, but into no other type."""
@@ -91,17 +98,18 @@ class Gate(nn.Module):
         projection: ``nn.Linear`` or transformers' ``Conv1D``.
         decision: shared by all gates of a model.
         decides: whether this is the gate's layer.
+        is_last: whether no gate stands above this one.
 
     Attributes:
         weight: W_t in the projection's own orientation, type and device.
         decision: see above.
     """
 
-    def __init__(self, projection: nn.Module, decision: Decision, decides: bool) -> None:
+    def __init__(self, projection: nn.Module, decision: Decision, decides: bool, is_last: bool) -> None:
         super().__init__()
         given: Any = projection.weight
         self.weight = nn.Parameter(given.detach().clone(), requires_grad=False)
-        self._is_linear, self._decides = isinstance(projection, nn.Linear), decides
+        self._is_linear, self._decides, self._is_last = isinstance(projection, nn.Linear), decides, is_last
         self._unedited = given.dtype, _digest({"": projection})
         self._shared = [decision]  # in a list: it is the submodule of one gate alone
         if decides:
@@ -128,11 +136,12 @@ class Gate(nn.Module):
         if self._decides:
             self.decision.decide(keys)
         is_open = self.decision.open
-        if is_open is None or is_open.shape != keys.shape[:-1]:
+        if is_open is None or is_open.shape != keys.shape[:-1] or self.decision.is_used_up:
             raise GateError(
                 "The gate's layer saw other tokens than this one. Run whole passes through the model; to run "
                 "a part of its layers, take the gates off (remove_gates)."
             )
+        self.decision.is_used_up = self._is_last
         is_open = is_open.to(keys.device)
         if keys.device.type != "cpu" or torch.compiler.is_compiling():  # no waiting for what is open
             return torch.where(is_open[..., None], self._edited(projection, keys), output)
@@ -198,7 +207,8 @@ def put_gates(projections: list[nn.Module]) -> Decision:
     """
     decision = Decision()
     for number, projection in enumerate(projections):
-        gate = Gate(projection, decision, decides=number == 0)
+        is_last = number == len(projections) - 1
+        gate = Gate(projection, decision, decides=number == 0, is_last=is_last)
         projection.add_module(_NAME, gate)
         projection.register_forward_hook(gate.pass_edits)
     return decision

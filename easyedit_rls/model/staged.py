@@ -79,8 +79,8 @@ class StagedRows:
 
     def _run(self, stage: _Stage, wanted: dict[str, Any], level: int, cache: DynamicCache | None) -> Tensor:
         """What the wanted module sees, (rows, length, width); the batch goes up to `level`."""
-        if self._gate is not None:
-            self._gate.open = stage.is_open  # the gate's layer may lie below the ones that are run
+        if self._gate is not None and stage.is_open is not None:
+            self._gate.hold(stage.is_open)  # the gate's layer may lie below the ones that are run
         below, between = self._layers[: stage.level], self._layers[stage.level : level]
         with (
             torch.no_grad(),

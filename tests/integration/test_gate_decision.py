@@ -121,6 +121,11 @@ def test_a_part_of_a_pass_is_refused(model, family, tok, requests, gated):
     upper = editor.layout.edited[max(editor.layout.edited)]
     with pytest.raises(GateError, match="saw other tokens"):
         upper.module(torch.randn(1, 91, upper.shape[0]))
+    length = 7
+    with torch.no_grad():
+        model(torch.arange(length)[None])
+    with pytest.raises(GateError, match="saw other tokens"):  # as many, but the pass was over
+        upper.module(torch.randn(1, length, upper.shape[0]))
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)
@@ -161,3 +166,17 @@ def test_the_layer_that_the_gate_goes_by_is_in_float64(model, tok, requests, gat
     editor.edit(requests[:2])
     dtypes = [solution.weight.dtype for _, solution in sorted(editor.state.layers.items())]
     assert dtypes == [torch.float64, *[torch.float32] * (len(dtypes) - 1)]
+
+
+def test_values_at_the_first_layer_are_found_behind_the_gate(model, family, tok, requests, gated):
+    """The layers above the gate's run by themselves then, and go by the decision that was taken below."""
+    plain = RLSEditor(FAMILIES[family](), tok, tiny_settings(family, targets="first_layer"))
+    editor = RLSEditor(model, tok, gated(targets="first_layer"))
+    told, wanted = editor.edit(requests[:2]), plain.edit(requests[:2])  # nothing is behind the gate yet
+    for one, other in zip(told.facts, wanted.facts):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+        assert one.value_change == pytest.approx(other.value_change, rel=1e-4)
+    assert all(fact.is_open and fact.miss < 0.5 for fact in editor.edit(requests[2:]).facts)
+    upper = editor.layout.edited[max(editor.layout.edited)]
+    with pytest.raises(GateError, match="saw other tokens"):  # no decision is left over
+        upper.module(torch.randn(1, 3, upper.shape[0]))

@@ -259,3 +259,16 @@ def test_the_gate_follows_weights_that_somebody_put_back(model, tok, requests, g
     editor.state.sync_with_weights(editor.memory)  # what every call begins with
     assert editor.n_edits == 2
     assert same(gate_tensors(editor), before)
+
+
+def test_what_fails_puts_weights_and_decision_back(model, tok, requests, gated):
+    """As a resume does that fails half-way."""
+    editor = RLSEditor(model, tok, gated())
+    editor.edit(requests[:2])
+    before, gate = gate_tensors(editor), editor.memory.gate
+    with pytest.raises(ZeroDivisionError), editor.memory.restored_if_it_fails():
+        editor.edit(requests[2:])
+        assert editor.memory.gate != gate
+        raise ZeroDivisionError
+    assert same(gate_tensors(editor), before)
+    assert editor.memory.gate == gate
