@@ -9,10 +9,11 @@
 
 import sys
 import time
+from dataclasses import asdict
 
 from common import as_json, load, machine, parser, records_of, settings_of, versions
 
-from easyedit_rls import RLSEditor, evaluate, perplexity
+from easyedit_rls import RLSEditor, evaluate, merge_gates, perplexity
 
 
 def main() -> None:
@@ -21,6 +22,9 @@ def main() -> None:
     )
     options.add_argument(
         "--ppl-tokens", type=int, default=8192, help="tokens of the text to use (default: %(default)s)"
+    )
+    options.add_argument(
+        "--merged", action="store_true", help="measure a second time without the gates (memory=gated)"
     )
     options.add_argument("--skip-before", action="store_true", help="do not measure the unedited model")
     args = options.parse_args()
@@ -46,17 +50,24 @@ def main() -> None:
     start_s = time.perf_counter()
     after = measure()
     facts = [fact for report in reports for fact in report.facts]
-    first_batch = evaluate(model, tok, records[: args.batch]).means()
+    first_batch, first_hundred = (evaluate(model, tok, records[:n]).means() for n in (args.batch, 100))
+    took_s = time.perf_counter() - start_s
+    gate = editor.memory.gate
+    if args.merged:
+        merge_gates(model)
     result = {
         "records": [args.first, args.first + len(records)],
         "batch": args.batch,
         "before": before,
         "after": after,
         "first_batch_after": first_batch,
+        "first_hundred_after": first_hundred,
+        "gate": None if gate is None else asdict(gate),
+        "merged": measure() if args.merged else None,
         "seconds_per_edit": sum(r.seconds_per_edit * len(r.facts) for r in reports) / len(facts),
         "seconds_prepare": reports[0].seconds["prepare"],
         "seconds_values_weights": [[r.seconds["values"], r.seconds["weights"]] for r in reports],
-        "seconds_evaluation": time.perf_counter() - start_s,
+        "seconds_evaluation": took_s,
         "mean_steps": sum(f.steps for f in facts) / len(facts),
         "mean_value_change": sum(f.value_change for f in facts) / len(facts),
         "mean_miss": sum(f.miss for f in facts) / len(facts),
