@@ -117,6 +117,7 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         text=config.eval.text,
         answers=config.eval.answers,
         fluency=config.eval.fluency,
+        relations=config.eval.relations,
         threads=config.threads,
         tasks=tuple(config.eval.tasks),
         tasks_every=config.eval.tasks_every,
@@ -188,7 +189,7 @@ def _check(contenders: Sequence[Contender], hparams: RLSEditHyperParams) -> None
                 f"{contender.name} has a chat_template of its own. "
                 "Set it for all editors: chat_template=true."
             )
-        if hparams.chat_template and contender.alg_name != "RLSEdit":
+        if hparams.chat_template and not EDITORS.get(contender.alg_name).takes_chats:
             raise HyperParamsError(
                 f"{contender.name} edits plain prompts only. Leave it out, or set chat_template=false."
             )

@@ -12,6 +12,7 @@ from easyedit_rls._base.files import user_path
 from easyedit_rls.compare.plan import VARIANT, method_of
 from easyedit_rls.editors.base import EDITORS
 from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.evaluation.relations import most_questions
 from easyedit_rls.solvers.rule import find_rule
 
 
@@ -38,6 +39,7 @@ class EvalConfig:
     text: str | None = None
     answers: bool = True
     fluency: int = 0
+    relations: int = 0
     tasks: list[str] = field(default_factory=list)
     tasks_every: int | None = None
     tasks_limit: int | None = None
@@ -102,6 +104,7 @@ _LEAST = {
     "data.batch": 1,
     "eval.every": 1,
     "eval.fluency": 0,
+    "eval.relations": 0,
     "eval.tasks_every": 1,
     "eval.tasks_limit": 1,
     "templates": 0,
@@ -110,6 +113,7 @@ _LEAST = {
     "batches": 1,
     "completions": 0,
 }
+_MOST = {"eval.relations": most_questions}
 
 
 def checked(config: DictConfig, name: str) -> DictConfig:
@@ -135,6 +139,12 @@ def checked(config: DictConfig, name: str) -> DictConfig:
         value = OmegaConf.select(typed, key)
         if value is not None and value < least:
             raise HyperParamsError(f"{key} is {value}; allowed: whole numbers from {least} on.")
+    for key, most in _MOST.items():
+        value = OmegaConf.select(typed, key)
+        if value is not None and value > most():
+            raise HyperParamsError(
+                f"{key} is {value}; allowed: whole numbers from {_LEAST[key]} to {most()}."
+            )
     for key in ("out", "state_dir"):
         if isinstance(folder := OmegaConf.select(typed, key), str):
             check_folder(folder, key)

@@ -81,6 +81,8 @@ class Plan:
         trust_remote_code: run Python code that comes with the model.
         n_records: how many of the file's records are read; None: as many as there are edits.
         left_out: numbers of those whose texts the model can't take.
+        relations: how many questions about other relations of each edited subject are asked at the last
+            checkpoint, 0 for none.
     """
 
     model: str
@@ -106,6 +108,7 @@ class Plan:
     trust_remote_code: bool = False
     n_records: int | None = None
     left_out: tuple[int, ...] = ()
+    relations: int = 0
 
     def records(self) -> list[EditRecord]:
         """The edits of the stream, in order; chats, where prompts are to be user's turns.

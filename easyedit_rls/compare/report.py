@@ -26,6 +26,10 @@ _NOTES = (
     ),
     "EasyEdit's figures are by its own rule (token accuracy), locality as agreement with the unedited model.",
 )
+_OF_RELATIONS = (
+    "Other relations: up to {} questions about each edited subject that no edit says anything of; "
+    "the share to which the first token is the unedited model's."
+)
 
 
 def write_report(folder: Path, plan: Plan) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def write_report(folder: Path, plan: Plan) -> dict[str, Any]:
                 f"records {plan.first} to {plan.first + plan.count - 1} of {Path(plan.data).name}, "
                 f"batches of {plan.batch}, the same order, templates and evaluation for all."
             ),
-            notes="".join(f"<li>{html.escape(note)}</li>" for note in _NOTES),
+            notes="".join(f"<li>{html.escape(note)}</li>" for note in _notes(plan)),
             table=_table(header, rows),
             differences=_differences(result["differences"]),
             figures="".join(
@@ -67,6 +71,10 @@ def write_report(folder: Path, plan: Plan) -> dict[str, Any]:
         ),
     )
     return result
+
+
+def _notes(plan: Plan) -> list[str]:
+    return [*_NOTES, *([_OF_RELATIONS.format(plan.relations)] if plan.relations else [])]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

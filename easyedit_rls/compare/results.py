@@ -30,6 +30,7 @@ METRICS = {  # name -> what tables call it
     "rephrase_acc": "EasyEdit rephrase_acc",
     "locality": "EasyEdit locality",
     "portability": "EasyEdit portability",
+    "other_relations": "other relations as before",
 }
 _LEVEL = 0.95
 _RESAMPLES = 9_999

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.files import read_text, write_file
+from easyedit_rls.compare.asked import asked, asked_probe
 from easyedit_rls.compare.objective import Objective
 from easyedit_rls.compare.plan import Contender, Plan
 from easyedit_rls.compare.progress import PROGRESS, Progress, changed_weights, write_progress
@@ -37,9 +38,12 @@ from easyedit_rls.evaluation import (
     answers,
     edit_quality,
     evaluate,
+    first_tokens,
     fluency,
     generate,
+    other_questions,
     perplexity,
+    unchanged,
 )
 from easyedit_rls.model.load import load_model
 
@@ -73,7 +77,7 @@ def _run(folder: Path, plan: Plan, contender: Contender) -> bool:
             _say(f"{contender.name}: measures the unedited model on {len(records)} records, for all editors")
             _write(folder / UNEDITED, scale.unedited())
     before = json.loads((folder / UNEDITED).read_text(encoding="utf-8"))
-    scale.quality = before["quality"]
+    scale.take_as_before(before["quality"], before["figures"]["records"])
     _write(place / checkpoint_name(0), before["figures"])
     cls = EDITORS.get(contender.alg_name)
     hparams = RLSEditHyperParams.from_dict(dict(plan.hparams))
@@ -132,39 +136,59 @@ class _Measure:
             name: weight.detach().clone() for name, weight in model.named_parameters()
         }
         self._objective = Objective(model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)))
-        self.quality: Sequence[
-            Mapping[str, Any]
-        ] = ()  # EasyEdit's figures of the unedited model, which its locality is taken against
+        self._questions = other_questions(records, plan.relations) if plan.relations else []
+        # Of the unedited model: EasyEdit's figures, and the first tokens behind the questions
+        self._quality: Sequence[Mapping[str, Any]] = ()
+        self._tokens: Sequence[Sequence[int]] | None = None
+
+    def take_as_before(
+        self, quality: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """What was found of the unedited model: EasyEdit's figures, which its locality is taken against, and
+        the records' figures.
+        """
+        self._quality = quality
+        if self._questions:
+            self._tokens = [record["other_tokens"] for record in figures]
 
     def unedited(self) -> dict[str, Any]:
         """The same before the first edit, on all records: figures, and what locality is taken against."""
-        self.quality = self._easyedit(self._model, self._records)
-        return {"quality": self.quality, "figures": self.now(len(self._records), is_last=True)}
+        self._quality = self._easyedit(self._model, self._records)
+        return {"quality": self._quality, "figures": self.now(len(self._records), is_last=True)}
 
     def now(self, n_edits: int, is_last: bool, editor: Editor | None = None) -> dict[str, Any]:
-        """Figures of the first records, and of the model as a whole: the editor's, or the unedited one."""
+        """Figures of the first records, and of the model as a whole: the editor's, or the unedited one.
+        Every prompt is asked behind what the editor puts in front of it.
+        """
         model = self._model if editor is None else editor.model
         records = self._records[:n_edits]
+        if editor is not None:
+            records = [asked(record, editor.in_front) for record in records]
         counterfact = evaluate(
             model, self._tok, [record.request for record in records], show_progress=False
         ).records
         quality = self._easyedit(model, records)
-        add_locality(self.quality[:n_edits], quality)
+        add_locality(self._quality[:n_edits], quality)
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
         terms = self._objective.terms(model, editor.rls if isinstance(editor, RLSEdit) else None)
         result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(model), "objective": terms}
         if self._text is not None:
             result["perplexity"] = perplexity(model, self._tok, self._text, show_progress=False)
         if is_last and self._plan.answers:
-            asked = [record.request.probe(record.request.prompt, record.request.target) for record in records]
+            probes = [
+                record.request.probe(record.request.prompt, record.request.target) for record in records
+            ]
             for figures, answer in zip(
-                found, answers(model, self._tok, asked, [probe.answer for probe in asked])
+                found, answers(model, self._tok, probes, [probe.answer for probe in probes])
             ):
                 figures |= {
                     "answer": answer.text,
                     "exact": float(answer.is_exact),
                     "contained": float(answer.is_contained),
                 }
+        if is_last and self._questions:
+            for figures, more in zip(found, self._other_relations(model, editor)):
+                figures |= more
         if is_last and self._plan.fluency:
             prompts = [record.generation_prompts[0] for record in records if record.generation_prompts][
                 : self._plan.fluency
@@ -184,6 +208,15 @@ class _Measure:
         return edit_quality(
             model, self._tok, [record.easyedit for record in records], chat_template=self._plan.is_chat
         )
+
+    def _other_relations(self, model: PreTrainedModel, editor: Editor | None) -> list[dict[str, Any]]:
+        """Of all records: what is said first to the questions, and how much of it is as before."""
+        questions = self._questions
+        if editor is not None:
+            questions = [[asked_probe(probe, editor.in_front) for probe in probes] for probes in questions]
+        tokens = first_tokens(model, self._tok, questions, show_progress=False)
+        shares = unchanged(tokens if self._tokens is None else self._tokens, tokens)
+        return [{"other_tokens": said, "other_relations": share} for said, share in zip(tokens, shares)]
 
     def _deviation(self, model: PreTrainedModel) -> dict[str, float]:
         """‖W − W_0‖/‖W_0‖ of each weight that has changed; weights that the editor added have none."""

@@ -61,10 +61,23 @@ def joint(prompt: str, target: str) -> str:
     return " " if _has_spaces(prompt) else ""
 
 
+def has_no_spaces(text: str) -> bool:
+    """Whether a text is written in scripts that put no spaces between words, from end to end.
+
+    >>> [has_no_spaces(text) for text in ("西游记", "Journey", "")]
+    [True, False, False]
+    """
+    return bool(text) and all(map(_is_without_spaces, text))
+
+
+def _is_without_spaces(character: str) -> bool:
+    return any(first <= ord(character) <= last for first, last in _WITHOUT_SPACES)
+
+
 def _has_spaces(prompt: str) -> bool:
     """Whether the language that the prompt ends in puts spaces between words; one that can't be told does."""
     for character in reversed(prompt):
-        if any(first <= ord(character) <= last for first, last in _WITHOUT_SPACES):
+        if _is_without_spaces(character):
             return False
         if unicodedata.category(character)[0] == "L":
             return True

@@ -36,12 +36,15 @@ class EditRecord:
             last two as {name: {"prompt": [...], "ground_truth": [...]}}; and the request's joint.
         generation_prompts: where the model shall go on writing, for fluency and consistency.
         index: number of the file's record that it is from, counted from 0.
+        relation: what the record calls the relation that is edited (`relation_id`, of CounterFact and MQuAKE
+            Wikidata's number of a property, as in P19); None where it doesn't say.
     """
 
     request: EditRequest
     easyedit: Mapping[str, Any]
     generation_prompts: tuple[str, ...] = ()
     index: int = 0
+    relation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,18 @@ def _edit(flat: Mapping[str, Any], generation_prompts: tuple[str, ...], index: i
         turns = [*request.chat, ("user", request.prompt)]
         easyedit["messages"] = [{"role": role, "content": content} for role, content in turns]
         del easyedit["prompt"]
-    return EditRecord(request, easyedit, generation_prompts, index)
+    return EditRecord(request, easyedit, generation_prompts, index, _relation(flat))
+
+
+def _relation(flat: Mapping[str, Any]) -> str | None:
+    """What a record calls its relation, if it says so."""
+    relation = flat.get("relation_id")
+    if relation is not None and not isinstance(relation, str):
+        raise RequestError(
+            f"is a {type(relation).__name__}, not text. Give a property of Wikidata, such as P19, or none.",
+            field="relation_id",
+        )
+    return relation or None
 
 
 def _pair(part: Any, field: str) -> dict[str, list[str]]:

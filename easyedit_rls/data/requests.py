@@ -38,7 +38,7 @@ from easyedit_rls.data.checks import (
     told_of,
 )
 from easyedit_rls.data.joints import joint as joint_of
-from easyedit_rls.data.spans import find_spans
+from easyedit_rls.data.spans import find_spans, stands_alone
 from easyedit_rls.data.subjects import find_subject
 from easyedit_rls.errors import RequestError
 
@@ -301,10 +301,6 @@ def _split_prompt(prompt: str, subject: str, field: str) -> tuple[str, str, str]
             "Write the subject into the prompt, or {} where it goes.",
             field=field,
         )
-    words = [place for place in places if _stands_alone(prompt, *place)]
+    words = [place for place in places if stands_alone(prompt, *place)]
     start, end = (words or places)[-1]
     return prompt[:start], prompt[start:end], prompt[end:]
-
-
-def _stands_alone(prompt: str, start: int, end: int) -> bool:
-    return not (prompt[start - 1 : start].isalnum() or prompt[end : end + 1].isalnum())

@@ -32,6 +32,25 @@ def find_spans(text: str, wanted: str) -> list[tuple[int, int]]:
     return [(start, end) for start, end in spans if start is not None and end is not None]
 
 
+def stands_alone(text: str, start: int, end: int) -> bool:
+    """Whether a place in a text is whole words: no letter or digit beside it.
+
+    >>> [stands_alone("Paris, Parisians", *place) for place in find_spans("Paris, Parisians", "Paris")]
+    [True, False]
+    """
+    return not (text[start - 1 : start].isalnum() or text[end : end + 1].isalnum())
+
+
+def fold(text: str) -> str:
+    """The text with what `find_spans` takes for alike made the same. A text stands in another one only where
+    it does so with both folded; many are told apart faster that way.
+
+    >>> fold("L’Aquila\u00a0 Nuova")
+    "L'Aquila Nuova"
+    """
+    return _folded(text)[0]
+
+
 def _folded(text: str) -> tuple[str, list[int | None], list[int | None]]:
     """The text with what is alike made the same; for each of its characters, where in the text a cluster
     begins and ends with it.

@@ -49,9 +49,11 @@ class Editor(ABC):
     Attributes:
         model: to be measured: that which the editor was given, or what it put around it or in its place.
         needs_host: whether it runs EasyEdit's code.
+        takes_chats: whether it edits chats as well as plain prompts.
     """
 
     needs_host: ClassVar[bool] = False
+    takes_chats: ClassVar[bool] = False
     model: PreTrainedModel
 
     @classmethod  # noqa: B027
@@ -78,6 +80,12 @@ class Editor(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """All settings, for JSON."""
+
+    def in_front(self, prompt: str) -> str:
+        """Text that is to be put in front of a prompt that is asked, of a chat in front of the user's turn;
+        most editors have none.
+        """
+        return ""
 
     def memory(self) -> dict[str, Tensor]:
         """What it remembers of its edits beside the model's weights, for `remember`."""

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class RLSEdit(Editor):
     Attributes:
         rls: the editor itself.
     """
+
+    takes_chats: ClassVar[bool] = True
 
     def __init__(self, setup: Setup) -> None:
         hparams = _changed(setup.hparams, setup.settings)

@@ -96,6 +96,7 @@ def test_help_teaches(tmp_path, command):
     ("demo", "batches: 4  # how many sequential batches the facts are cut into"),
     ("compare", "  every: 2  # batches between two checkpoints"),
     ("compare", "device: null  # cpu, cuda, cuda:1, ...; null takes a GPU where PyTorch sees one"),
+    ("compare", "  relations: 0  # questions about each edited subject that no edit answers, at the end"),
     ("edit", "  first: 0  # how many to leave out at the beginning"),
 ])  # fmt: skip
 def test_help_says_what_each_setting_is(tmp_path, command, line):

@@ -3,7 +3,7 @@
 from easyedit_rls.editors.base import EDITORS
 
 _TRAINED = "has to be trained on a data set of edits first. Take ULTRAEDIT, which is trained on none."
-_NO_EDIT = "changes no model: it puts examples or retrieved facts into the prompt. Compare weights' editors."
+_NO_EDIT = "changes no model: it puts examples or retrieved facts into the prompt. Take InContext."
 
 EDITORS.refuse(
     {
