@@ -362,7 +362,7 @@ class RLSEditHyperParams:
     @classmethod
     def for_model(cls, model: PreTrainedModel, **changes: Any) -> "RLSEditHyperParams":
         """Settings for a model that has no file: modules and layers read off it, everything else as tuned for
-        SmolLM2-135M.
+        SmolLM2-135M, with `memory` as it is.
 
         See `auto.settings_of` for what is read off.
 
@@ -375,7 +375,7 @@ class RLSEditHyperParams:
             HyperParamsError: a change is no setting, or out of range.
         """
         own = settings_of(model, changes.get("layers"))
-        tuned = cls.from_hparams("smollm2-135m").to_dict()
+        tuned = cls.from_hparams(f"smollm2-135m{'-gated' * (changes.get('memory') == 'gated')}").to_dict()
         return cls.from_dict({**tuned, **own, **changes}, source=f"the settings for {own['model_name']}")
 
     def to_dict(self) -> dict[str, Any]:

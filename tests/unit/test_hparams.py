@@ -39,7 +39,7 @@ def test_published_settings(name):
 
 
 def test_all_shipped_files_load_and_are_named():
-    assert shipped() == sorted([*PUBLISHED, "smollm2-135m"])
+    assert shipped() == sorted([*PUBLISHED, "smollm2-135m", "smollm2-135m-gated"])
     for name in shipped():
         assert RLSEditHyperParams.from_hparams(name).alg_name == "RLSEdit"
 
