@@ -16,7 +16,7 @@ from torch import Tensor
 from easyedit_rls.data.records import read_records
 from easyedit_rls.editors.base import Setup
 from easyedit_rls.editors.memoir import MEMOIR
-from easyedit_rls.model.masked_memory import remove_memory
+from easyedit_rls.model.attached_memory import remove_memory
 from easyedit_rls.model.subject import prompt_rows
 
 

@@ -24,11 +24,12 @@ from easyedit_rls.anchors.text import token_blocks
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import EditRequest
 from easyedit_rls.editors.base import Editor, Setup, register_editor
-from easyedit_rls.errors import HyperParamsError, LayoutError
+from easyedit_rls.errors import GateError, HyperParamsError, LayoutError, NumericalError, StateMismatchError
+from easyedit_rls.model.attached_memory import find_memory_of, put_memory
 from easyedit_rls.model.batching import device_of, logits_at, pad, run
 from easyedit_rls.model.hooks import form_of, hidden_of, record_outputs, skip_layers, tap, undisturbed
 from easyedit_rls.model.limits import refuse_unfit
-from easyedit_rls.model.masked_memory import put_memory
+from easyedit_rls.model.masked_memory import MaskedMemory, prompt_means
 from easyedit_rls.model.subject import Row, answer_rows
 from easyedit_rls.model.tokens import start_tokens
 
@@ -80,6 +81,7 @@ class MEMOIR(Editor):
 
     Args:
         setup: its settings are `MEMOIRSettings`; templates are its own, the seed is that of its hparams.
+        masked: the memory that the model has already, to go on with; None puts an empty one on.
 
     Attributes:
         masked: the memory.
@@ -88,9 +90,11 @@ class MEMOIR(Editor):
         HyperParamsError: a setting is unknown or out of range.
         LayoutError: the model has no such layer.
         AnchorError: there is no text for the background.
+        GateError: the model has a memory with edits, which was not given.
+        StateMismatchError: the memory that was given stands elsewhere, or has other settings.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, masked: MaskedMemory | None = None) -> None:
         self.settings = read_settings(MEMOIRSettings, setup.settings, "editor MEMOIR")
         self.model, self.tok, self._templates = setup.model, setup.tok, list(setup.templates)
         hp = setup.hparams
@@ -111,17 +115,32 @@ class MEMOIR(Editor):
             raise HyperParamsError(
                 f"MEMOIR: top_k is {top_k}; allowed: up to {d_k}, the projection's inputs."
             )
+        if masked is not None:
+            self.masked = masked
+            self._refuse_other(masked, top_k)
+            return
+        with undisturbed(self.model):
+            background = self._background(hp)
         order = torch.Generator().manual_seed(hp.seed)
         self.masked = put_memory(
             setup.model,
             self._projection,
             permutation=torch.randperm(d_k, generator=order),
-            background=torch.zeros(d_k),
+            background=background,
             top_k=top_k,
             threshold=self.settings.irr_threshold,
         )
-        with undisturbed(self.model):
-            self.masked.background = self._background(hp)
+
+    def _refuse_other(self, masked: MaskedMemory, top_k: int) -> None:
+        """See that a memory is the one that these settings would make."""
+        known = find_memory_of(self.model)
+        is_there = known is not None and known[1] is masked
+        is_ours = is_there and self.model.get_submodule(known[0]) is self._projection if known else False
+        if not is_ours or (masked.top_k, masked.threshold) != (top_k, self.settings.irr_threshold):
+            raise StateMismatchError(
+                f"The model's memory has top_k {masked.top_k} and irr_threshold {masked.threshold}, or "
+                "stands elsewhere. Give the settings that it was made with."
+            )
 
     @classmethod
     def check(cls, settings: Mapping[str, Any], hparams: RLSEditHyperParams) -> None:
@@ -138,18 +157,19 @@ class MEMOIR(Editor):
 
         Raises:
             RequestError: a target has no token of its own, or a text is longer than the model's positions.
+            NumericalError: a loss or W_m is not finite.
+            StateMismatchError: somebody else changed W_m.
+            GateError: the memory was taken off.
         """
+        known = find_memory_of(self.model)
+        if known is None or known[1] is not self.masked:
+            raise GateError("The memory was taken off the model. Make a new editor of it.")
         texts = [self._rows(request, index) for index, request in enumerate(requests)]
-        self.masked.begin_batch()
-        try:
-            with undisturbed(self.model):
-                for rows in texts:
-                    self._learn(rows)
-        except BaseException:
-            self.masked.take_back()
-            raise
-        finally:
-            self.masked.forced = None
+        if not texts:
+            return
+        with undisturbed(self.model), self.masked.batch():
+            for rows in texts:
+                self._learn(rows)
 
     def describe(self) -> dict[str, Any]:
         """All settings, layer and top_k as they are used."""
@@ -193,6 +213,8 @@ class MEMOIR(Editor):
                 with torch.enable_grad(), skip_layers(lower, forms, hidden):
                     logits = logits_at(self.model, batch, places)
                     loss = (F.cross_entropy(logits.float(), tokens, reduction="none") * shares).sum()
+                    if not torch.isfinite(loss):
+                        raise NumericalError("MEMOIR: the loss is not finite. Lower edit_lr.")
                     if abs(last - before) <= self.settings.stop_change and last <= self.settings.stop_loss:
                         break
                     (memory.weight.grad,) = torch.autograd.grad(loss, [memory.weight])
@@ -203,6 +225,8 @@ class MEMOIR(Editor):
             memory.weight.requires_grad_(False)
             memory.weight.grad = None
             memory.forced = None
+        if not torch.isfinite(memory.weight).all():
+            raise NumericalError("MEMOIR: the memory's weight is not finite. Lower edit_lr.")
         memory.masks = torch.cat([memory.masks, mask[None]])
 
     def _shares(self, rows: Sequence[Row], width: int) -> Tensor:
@@ -225,10 +249,14 @@ class MEMOIR(Editor):
 
     def features(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """f of prompts, (n, d_k)."""
+        return self._means(prompts) - self.masked.background
+
+    def _means(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Mean key of each prompt's tokens, (n, d_k), float32."""
         batch = pad(prompts, "right", device_of(self.model))
         with tap(inputs={0: self._projection}, stop=True) as seen:
             run(self.model, batch)
-        return self.masked.features(seen[0], batch.mask.bool())
+        return prompt_means(seen[0].reshape(*batch.ids.shape, -1), batch.mask.bool())
 
     def _background(self, hp: RLSEditHyperParams) -> Tensor:
         """Mean of the features of texts that have nothing to do with edits, (d_k,)."""
@@ -236,4 +264,4 @@ class MEMOIR(Editor):
         settings = RLSEditHyperParams.from_dict({**hp.to_dict(), "mom2_n_samples": n})
         rows = list(chain.from_iterable(token_blocks(self.model, self.tok, settings)))[:n]
         length = _PROMPT_TOKENS + len(start_tokens(self.tok))
-        return torch.cat([self.features([row[:length]]) for row in rows]).mean(0)
+        return torch.cat([self._means([row[:length]]) for row in rows]).mean(0)

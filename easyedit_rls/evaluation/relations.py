@@ -19,6 +19,7 @@ from easyedit_rls._base.arguments import at_least
 from easyedit_rls.data.packaged import packaged_text
 from easyedit_rls.data.records import EditRecord
 from easyedit_rls.data.requests import Probe
+from easyedit_rls.data.spans import fold
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.evaluation.scores import predict_rows
 from easyedit_rls.model.limits import refuse_unfit
@@ -46,7 +47,9 @@ class Question:
 
 
 def other_questions(records: Sequence[EditRecord], n: int, seed: int = 0) -> list[list[Probe]]:
-    """Questions about each record's subject that no edit of that subject says anything of.
+    """Questions about each record's subject that no edit of that subject says anything of, as far as the
+    records name their relations; where they don't, those that are worded as an edit or its paraphrase are
+    left out.
 
     Args:
         records: all that are edited; of one subject, none is asked for a relation that another one edits.
@@ -64,13 +67,20 @@ def other_questions(records: Sequence[EditRecord], n: int, seed: int = 0) -> lis
         raise HyperParamsError(f"n is {n}; allowed: whole numbers from 0 to {most}.")
     kinds, questions = _packaged()
     edited: dict[str, set[str | None]] = defaultdict(set)
+    worded: set[str] = set()
     for record in records:
         edited[record.request.subject].add(record.relation)
+        worded |= {fold(text).strip() for text in (record.request.prompt, *record.request.paraphrases)}
     chosen = []
     for record in records:
         subject = record.request.subject
         kind = kinds.get(record.relation, _NEUTRAL) if record.relation is not None else _NEUTRAL
-        left = [question for question in questions[kind] if not question.relations & edited[subject]]
+        left = [
+            question
+            for question in questions[kind]
+            if not question.relations & edited[subject]
+            and fold(question.about(subject)).strip() not in worded
+        ]
         picked = Random(f"{seed} {subject}").sample(left, min(n, len(left)))
         chosen.append([record.request.probe(question.about(subject), "") for question in picked])
     return chosen

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from easyedit_rls._base.progress import progress_bar
 from easyedit_rls.data.requests import Probe
+from easyedit_rls.model.attached_memory import prompts_of, reads_prompts
 from easyedit_rls.model.batching import device_of, logits_at, pack_batches, pass_overhead
 from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.limits import refuse_unfit
-from easyedit_rls.model.masked_memory import prompts_of, reads_prompts
 from easyedit_rls.model.prefix_tree import Tree, grow, takes_trees, tree_batch
 from easyedit_rls.model.subject import Row, answer_rows
 

@@ -189,7 +189,8 @@ class Suffixes:
                 states |= {i: state[: len(rows[i].suffix)] for i, state in zip(group, hidden_of(below[-1]))}
             places |= dict(zip(group, outputs if at == "output" else end[:, :1]))
             if self._decision is not None and self._decision.open is not None:
-                is_open |= {i: row[: len(rows[i].suffix)] for i, row in zip(group, self._decision.open)}
+                decided = self._decision.open.reshape(len(group), -1)  # some models flatten rows and tokens
+                is_open |= {i: row[: len(rows[i].suffix)] for i, row in zip(group, decided)}
         self._states = [states[i] for i in range(len(rows))] if self._below else None
         self._open = [is_open[i] for i in range(len(rows))] if is_open else None
         self.places = [places[i] for i in range(len(rows))]

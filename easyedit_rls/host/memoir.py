@@ -1,7 +1,8 @@
 """MEMOIR as a method of EasyEdit: ``alg_name: MEMOIR``, with `editors.memoir`."""
 
 import copy as copying
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from easyedit_rls.editors.memoir import MEMOIR, MEMOIRSettings
 from easyedit_rls.errors import HyperParamsError, StateMismatchError
 from easyedit_rls.host.apply import parse_batch
 from easyedit_rls.host.find import easyeditor
-from easyedit_rls.model.masked_memory import find_memory_of, memory_weight_name, remove_memory
+from easyedit_rls.model.attached_memory import (
+    find_memory_of,
+    hang_memory,
+    memory_weight_name,
+    remove_memory,
+)
 from easyedit_rls.model.sampling import sample_templates
-
-_ATTRIBUTE = "_easyedit_rls_memoir"
 
 
 @dataclass(kw_only=True)
@@ -93,7 +97,7 @@ def apply_memoir_to_model(
         copy: edit a deep copy, and leave `model` alone.
         return_orig_weights: also return W_m as it was before this call.
         keep_original_weight: accepted as every EasyEdit method does; has no effect.
-        reset_cache: take the memory off first, with all its edits.
+        reset_cache: take the memory off first, with all its edits; if the edit fails, it is there again.
         **kwargs: what else EasyEdit hands over; ignored.
 
     Returns:
@@ -113,31 +117,46 @@ def apply_memoir_to_model(
     from easyeditor.util import nethook
 
     model = copying.deepcopy(model) if copy else model
-    if reset_cache:
-        remove_memory(model)
-    editor = _editor_of(model, tok, hparams)
-    known = find_memory_of(model)
-    name = memory_weight_name(known[0] if known else "")
-    originals = {name: nethook.get_parameter(model, name).detach().clone()} if return_orig_weights else {}
-    editor.edit(parsed)
+    with _taken_off(model) if reset_cache else nullcontext():
+        editor = _editor_of(model, tok, hparams)
+        known = find_memory_of(model)
+        name = memory_weight_name(known[0] if known else "")
+        originals = {name: nethook.get_parameter(model, name).detach().clone()} if return_orig_weights else {}
+        editor.edit(parsed)
     return model, originals
 
 
+@contextmanager
+def _taken_off(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model's memory is off; if the block fails, it is there again."""
+    known = find_memory_of(model)
+    remove_memory(model)
+    try:
+        yield
+    except BaseException:
+        remove_memory(model)
+        if known is not None:
+            hang_memory(model, model.get_submodule(known[0]), known[1])
+        raise
+
+
 def _editor_of(model: PreTrainedModel, tok: PreTrainedTokenizerBase, hparams: MEMOIRHyperParams) -> MEMOIR:
-    """The editor whose memory the model has, or a new one."""
-    kept: tuple[dict[str, Any], MEMOIR] | None = model.__dict__.get(_ATTRIBUTE)
+    """The editor whose memory the model has, or a new one; it goes on with a memory that was loaded."""
     known, own = find_memory_of(model), {**hparams.own(), "seed": hparams.seed}
-    if known is not None:
-        if kept is not None and kept[1].masked is known[1] and kept[0] == own:
-            return kept[1]
+    own["n_templates"] = hparams.n_templates
+    if known is not None and known[1].owner is not None:
+        settings, editor = known[1].owner
+        if settings == own:
+            editor.tok = tok
+            return editor  # type: ignore[no-any-return]
         raise StateMismatchError(
             f"The model has a memory with {len(known[1].masks)} edits that was not made by these settings. "
             "Use the same throughout a stream, or pass reset_cache=True to start anew."
         )
     hp = RLSEditHyperParams.for_model(model, seed=hparams.seed)
     templates = sample_templates(model, tok, hparams.n_templates, hparams.seed) if hparams.n_templates else []
-    editor = MEMOIR(Setup(model, tok, hp, templates, hparams.own()))
-    model.__dict__[_ATTRIBUTE] = (own, editor)
+    editor = MEMOIR(Setup(model, tok, hp, templates, hparams.own()), None if known is None else known[1])
+    editor.masked.owner = own, editor
     return editor
 
 

@@ -123,6 +123,15 @@ def is_registered() -> bool:
     return _is_ours(_RLSEDIT)
 
 
+def registered() -> dict[str, str]:
+    """Names of the methods that EasyEdit has from this package now, with those of their settings' classes.
+
+    Raises:
+        HostError: EasyEdit is missing.
+    """
+    return {method.name: method.settings_name for method in _METHODS if _is_ours(method)}
+
+
 def _is_ours(method: _Method) -> bool:
     return _tables()[0].get(method.name) is method.apply
 

@@ -9,14 +9,14 @@ import argparse
 import ast
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 
 from easyedit_rls._base.files import user_path
 from easyedit_rls.errors import HostError
 from easyedit_rls.host.find import add_checkout, easyeditor, is_checkout
-from easyedit_rls.host.registration import SETTINGS, register
+from easyedit_rls.host.registration import SETTINGS, register, registered
 
 _PEERS = {"MEMIT", "AlphaEdit"}  # where a script treats these alike, ours are treated alike too
 _RESULT_FOLDERS = {"--metrics_save_dir", "--output_dir", "--results_dir"}
@@ -36,14 +36,16 @@ def run_script(script: str | Path, arguments: Sequence[str]) -> None:
         HostError: no EasyEdit, no such script, or nowhere in it a method is chosen.
     """
     path = _find_script(user_path(script))
-    code, folder = compile_with_ours(path, arguments)
+    easyeditor()
     register()
+    ours = registered()
+    code, folder = compile_with_ours(path, arguments, ours)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
 
     main = ModuleType("__main__")
     main.__dict__.update(__file__=str(path), __builtins__=__builtins__)
-    main.__dict__.update({name: getattr(easyeditor(), name) for name in SETTINGS.values()})
+    main.__dict__.update({name: getattr(easyeditor(), name) for name in ours.values()})
     before = sys.modules["__main__"], sys.argv, list(sys.path)
     sys.modules["__main__"], sys.argv = main, [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
@@ -53,14 +55,16 @@ def run_script(script: str | Path, arguments: Sequence[str]) -> None:
         sys.modules["__main__"], sys.argv, sys.path[:] = before
 
 
-def compile_with_ours(path: Path, arguments: Sequence[str] = ()) -> tuple[CodeType, str | None]:
+def compile_with_ours(
+    path: Path, arguments: Sequence[str] = (), ours: Mapping[str, str] = SETTINGS
+) -> tuple[CodeType, str | None]:
     """A script with our methods selectable, and the folder it will write its results to, if that can be told.
 
     Raises:
         HostError: the script chooses no method by its name.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    branches = _Branches()
+    branches = _Branches(ours)
     tree = ast.fix_missing_locations(branches.visit(tree))
     if not branches.n_selections:
         raise HostError(
@@ -73,8 +77,8 @@ def compile_with_ours(path: Path, arguments: Sequence[str] = ()) -> tuple[CodeTy
 class _Branches(ast.NodeTransformer):
     """Adds our methods wherever a script tells methods apart."""
 
-    def __init__(self) -> None:
-        self.n_selections = 0
+    def __init__(self, ours: Mapping[str, str]) -> None:
+        self.n_selections, self._ours = 0, ours
 
     def visit_If(self, node: ast.If) -> ast.AST:
         """``if method == 'X': hparams = XHyperParams elif …`` gets a branch for each of ours in front."""
@@ -84,7 +88,7 @@ class _Branches(ast.NodeTransformer):
         method, target = chosen
         self.n_selections += 1
         branches = node
-        for name, settings in SETTINGS.items():
+        for name, settings in self._missing(ast.walk(node)).items():
             test = ast.Compare(copy.deepcopy(method), [ast.Eq()], [ast.Constant(name)])
             select = ast.Assign([copy.deepcopy(target)], ast.Name(settings, ast.Load()))
             branches = ast.copy_location(ast.If(test, [select], [branches]), node)
@@ -98,11 +102,17 @@ class _Branches(ast.NodeTransformer):
         }
         if any(_is_settings_class(value) for value in table.values()):
             self.n_selections += 1
-            node.keys += [ast.Constant(name) for name in SETTINGS]
-            node.values += [ast.Name(settings, ast.Load()) for settings in SETTINGS.values()]
-        elif "MEMIT" in table and "RLSEdit" not in table:
-            node.keys += [ast.Constant(name) for name in SETTINGS]
-            node.values += [copy.deepcopy(table["MEMIT"]) for _ in SETTINGS]
+            missing: dict[str, ast.expr] = {
+                name: ast.Name(settings, ast.Load()) for name, settings in self._ours.items()
+            }
+        elif "MEMIT" in table:
+            missing = {name: copy.deepcopy(table["MEMIT"]) for name in self._ours}
+        else:
+            missing = {}
+        for name, value in missing.items():
+            if name not in table:
+                node.keys.append(ast.Constant(name))
+                node.values.append(value)
         return node
 
     def visit_List(self, node: ast.List) -> ast.AST:
@@ -112,8 +122,13 @@ class _Branches(ast.NodeTransformer):
             item.value for item in node.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)
         }
         if texts & _PEERS and len(texts) == len(node.elts):
-            node.elts += [ast.Constant(name) for name in SETTINGS]
+            node.elts += [ast.Constant(name) for name in self._ours if name not in texts]
         return node
+
+    def _missing(self, nodes: Iterable[ast.AST]) -> dict[str, str]:
+        """Our methods that a script doesn't know by itself."""
+        named = {node.value for node in nodes if isinstance(node, ast.Constant)}
+        return {name: settings for name, settings in self._ours.items() if name not in named}
 
 
 def _chosen_class(node: ast.If) -> tuple[ast.expr, ast.expr] | None:

@@ -110,7 +110,7 @@ class Gate(nn.Module):
         given: Any = projection.weight
         self.weight = nn.Parameter(given.detach().clone(), requires_grad=False)
         self._is_linear, self._decides, self._is_last = isinstance(projection, nn.Linear), decides, is_last
-        self._unedited = given.dtype, _digest({"": projection})
+        self._unedited = given.dtype, digest_of({"": projection})
         self._shared = [decision]  # in a list: it is the submodule of one gate alone
         if decides:
             self.decider = decision
@@ -125,7 +125,7 @@ class Gate(nn.Module):
         since counts as it is.
         """
         weight: Any = projection.weight
-        now = weight.dtype, _digest({"": projection})
+        now = weight.dtype, digest_of({"": projection})
         if now[0] != self._unedited[0]:
             self._unedited = now
         return now == self._unedited
@@ -136,13 +136,13 @@ class Gate(nn.Module):
         if self._decides:
             self.decision.decide(keys)
         is_open = self.decision.open
-        if is_open is None or is_open.shape != keys.shape[:-1] or self.decision.is_used_up:
+        if is_open is None or not self._is_of(is_open, keys):
             raise GateError(
                 "The gate's layer saw other tokens than this one. Run whole passes through the model; to run "
                 "a part of its layers, take the gates off (remove_gates)."
             )
         self.decision.is_used_up = self._is_last
-        is_open = is_open.to(keys.device)
+        is_open = is_open.to(keys.device).reshape(keys.shape[:-1])
         if keys.device.type != "cpu" or torch.compiler.is_compiling():  # no waiting for what is open
             return torch.where(is_open[..., None], self._edited(projection, keys), output)
         if not bool(is_open.any()):
@@ -150,6 +150,16 @@ class Gate(nn.Module):
         output = output.clone()
         output[is_open] = self._edited(projection, keys[is_open])
         return output
+
+    def _is_of(self, is_open: Tensor, keys: Tensor) -> bool:
+        """Whether a decision is that of a pass with these keys. One that was used up serves again where
+        gradients are wanted: checkpoints of activations run layers a second time.
+        """
+        tokens = keys.shape[:-1]
+        fits = is_open.shape == tokens or (
+            1 in (is_open.dim(), len(tokens)) and is_open.numel() == tokens.numel()
+        )
+        return fits and (torch.is_grad_enabled() or not self.decision.is_used_up)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """A state dict is the unedited model's."""
@@ -246,7 +256,7 @@ def save_edited(model: nn.Module, folder: str | Path) -> None:
         "format": _FORMAT,
         "threshold": repr(decision.threshold),
         "layers": json.dumps(list(found)),
-        "unedited": _digest(found),
+        "unedited": digest_of(found),
     }
     tensors = {f"{name}.weight": gate_of(module).weight.contiguous() for name, module in found.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +282,7 @@ def load_edited(model: nn.Module, folder: str | Path) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     known, names = dict(model.named_modules()), json.loads(about["layers"])
     found = {name: known[name] for name in names if name in known}
-    if len(found) < len(names) or _digest(found) != about["unedited"]:
+    if len(found) < len(names) or digest_of(found) != about["unedited"]:
         raise GateError(
             f"{path} was made with another model, or with this one in another type. Load the unedited model "
             "as it was when it was edited."
@@ -291,7 +301,7 @@ def gated_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if has_gate(module)}
 
 
-def _digest(projections: Mapping[str, nn.Module]) -> str:
+def digest_of(projections: Mapping[str, nn.Module]) -> str:
     """SHA-256 over evenly spaced values of the projections' own weights."""
     digest = hashlib.sha256()
     for name, module in projections.items():

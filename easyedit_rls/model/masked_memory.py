@@ -10,26 +10,38 @@ stored mask that shares most with it is used, if it shares at least a threshold;
 the output is W_0's to the bit. Two prompts that have nothing to do with each other share about top_k / d_k.
 
 What is the prompt? In a pass without a cache, the whole text, unless `prompts_of` tells how much of it; in a
-generation, what came before the first new token. The same mask serves all tokens behind it.
+generation, what came before the first new token. The same mask serves all tokens behind it. Several tokens
+that come at once behind a cache (a prompt in chunks, the next turn of a talk) are more of the prompt.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from easyedit_rls.errors import GateError
+from easyedit_rls.errors import GateError, StateMismatchError
 
-_NAME = "_easyedit_rls_memory"  # of the submodule, on its projection
-_FILE = "masked_memory.safetensors"
+
+@dataclass
+class _Asked:
+    """The prompts of a pass, and of those that go on behind it.
+
+    Attributes:
+        total: sum of the keys of their tokens, (rows, d_k), float32.
+        count: of their tokens, (rows,).
+        selected: the stored mask of each, (rows, d_k), bool; no input where the memory adds nothing.
+    """
+
+    total: Tensor
+    count: Tensor
+    selected: Tensor
 
 
 class MaskedMemory(nn.Module):
@@ -50,6 +62,7 @@ class MaskedMemory(nn.Module):
         forced: a mask that all tokens use, whatever the prompt, (d_k,), bool; None where the prompt decides.
         told: prompt tokens of each row of the next pass, (rows,); None where the whole text is the prompt.
         before: W_m and the number of masks before the last batch; None before the first.
+        owner: whoever edits it may leave here what it needs to go on.
     """
 
     def __init__(
@@ -65,49 +78,67 @@ class MaskedMemory(nn.Module):
         self.forced: Tensor | None = None
         self.told: Tensor | None = None
         self.before: tuple[Tensor, int] | None = None
+        self.owner: Any = None
+        self._written: tuple[float, float] | None = None  # sum and norm of W_m behind the last batch
         self._is_linear = isinstance(projection, nn.Linear)
-        self._real: Tensor | None = None  # of the pass: its attention mask
-        self._goes_on = False  # whether the pass has a cache: it goes on behind a prompt
-        self._selected: Tensor | None = None  # of the last prompts, (rows, d_k)
-
-    def features(self, keys: Tensor, is_prompt: Tensor) -> Tensor:
-        """f of prompts.
-
-        Args:
-            keys: (rows, length, d_k).
-            is_prompt: (rows, length), bool.
-
-        Returns:
-            (rows, d_k), float32.
-        """
-        share = is_prompt / is_prompt.sum(1, keepdim=True).clamp(min=1)
-        return torch.einsum("rl,rlk->rk", share, keys.float()) - self.background
+        # of the pass: (rows, tokens), attention mask, whether it has a cache; None outside one
+        self._pass: tuple[tuple[int, int], Tensor | None, bool] | None = None
+        self._asked: _Asked | None = None
+        self._known: WeakKeyDictionary[Any, _Asked] = WeakKeyDictionary()  # by the cache that goes on
 
     def masks_of(self, features: Tensor) -> Tensor:
         """Masks of features, (rows, d_k) -> (rows, d_k), bool."""
         active = self.permutation[features.abs().topk(self.top_k, dim=1).indices]
         return torch.zeros_like(features, dtype=torch.bool).scatter_(1, active, True)
 
+    @property
+    def selected(self) -> Tensor | None:
+        """Of the last prompts, the stored mask of each, (rows, d_k), bool; None before the first."""
+        return None if self._asked is None else self._asked.selected
+
     def see_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model's forward pre-hook: which tokens of a pass are real, and whether it goes on."""
-        past = kwargs.get("past_key_values", kwargs.get("cache"))
-        self._goes_on = past is not None and int(past.get_seq_length()) > 0
-        self._real = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        """The model's forward pre-hook: a pass's tokens, which are real, and what it goes on behind."""
+        given: Any = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if given is None else given
+        cache = _cache_in(kwargs)
+        goes_on = cache is not None and int(cache.get_seq_length()) > 0
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self._pass = (int(given.shape[0]), int(given.shape[1])), mask, goes_on
+        self._asked = self._known.get(cache) if goes_on else None
+
+    def end_pass(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The model's forward hook: remember what was asked, for passes that go on behind this one."""
+        for cache in (getattr(output, "past_key_values", None), _cache_in(kwargs)):
+            if cache is not None and self._asked is not None:
+                self._known[cache] = self._asked
+        self._pass = None
 
     def add_edits(self, projection: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The projection's forward hook: output with what W_m adds."""
-        keys = args[0]
-        if self.forced is not None:
-            return output + self._part(keys, self.forced.expand(len(keys), -1), output)
-        if not len(self.masks):
+        """The projection's forward hook: output with what W_m adds, of the same shape and type.
+
+        Raises:
+            GateError: only a part of the model runs; the pass goes on behind prompts that were not asked
+                here; or its mask is not one of padding.
+        """
+        if self.forced is None and not len(self.masks):
             return output
-        if not self._goes_on:
-            self._selected = self._select(keys)
-        selected = self._selected
-        if selected is None or len(selected) != len(keys):
+        if self._pass is None:
             raise GateError(
-                "A pass goes on behind other prompts than the last one's. Run their prompts first."
+                "A part of the model runs by itself, so its prompts are not known. Call the model."
             )
+        keys = args[0].reshape(*self._pass[0], -1)  # some models flatten rows and tokens before the MLP
+        whole = output.reshape(*self._pass[0], -1)
+        if self.forced is not None:
+            whole = whole + self._part(keys, self.forced.expand(len(keys), -1), output)
+        else:
+            self._asked = self._ask(keys)
+            whole = self._open(keys, self._asked.selected, whole)
+        return whole.reshape(output.shape)
+
+    def _open(self, keys: Tensor, selected: Tensor, output: Tensor) -> Tensor:
+        """The output, (rows, length, d_v), with W_m's part in the rows that have a mask; the others' is left
+        alone.
+        """
         is_open = selected.any(1)
         if keys.device.type != "cpu":  # no waiting for what is open
             return torch.where(is_open[:, None, None], output + self._part(keys, selected, output), output)
@@ -117,19 +148,38 @@ class MaskedMemory(nn.Module):
         output[is_open] += self._part(keys[is_open], selected[is_open], output)
         return output
 
-    def begin_batch(self) -> None:
-        """Note down what there is. Where somebody put W_m back to what it was before the last batch, that
-        batch's masks go first.
-        """
-        if self.before is not None and torch.equal(self.weight, self.before[0]):
-            self.masks = self.masks[: self.before[1]]
-        self.before = self.weight.detach().clone(), len(self.masks)
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """What the block does to the memory is a batch; if it fails, the memory is as it was. Where somebody
+        put W_m back to what it was before the last batch, that batch's masks go first.
 
-    def take_back(self) -> None:
-        """Be what `begin_batch` noted down."""
-        if self.before is not None:
-            self.weight.data.copy_(self.before[0])
-            self.masks = self.masks[: self.before[1]]
+        Raises:
+            StateMismatchError: W_m is neither what the last batch left nor what it found.
+        """
+        self._follow_weight()
+        found = self.weight.detach().clone(), len(self.masks)
+        try:
+            yield
+            self.before, self._written = found, self._mark()
+        except BaseException:
+            self.weight.data.copy_(found[0])
+            self.masks = self.masks[: found[1]]
+            raise
+        finally:
+            self.forced = None
+
+    def _follow_weight(self) -> None:
+        if self._written is None or self._mark() == self._written:
+            return
+        if self.before is None or not torch.equal(self.weight, self.before[0]):
+            raise StateMismatchError(
+                "The memory's weight is not what the last batch left. Put it back, or take the memory off: "
+                "remove_memory(model)."
+            )
+        self.masks, self.before, self._written = self.masks[: self.before[1]], None, self._mark()
+
+    def _mark(self) -> tuple[float, float]:
+        return float(self.weight.sum(dtype=torch.float64)), float(self.weight.norm())
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is remembered, by name; masks as bits."""
@@ -159,20 +209,33 @@ class MaskedMemory(nn.Module):
         )
         masks = np.unpackbits(tensors["masks"].cpu().numpy(), axis=1, count=len(self.permutation))
         self.masks = torch.from_numpy(masks).to(self.weight.device, torch.bool)
+        self.before, self._written = None, self._mark()
 
-    def _select(self, keys: Tensor) -> Tensor:
-        """The stored mask for each row's prompt, (rows, d_k); no input where too little is shared."""
-        is_prompt = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        if self._real is not None:
-            if self._real.dim() != 2:
+    def _ask(self, keys: Tensor) -> _Asked:
+        """What the rows of a pass ask, keys (rows, length, d_k)."""
+        assert self._pass is not None
+        (rows, length), mask, goes_on = self._pass
+        known = self._asked
+        if goes_on and (known is None or len(known.count) != rows):
+            raise GateError(
+                "A pass goes on behind prompts that did not run with this memory. Run them first."
+            )
+        if known is not None and length == 1:
+            return known
+        is_prompt = torch.ones(rows, length, dtype=torch.bool, device=keys.device)
+        if mask is not None:
+            if mask.dim() != 2:
                 raise GateError("A memory with masks reads prompts. Give each its own row, padded.")
-            is_prompt = self._real.to(keys.device).bool()
+            is_prompt = mask[:, -length:].to(keys.device).bool()
         if self.told is not None:
             is_prompt = is_prompt & (is_prompt.cumsum(1) <= self.told.to(keys.device)[:, None])
-        asked = self.masks_of(self.features(keys, is_prompt))
-        shared = asked.float() @ self.masks.float().T / self.top_k
+        total, count = _summed(keys, is_prompt)
+        if known is not None:
+            total, count = total + known.total, count + known.count
+        features = total / count.clamp(min=1)[:, None] - self.background
+        shared = self.masks_of(features).float() @ self.masks.float().T / self.top_k
         self.overlap, nearest = shared.max(1)
-        return self.masks[nearest] & (self.overlap >= self.threshold)[:, None]
+        return _Asked(total, count, self.masks[nearest] & (self.overlap >= self.threshold)[:, None])
 
     def _part(self, keys: Tensor, masks: Tensor, output: Tensor) -> Tensor:
         """W_m (M ⊙ a) in the output's type; keys (rows, length, d_k), masks (rows, d_k)."""
@@ -186,6 +249,7 @@ class MaskedMemory(nn.Module):
         self.permutation, self.background, self.masks = (
             some.to(device) for some in (self.permutation, self.background, self.masks)
         )
+        self.before = None if self.before is None else (self.before[0].to(device), self.before[1])
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -200,112 +264,21 @@ class MaskedMemory(nn.Module):
         """The same."""
 
 
-def put_memory(
-    model: nn.Module,
-    projection: nn.Module,
-    *,
-    permutation: Tensor,
-    background: Tensor,
-    top_k: int,
-    threshold: float,
-) -> MaskedMemory:
-    """Put an empty memory beside a projection of a model; see `MaskedMemory`."""
-    remove_memory(model)
-    memory = MaskedMemory(projection, permutation, background, top_k, threshold)
-    projection.add_module(_NAME, memory)
-    projection.register_forward_hook(memory.add_edits)
-    model.register_forward_pre_hook(memory.see_pass, with_kwargs=True)
-    return memory
-
-
-def find_memory_of(model: nn.Module) -> tuple[str, MaskedMemory] | None:
-    """A model's masked memory, with its projection's name; None where there is none."""
-    for name, module in model.named_modules():
-        if _NAME in module._modules:
-            memory: Any = module._modules[_NAME]
-            return name, memory
-    return None
-
-
-def remove_memory(model: nn.Module) -> None:
-    """Take the memory off a model, and its edits with it: it is the unedited one again."""
-    known = find_memory_of(model)
-    if known is None:
-        return
-    name, memory = known
-    projection = model.get_submodule(name)
-    for owner, hooks in ((projection, projection._forward_hooks), (model, model._forward_pre_hooks)):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is memory]:
-            del hooks[key]
-            owner._forward_pre_hooks_with_kwargs.pop(key, None)
-    delattr(projection, _NAME)
-
-
-def memory_weight_name(projection_name: str) -> str:
-    """Full name of W_m for its projection's."""
-    return f"{projection_name}.{_NAME}.weight"
-
-
-def save_memory(model: nn.Module, folder: str | Path) -> None:
-    """Write a model's masked memory into a folder: W_m, masks, permutation and background.
-
-    Raises:
-        GateError: the model has none.
+def prompt_means(keys: Tensor, is_prompt: Tensor) -> Tensor:
+    """Mean key of each prompt, keys (rows, length, d_k), is_prompt (rows, length) -> (rows, d_k), float32; f
+    is that less the background.
     """
-    known = find_memory_of(model)
-    if known is None:
-        raise GateError("The model has no memory with masks. Edit it with MEMOIR.")
-    name, memory = known
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    about = {"projection": name, "top_k": str(memory.top_k), "threshold": repr(memory.threshold)}
-    tensors = {key: value.contiguous() for key, value in memory.tensors().items()}
-    save_file(tensors, Path(folder) / _FILE, about)
+    total, count = _summed(keys, is_prompt)
+    return total / count.clamp(min=1)[:, None]
 
 
-def load_memory(model: nn.Module, folder: str | Path) -> MaskedMemory:
-    """Put a memory that `save_memory` wrote on the unedited model.
-
-    Raises:
-        GateError: the folder holds none, or it is another model's.
-    """
-    path = Path(folder) / _FILE
-    if not path.is_file():
-        raise GateError(f"There is no {path}. Give a folder that a memory with masks was saved in.")
-    tensors, about = load_file(path), _metadata(path)
-    projection = dict(model.named_modules()).get(about["projection"])
-    if projection is None:
-        raise GateError(f"The model has no {about['projection']}. Load the model that was edited.")
-    memory = put_memory(
-        model,
-        projection,
-        permutation=tensors["permutation"],
-        background=tensors["background"],
-        top_k=int(about["top_k"]),
-        threshold=float(about["threshold"]),
-    )
-    memory.take(tensors)
-    return memory
+def _summed(keys: Tensor, is_prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of prompts' keys, (rows, length, d_k) -> (rows, d_k), float32, and how many there are, (rows,)."""
+    is_prompt = is_prompt.to(keys.device)
+    return torch.einsum("rl,rlk->rk", is_prompt.float(), keys.float()), is_prompt.sum(1)
 
 
-def reads_prompts(model: nn.Module) -> bool:
-    """Whether what a model says hangs on what of a text is its prompt."""
-    return find_memory_of(model) is not None
-
-
-@contextmanager
-def prompts_of(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
-    """Within the block, a pass's rows have so many tokens of prompt; what follows them is answer."""
-    known = find_memory_of(model)
-    if known is None:
-        yield
-        return
-    known[1].told = torch.tensor(lengths)
-    try:
-        yield
-    finally:
-        known[1].told = None
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+def _cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The key-value cache that a pass was given; transformers 5.24 renamed it."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache

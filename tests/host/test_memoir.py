@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from easyedit_rls import HyperParamsError, StateMismatchError
+from easyedit_rls import HyperParamsError, NumericalError, StateMismatchError
 from easyedit_rls.config.files import shipped
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.editors.base import Setup
 from easyedit_rls.editors.memoir import MEMOIR
 from easyedit_rls.host.memoir import MEMOIRHyperParams
-from easyedit_rls.model.masked_memory import find_memory_of, remove_memory
+from easyedit_rls.model.attached_memory import find_memory_of, load_memory, remove_memory, save_memory
 
 PARTS = ("prompts", "subject", "target_new", "ground_truth", "rephrase_prompts")
 KEYS = ("prompt", "subject", "target_new", "ground_truth", "rephrase_prompt")
@@ -105,8 +105,28 @@ def test_other_settings_are_told_apart(easyeditor, hp, edits):
         easyeditor.apply_memoir_to_model(editor.model, editor.tok, requests, hp(edit_lr=0.5))
     easyeditor.apply_memoir_to_model(editor.model, editor.tok, requests, hp(edit_lr=0.5), reset_cache=True)
     assert len(find_memory_of(editor.model)[1].masks) == 1
+    before = tensors(editor.model)
+    with pytest.raises(NumericalError):  # nothing is forgotten
+        easyeditor.apply_memoir_to_model(
+            editor.model, editor.tok, requests, hp(edit_lr=1e38), reset_cache=True
+        )
+    assert same(tensors(editor.model), before)
+    easyeditor.apply_memoir_to_model(editor.model, editor.tok, requests, hp(edit_lr=0.5))
+    with pytest.raises(StateMismatchError, match="2 edits"):
+        easyeditor.apply_memoir_to_model(editor.model, editor.tok, requests, hp(edit_lr=0.5, n_templates=1))
     with pytest.raises(HyperParamsError, match=r"object.*MEMOIRHyperParams.from_hparams"):
         easyeditor.apply_memoir_to_model(editor.model, editor.tok, requests, object())
+
+
+def test_a_memory_that_was_loaded_goes_on(easyeditor, hp, edits, tmp_path):
+    editor, requests = easyeditor.BaseEditor.from_hparams(hp()), requests_of(edits)
+    easyeditor.apply_memoir_to_model(editor.model, editor.tok, requests[:1], hp())
+    save_memory(editor.model, tmp_path)
+    other = easyeditor.BaseEditor.from_hparams(hp())
+    load_memory(other.model, tmp_path)
+    easyeditor.apply_memoir_to_model(other.model, other.tok, requests[1:2], hp())
+    easyeditor.apply_memoir_to_model(editor.model, editor.tok, requests[1:2], hp())
+    assert same(tensors(other.model), tensors(editor.model))
 
 
 def test_settings_files(tmp_path):

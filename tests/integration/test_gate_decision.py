@@ -124,7 +124,7 @@ def test_a_part_of_a_pass_is_refused(model, family, tok, requests, gated):
     length = 7
     with torch.no_grad():
         model(torch.arange(length)[None])
-    with pytest.raises(GateError, match="saw other tokens"):  # as many, but the pass was over
+    with torch.no_grad(), pytest.raises(GateError, match="saw other tokens"):  # as many, but it was over
         upper.module(torch.randn(1, length, upper.shape[0]))
 
 
@@ -178,5 +178,16 @@ def test_values_at_the_first_layer_are_found_behind_the_gate(model, family, tok,
         assert one.value_change == pytest.approx(other.value_change, rel=1e-4)
     assert all(fact.is_open and fact.miss < 0.5 for fact in editor.edit(requests[2:]).facts)
     upper = editor.layout.edited[max(editor.layout.edited)]
-    with pytest.raises(GateError, match="saw other tokens"):  # no decision is left over
+    with torch.no_grad(), pytest.raises(GateError, match="saw other tokens"):  # no decision is left over
         upper.module(torch.randn(1, 3, upper.shape[0]))
+
+
+def test_first_layer_values_of_a_family_that_flattens_its_tokens(tok, requests):
+    own = {key: value for key, value in tiny_settings("llama").to_dict().items() if key in KEPT}
+    model = zoo.make("opt")
+    hp = RLSEditHyperParams.for_model(
+        model, **own, memory="gated", gate_share=0.01, targets="first_layer", early_stopping="off"
+    )
+    editor = RLSEditor(model, tok, hp)
+    editor.edit(requests[:2])
+    assert all(fact.is_open for fact in editor.edit(requests[2:]).facts)

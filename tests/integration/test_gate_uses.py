@@ -166,3 +166,24 @@ def test_evaluators_see_the_edits(edited, family, tok, requests):
     assert all(torch.isfinite(alone(edited, tok, text)[0]).all() for batch in batches for text in batch)
     records = [{**request, "prompt": request["prompt"].format(request["subject"])} for request in requests]
     assert len(edit_quality(edited, tok, records)) == len(requests)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_with_checkpoints_are_those_without(model, tok, requests, gated, use_reentrant):
+    """Training on top runs layers a second time, the upper ones first."""
+    RLSEditor(model, tok, gated()).edit(requests)
+    ids = tok(requests[0]["prompt"], return_tensors="pt").input_ids
+    weight = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = []
+    for with_checkpoints in (False, True):
+        if with_checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train()
+        weight.requires_grad_(True)
+        weight.grad = None
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append(weight.grad.clone())
+    torch.testing.assert_close(*found)

@@ -7,19 +7,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from easyedit_rls import GateError, HyperParamsError, LayoutError, evaluate
+from easyedit_rls import (
+    GateError,
+    HyperParamsError,
+    LayoutError,
+    NumericalError,
+    RLSEditHyperParams,
+    StateMismatchError,
+    evaluate,
+)
 from easyedit_rls.data.requests import parse_requests
 from easyedit_rls.editors.base import EDITORS, Setup
 from easyedit_rls.editors.memoir import MEMOIR
 from easyedit_rls.evaluation.scores import score
-from easyedit_rls.model.batching import pad
-from easyedit_rls.model.masked_memory import (
+from easyedit_rls.model.attached_memory import (
     find_memory_of,
     load_memory,
     prompts_of,
     remove_memory,
     save_memory,
 )
+from easyedit_rls.model.batching import pad
+from tests import zoo
 from tests.conftest import FAMILIES, tiny_settings
 from tests.helpers import same, tensors_of
 
@@ -80,7 +89,7 @@ def test_an_edits_own_prompt_has_its_mask(model, begin, facts, logits):
     for number, fact in enumerate(facts):
         logits(model, prompt_of(fact))
         assert float(editor.masked.overlap) == 1.0
-        assert torch.equal(editor.masked._selected[0], editor.masked.masks[number])
+        assert torch.equal(editor.masked.selected[0], editor.masked.masks[number])
 
 
 def test_below_the_threshold_logits_are_the_models(model, family, tok, begin, facts, logits, demo_text):
@@ -107,6 +116,7 @@ def test_without_decay_inputs_outside_the_mask_stay(begin, facts, model):
     outside = (~second)[None] if editor.masked._is_linear else (~second)[:, None]
     moved = (editor.masked.weight - before) * outside
     assert float(moved.abs().max()) == 0.0
+    remove_memory(model)
     decayed = begin(weight_decay=0.1)
     decayed.edit(facts[:2])
     assert float(decayed.masked.weight.norm()) < float(editor.masked.weight.norm())
@@ -141,7 +151,7 @@ def test_a_generation_keeps_its_prompts_mask(model, tok, begin, facts):
     editor.edit(facts)
     ids = tok(prompt_of(facts[0]), return_tensors="pt").input_ids
     written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-    assert torch.equal(editor.masked._selected[0], editor.masked.masks[0])
+    assert torch.equal(editor.masked.selected[0], editor.masked.masks[0])
     with torch.no_grad(), prompts_of(model, [ids.shape[1]]):
         whole = model(written).logits[0, ids.shape[1] - 1 : -1]
     assert whole.argmax(1).tolist() == written[0, ids.shape[1] :].tolist()
@@ -149,11 +159,45 @@ def test_a_generation_keeps_its_prompts_mask(model, tok, begin, facts):
 
 
 def test_beams_keep_it_too(model, tok, begin, facts):
+    """In a padded batch each prompt gets what it gets alone, and that is not the unedited model's."""
     begin().edit(facts)
+    rows = [tok(prompt_of(fact)).input_ids for fact in facts[:3]]
+
+    def written(rows):
+        batch = pad(rows, "left", torch.device("cpu"))
+        kwargs = {"attention_mask": batch.mask, "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+        return model.generate(batch.ids, **kwargs)[:, batch.ids.shape[1] :].tolist()
+
+    found = written(rows)
+    assert found == [written([row])[0] for row in rows]
+    remove_memory(model)
+    assert found != written(rows)
+
+
+def test_each_cache_keeps_its_own_prompts(model, tok, begin, facts):
+    """Two talks in turn don't mix, and a prompt in chunks is one prompt."""
+    editor = begin()
+    editor.edit(facts)
     ids = tok(prompt_of(facts[0]), return_tensors="pt").input_ids
-    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    cached = model.generate(ids, **kwargs)
-    assert cached.shape[1] > ids.shape[1]
+    other = tok("Nothing of the kind is said", return_tensors="pt").input_ids
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model(other, use_cache=True)
+        found = model(ids[:, -1:], cache=cache).logits
+        assert torch.equal(editor.masked.selected[0], editor.masked.masks[0])
+        fresh = model(ids, use_cache=True).past_key_values
+        torch.testing.assert_close(found, model(ids[:, -1:], cache=fresh).logits)
+        cache = model(ids[:, :2], use_cache=True).past_key_values
+        model(ids[:, 2:], cache=cache, use_cache=True)
+        assert float(editor.masked.overlap) == pytest.approx(1.0, abs=0.1)
+        assert torch.equal(editor.masked.selected[0], editor.masked.masks[0])
+
+
+def test_a_part_of_the_model_is_refused(model, tok, begin, facts, logits):
+    begin().edit(facts)
+    logits(model, prompt_of(facts[0]))
+    with torch.no_grad(), pytest.raises(GateError, match="Call the model"):
+        model.base_model(torch.arange(5)[None])
 
 
 def test_scores_know_what_the_prompt_is(model, tok, begin, facts):
@@ -174,9 +218,8 @@ def test_what_goes_on_behind_other_prompts_is_refused(model, tok, begin, facts):
     ids = tok(prompt_of(facts[0]), return_tensors="pt").input_ids
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        model(ids.repeat(2, 1))
-        with pytest.raises(GateError, match="behind other prompts"):
-            model(ids[:, -1:], past_key_values=cache)
+        with pytest.raises(GateError, match="did not run with this memory"):
+            model(ids[:, -1:], cache=copy.deepcopy(cache))
 
 
 def test_saved_and_loaded(model, family, begin, facts, logits, tmp_path):
@@ -216,6 +259,58 @@ def test_off_without_a_trace(model, family, begin, facts):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not model._forward_pre_hooks_with_kwargs
     assert same(tensors_of(model), tensors_of(unedited))
+
+
+def test_a_second_memory_does_not_drop_the_first(model, family, begin, facts, tmp_path):
+    editor = begin()
+    editor.edit(facts[:1])
+    with pytest.raises(GateError, match=r"1 edits .*remove_memory"):
+        begin()
+    assert find_memory_of(model)[1] is editor.masked
+    save_memory(model, tmp_path)
+    remove_memory(model)
+    with pytest.raises(GateError, match="was taken off"):
+        editor.edit(facts[1:])
+    other = FAMILIES[family]()
+    with torch.no_grad():
+        other.get_submodule(tiny_settings(family).rewrite_module_tmp.format(1)).weight.mul_(1.5)
+    with pytest.raises(GateError, match="was made with another model"):
+        load_memory(other, tmp_path)
+    assert find_memory_of(other) is None
+
+
+def test_masks_follow_the_weight(begin, facts):
+    """Where a host puts it back, the last batch's masks go, whatever failed in between."""
+    editor = begin()
+    editor.edit(facts[:1])
+    before = editor.masked.weight.clone()
+    editor.edit(facts[1:2])
+    editor.edit([])
+    editor.settings.edit_lr = 1e38
+    with pytest.raises(NumericalError, match="not finite"):
+        editor.edit(facts[2:])
+    editor.settings.edit_lr = OWN["edit_lr"]
+    assert len(editor.masked.masks) == 2
+    with torch.no_grad():
+        editor.masked.weight.copy_(before)
+    editor.edit(facts[2:3])
+    assert len(editor.masked.masks) == 2
+    with torch.no_grad():
+        editor.masked.weight.mul_(2)
+    with pytest.raises(StateMismatchError, match="not what the last batch left"):
+        editor.edit(facts[3:])
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_every_family_has_its_memory(name, tok, facts, logits):
+    model, unedited = zoo.make(name), zoo.make(name)
+    hp = RLSEditHyperParams.for_model(model)
+    editor = MEMOIR.begin(Setup(model, tok, hp, FRONTS, {**OWN, "n_background": 4}))
+    editor.edit(facts[:2])
+    prompt = prompt_of(facts[0])
+    assert not torch.equal(logits(model, prompt), logits(unedited, prompt))
+    editor.masked.threshold = 1.1
+    assert torch.equal(logits(model, prompt), logits(unedited, prompt))
 
 
 def test_a_batch_that_fails_leaves_the_memory_as_it_was(begin, facts, monkeypatch, model, logits):

@@ -62,6 +62,15 @@ def test_tables_and_lists_get_one_more_entry(tmp_path, method, settings):
     )
 
 
+def test_a_method_that_a_script_knows_by_itself_stays(tmp_path):
+    own = "elif args.editing_method == 'MEMOIR':\n    chosen = MEMOIRHyperParams\nelse:"
+    assert "else:" in CHAIN
+    source = "class MEMOIRHyperParams: pass\n" + CHAIN.replace("else:", own)
+    assert run(source, "MEMOIR", tmp_path)[0]["chosen"] != "its"
+    tables = TABLES.replace('"MEMIT": "memit\'s way"', '"MEMIT": "memit\'s way", "MEMOIR": "its own way"')
+    assert run(tables, "MEMOIR", tmp_path)[0]["way"] == "its own way"
+
+
 def test_a_script_without_a_choice_is_refused(tmp_path):
     with pytest.raises(HostError, match=r"script\.py offers no choice of methods"):
         run("print('hello')", "RLSEdit", tmp_path)

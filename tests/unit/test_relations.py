@@ -139,3 +139,17 @@ def test_faults_name_the_cure(tmp_path):
         record(tmp_path, ("Ada", 19))
     with pytest.raises(ValueError):
         unchanged([[1]], [[1, 2]])
+
+
+def test_a_question_worded_as_the_edit_is_left_out(tmp_path):
+    """Also where the record doesn't say its relation."""
+    texts = [item["text"] for item in RAW["questions"]["other"]]
+    raw = {
+        "prompt": texts[0],
+        "subject": "Oder",
+        "target_new": "Spain",
+        "rephrase_prompt": texts[1].format("Oder"),
+    }
+    (tmp_path / "records.json").write_text(json.dumps([raw]))
+    (probes,) = other_questions(read_records(tmp_path / "records.json"), most_questions())
+    assert not {probe.prompt for probe in probes} & {text.format("Oder") for text in texts[:2]}
