@@ -362,7 +362,7 @@ class RLSEditHyperParams:
     @classmethod
     def for_model(cls, model: PreTrainedModel, **changes: Any) -> "RLSEditHyperParams":
         """Settings for a model that has no file: modules and layers read off it, everything else as tuned for
-        SmolLM2-135M, with `memory` as it is.
+        SmolLM2-135M; ``memory="gated"`` brings the values' settings that were tuned for that.
 
         See `auto.settings_of` for what is read off.
 

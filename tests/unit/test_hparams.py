@@ -8,7 +8,7 @@ import pytest
 from easyedit_rls.config.files import shipped
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.errors import HyperParamsError
-from tests.conftest import tiny_settings
+from tests.conftest import tiny_llama, tiny_settings
 
 DOWN = "model.layers.{}.mlp.down_proj"
 PUBLISHED = {  # model: layers, v_lr, steps, v_loss_layer, clamp, n_0, module of the weight
@@ -42,6 +42,17 @@ def test_all_shipped_files_load_and_are_named():
     assert shipped() == sorted([*PUBLISHED, "smollm2-135m", "smollm2-135m-gated"])
     for name in shipped():
         assert RLSEditHyperParams.from_hparams(name).alg_name == "RLSEdit"
+
+
+def test_a_memory_behind_a_gate_brings_the_settings_that_were_tuned_for_it():
+    model = tiny_llama()
+    gated, file = (
+        RLSEditHyperParams.for_model(model, memory="gated"),
+        RLSEditHyperParams.from_hparams("smollm2-135m-gated"),
+    )
+    weights = RLSEditHyperParams.for_model(model)
+    for name in ("memory", "gate_share", "clamp_norm_factor", "v_lr", "early_stopping", "context_templates"):
+        assert getattr(gated, name) == getattr(file, name) != getattr(weights, name), name
 
 
 def test_a_path_works_with_and_without_its_ending(tmp_path):
