@@ -51,7 +51,7 @@ def test_a_memory_behind_a_gate_brings_the_settings_that_were_tuned_for_it():
         RLSEditHyperParams.from_hparams("smollm2-135m-gated"),
     )
     weights = RLSEditHyperParams.for_model(model)
-    for name in ("memory", "gate_share", "clamp_norm_factor", "v_lr", "early_stopping", "context_templates"):
+    for name in ("memory", "gate_share", "clamp_norm_factor", "early_stopping", "context_templates"):
         assert getattr(gated, name) == getattr(file, name) != getattr(weights, name), name
 
 
