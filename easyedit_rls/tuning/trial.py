@@ -117,9 +117,10 @@ def try_settings(
                 report = editor.edit(facts)
             look = replace(look, report=report, after=_measure(model, tok, facts, text, show_progress))
             editor.rollback()
-            remove_gates(model)
         except RLSEditError as exc:
             look = replace(look, refusal=str(exc))
+        finally:
+            remove_gates(model)
     return replace(look, seconds=time.perf_counter() - begun)
 
 

@@ -9,6 +9,7 @@ from easyedit_rls import RLSEditHyperParams
 from easyedit_rls.anchors.cache import cache_folder
 from easyedit_rls.cli.main import main
 from easyedit_rls.data.requests import parse_requests
+from easyedit_rls.model.gate import has_gates
 from easyedit_rls.tuning import trial
 from easyedit_rls.tuning.trial import try_settings
 from tests.conftest import tiny_llama, tiny_settings
@@ -125,3 +126,16 @@ def test_init_tries_nothing_where_told(folder, capsys, monkeypatch):
     assert "Trying" not in shown
     assert "Next: easyedit-rls tune" in shown
     assert (folder / "own.yaml").is_file()
+
+
+@pytest.mark.parametrize("max_deviation", ["off", 1e-9])
+def test_settings_with_a_gate_leave_none(tok, easy, monkeypatch, max_deviation):
+    """Whether the trial succeeds or the batch is refused."""
+    monkeypatch.setattr("easyedit_rls.anchors.ordinary.N_KEYS", 500)
+    model = tiny_llama()
+    weight = 1e6 if max_deviation != "off" else 10.0
+    hp = tiny_settings("llama", memory="gated", mom2_update_weight=weight, max_deviation=max_deviation)
+    look = try_settings(model, tok, hp, show_progress=False)
+    assert (look.report is None) == (max_deviation != "off")
+    assert not has_gates(model)
+    assert not any(module._forward_hooks for module in model.modules())

@@ -5,13 +5,17 @@ import torch
 
 from easyedit_rls import GateError, RLSEditHyperParams, RLSEditor, UnsaidWarning
 from easyedit_rls.anchors.ordinary import ordinary_keys
+from easyedit_rls.anchors.text import token_blocks
 from easyedit_rls.errors import HyperParamsError
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_history
 from easyedit_rls.model.gated_weight import find_decision
+from easyedit_rls.model.hooks import tap
+from easyedit_rls.model.layout import find_layout
 from tests import zoo
-from tests.conftest import FAMILIES, tiny_settings
+from tests.conftest import FAMILIES, tiny_llama, tiny_settings
 from tests.helpers import gate_tensors, same, tensors_of
+from tests.tokenizers import sentencepiece_like
 from tests.tolerances import LEVERAGE_FLOAT32
 
 pytestmark = pytest.mark.usefixtures("few_ordinary_keys")
@@ -191,3 +195,16 @@ def test_first_layer_values_of_a_family_that_flattens_its_tokens(tok, requests):
     editor = RLSEditor(model, tok, hp)
     editor.edit(requests[:2])
     assert all(fact.is_open for fact in editor.edit(requests[2:]).facts)
+
+
+def test_start_tokens_are_not_ordinary(demo_text, monkeypatch):
+    """Each row of text has one in front, whose key is like no other's."""
+    tok, model = sentencepiece_like(demo_text), tiny_llama(900)
+    hp = tiny_settings("llama", mom2_n_samples=4)
+    keys = ordinary_keys(model, tok, find_layout(model, hp), 1, hp)
+    rows = [row for block in token_blocks(model, tok, hp) for row in block]
+    assert len(keys) == sum(len(row) - 1 for row in rows)
+    with torch.no_grad(), tap(inputs={0: model.model.layers[1].mlp.down_proj}) as seen:
+        model(torch.tensor([rows[0]]))
+    assert float((keys - seen[0][0, 0]).norm(dim=1).min()) > 1e-3
+    assert float((keys - seen[0][0, 1]).norm(dim=1).min()) < 1e-4

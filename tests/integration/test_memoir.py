@@ -205,6 +205,11 @@ def test_scores_know_what_the_prompt_is(model, tok, begin, facts):
     editor = begin(irr_threshold=1.0)  # any token more, and the mask is another
     editor.edit(facts)
     probes = [f.probe(f.prompt, f.target) for f in facts]
+    longer = [f.probe(f"{f.prompt} {f.target}", "well and good") for f in facts]  # texts that begin alike
+    longer += [f.probe(f.prompt, f"{f.target} well and good") for f in facts]
+    apart = [score(model, tok, [probe], show_progress=False)[0].nll for probe in longer]
+    found = [one.nll for one in score(model, tok, [*longer, *probes], show_progress=False)]
+    assert found[: len(longer)] == pytest.approx(apart, rel=1e-3)
     alone = [score(model, tok, [probe], show_progress=False)[0].nll for probe in probes]
     together = [s.nll for s in score(model, tok, probes * 3, show_progress=False)][: len(facts)]
     assert together == pytest.approx(alone, rel=1e-3)

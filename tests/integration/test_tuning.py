@@ -8,6 +8,7 @@ import torch
 from easyedit_rls import RLSEditHyperParams, RLSEditor, evaluate, parse_requests, perplexity
 from easyedit_rls.cli.main import main
 from easyedit_rls.errors import RequestError
+from easyedit_rls.model.gate import has_gates
 from easyedit_rls.model.hooks import tap
 from easyedit_rls.model.subject import subject_tokens
 from easyedit_rls.tuning.search import Search, objective
@@ -272,3 +273,12 @@ def test_what_is_not_there_is_said_in_a_line(folder, capsys):
         main(["tune", "--help"])
     assert caught.value.code == 0
     assert "harmonic mean" in capsys.readouterr().out
+
+
+def test_a_search_behind_a_gate_leaves_none(tok, records, demo_text, monkeypatch):
+    monkeypatch.setattr("easyedit_rls.anchors.ordinary.N_KEYS", 500)
+    start = tiny_settings("llama", memory="gated", early_stopping_margin=1.0)
+    search = Search(tiny_llama(), tok, start, records, demo_text, batch=2, max_tokens=512)
+    search.run(2, 1000.0, lambda trial: None)
+    assert all(trial.error is None for trial in search.trials)
+    assert not has_gates(search._model)
