@@ -168,8 +168,8 @@ def test_perplexity_needs_text(model, tok):
 def test_what_texts_begin_with_runs_once(model, tok, monkeypatch):
     """27 texts of up to nine words, in rows of 48 tokens at most: fewer tokens than there are in all."""
     seen = []
-    true = scoring.run
-    monkeypatch.setattr(scoring, "run", lambda model, batch: seen.append(batch) or true(model, batch))
+    true = scoring.logits_at
+    monkeypatch.setattr(scoring, "logits_at", lambda *args: seen.append(args[1]) or true(*args))
     words = ("bread", "river", "bees")
     probes = [
         Probe(f"The slow and wide {a} and the {b}", f"{c} is") for a in words for b in words for c in words
@@ -185,10 +185,8 @@ def test_answers_share_passes(model, tok, monkeypatch):
     time.
     """
     seen = []
-    true = scoring.run
-    monkeypatch.setattr(
-        scoring, "run", lambda model, batch: seen.append(batch.ids.shape) or true(model, batch)
-    )
+    true = scoring.logits_at
+    monkeypatch.setattr(scoring, "logits_at", lambda *args: seen.append(args[1].ids.shape) or true(*args))
     probes = [Probe("The bread", answer) for answer in ("is warm", "is warm and wide", "is", "is warm")] + [
         Probe("Bread", "is")
     ]
