@@ -133,10 +133,8 @@ class MEMOIR(Editor):
 
     def _refuse_other(self, masked: MaskedMemory, top_k: int) -> None:
         """See that a memory is the one that these settings would make."""
-        known = find_memory_of(self.model)
-        is_there = known is not None and known[1] is masked
-        is_ours = is_there and self.model.get_submodule(known[0]) is self._projection if known else False
-        if not is_ours or (masked.top_k, masked.threshold) != (top_k, self.settings.irr_threshold):
+        is_there = find_memory_of(self._projection) == ("", masked)
+        if not is_there or (masked.top_k, masked.threshold) != (top_k, self.settings.irr_threshold):
             raise StateMismatchError(
                 f"The model's memory has top_k {masked.top_k} and irr_threshold {masked.threshold}, or "
                 "stands elsewhere. Give the settings that it was made with."

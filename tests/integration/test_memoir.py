@@ -52,15 +52,6 @@ def facts(requests):
     return parse_requests(requests)
 
 
-@pytest.fixture
-def logits(tok):
-    def of(model, text):
-        with torch.no_grad():
-            return model(**tok(text, return_tensors="pt")).logits
-
-    return of
-
-
 def prompt_of(fact):
     return fact.before + fact.subject + fact.after
 
