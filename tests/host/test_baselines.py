@@ -12,6 +12,7 @@ from easyedit_rls.data.requests import Probe
 from easyedit_rls.editors.base import EDITORS, Setup
 from easyedit_rls.errors import LayoutError
 from easyedit_rls.evaluation.scores import score
+from easyedit_rls.host.registration import registered
 from tests.conftest import tiny_settings
 from tests.host.test_parity import REQUESTS
 
@@ -222,7 +223,7 @@ def test_faults_name_what_there_is(editor, setup):
 def test_every_editor_of_the_checkout_is_joined_or_refused_with_the_reason(easyeditor):
     from easyeditor.util.alg_dict import ALG_DICT
 
-    theirs = set(ALG_DICT) - {"RLSEdit"}
+    theirs = set(ALG_DICT) - set(registered())
     assert theirs == set(NAMES) | set(EDITORS.refused())
     for name in EDITORS.refused():
         with pytest.raises(HyperParamsError, match=rf"^{name} .*(Take|Compare) .*\.$"):
