@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from easyedit_rls._base.device import choose_device
 from easyedit_rls._base.files import read_text
@@ -24,7 +25,8 @@ from easyedit_rls.compare.results import METRICS
 from easyedit_rls.compare.run import find_waiting, run_all
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.editors.base import EDITORS
-from easyedit_rls.errors import HyperParamsError
+from easyedit_rls.errors import HyperParamsError, LayoutError
+from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.load import load_model
 from easyedit_rls.model.sampling import sample_templates
 from easyedit_rls.model.weights import refuse_unsound
@@ -76,10 +78,12 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         RequestError: the records can't be read, or don't fit the model.
         TextError: the text can't be read.
         ModelError: the model can't be loaded.
+        LayoutError: a contender's settings are another model's.
     """
-    contenders = _contenders(config)
-    find_waiting(out, contenders)
-    _check(contenders, _formed(_likely_settings(config.model.hparams), config.chat_template))
+    named = _contenders(config)
+    find_waiting(out, named)
+    likely = _formed(_likely_settings(config.model.hparams), config.chat_template)
+    _check(_from_files(named, likely), likely)
     read = records_of(config.data)
     if config.eval.text is not None:
         read_text(config.eval.text, cure="Change eval.text.")
@@ -89,7 +93,9 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         config.model.path, config.dtype, trust_remote_code=trust
     )  # off the GPU, which the editors' processes need
     hparams = _formed(settings_for(model, config.model.path, config.model.hparams), config.chat_template)
+    contenders = _from_files(named, hparams)
     _check(contenders, hparams)
+    _refuse_unfit(contenders, model, hparams)
     n_templates = hparams.n_templates if config.templates is None else config.templates
     refuse_unsound(model)
     templates = tuple(
@@ -159,6 +165,41 @@ def _contenders(config: DictConfig) -> tuple[Contender, ...]:
     return tuple(
         Contender(name, changes[name], "RLSEdit" if name in solvers else method_of(name)) for name in names
     )
+
+
+def _from_files(contenders: Sequence[Contender], hparams: RLSEditHyperParams) -> tuple[Contender, ...]:
+    """The contenders, with all that differs from `hparams` where one that RLSEdit runs names a file of its
+    own to start from: `settings.NAME.hparams`.
+
+    Raises:
+        HyperParamsError: there is no such file.
+    """
+    found, common = [], hparams.to_dict()
+    for contender in contenders:
+        settings = dict(contender.settings)
+        file = settings.pop("hparams", None) if contender.alg_name == "RLSEdit" else None
+        if file is not None:
+            own = {**RLSEditHyperParams.from_hparams(file).to_dict(), "model_name": hparams.model_name}
+            settings = {name: value for name, value in (own | settings).items() if value != common[name]}
+        found.append(replace(contender, settings=settings))
+    return tuple(found)
+
+
+def _refuse_unfit(
+    contenders: Sequence[Contender], model: PreTrainedModel, hparams: RLSEditHyperParams
+) -> None:
+    """See that the settings of those that RLSEdit runs are this model's.
+
+    Raises:
+        LayoutError: they are another's; names the contender.
+    """
+    for contender in contenders:
+        if contender.alg_name != "RLSEdit":
+            continue
+        try:
+            find_layout(model, RLSEditHyperParams.from_dict({**hparams.to_dict(), **contender.settings}))
+        except LayoutError as exc:
+            raise LayoutError(f"{contender.name}: {exc}") from exc
 
 
 def _likely_settings(hparams: str | None) -> RLSEditHyperParams:

@@ -32,6 +32,7 @@ from easyedit_rls.model.limits import refuse_unfit
 from easyedit_rls.model.masked_memory import MaskedMemory, prompt_means
 from easyedit_rls.model.subject import Row, answer_rows
 from easyedit_rls.model.tokens import start_tokens
+from easyedit_rls.model.weights import refuse_unsound
 
 _PROMPT_TOKENS = 16  # of a text that has nothing to do with edits
 _SHARE = 2 / 7  # of a projection's inputs that are active: 4,096 of 14,336
@@ -88,7 +89,8 @@ class MEMOIR(Editor):
 
     Raises:
         HyperParamsError: a setting is unknown or out of range.
-        LayoutError: the model has no such layer.
+        LayoutError: the model has no such layer, or a weight is offloaded.
+        NumericalError: a weight is not finite.
         AnchorError: there is no text for the background.
         GateError: the model has a memory with edits, which was not given.
         StateMismatchError: the memory that was given stands elsewhere, or has other settings.
@@ -119,17 +121,17 @@ class MEMOIR(Editor):
             self.masked = masked
             self._refuse_other(masked, top_k)
             return
-        with undisturbed(self.model):
-            background = self._background(hp)
+        refuse_unsound(self.model)
         order = torch.Generator().manual_seed(hp.seed)
-        self.masked = put_memory(
-            setup.model,
-            self._projection,
-            permutation=torch.randperm(d_k, generator=order),
-            background=background,
-            top_k=top_k,
-            threshold=self.settings.irr_threshold,
-        )
+        with undisturbed(self.model):
+            self.masked = put_memory(
+                setup.model,
+                self._projection,
+                permutation=torch.randperm(d_k, generator=order),
+                background=self._background(hp),
+                top_k=top_k,
+                threshold=self.settings.irr_threshold,
+            )
 
     def _refuse_other(self, masked: MaskedMemory, top_k: int) -> None:
         """See that a memory is the one that these settings would make."""

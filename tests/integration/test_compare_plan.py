@@ -118,3 +118,21 @@ def test_settings_are_made_from_the_model_where_none_are_given(tiny_folder, monk
         config = compose("compare", ["data.file=records.jsonl", "model.path=model", "templates=1"])
     made = RLSEditHyperParams.from_dict(make_plan(config, tiny_folder).hparams)
     assert (made.model_name, made.layers, made.v_loss_layer) == ("model", [0, 1], 3)
+
+
+def test_one_starts_from_a_file_of_its_own(tiny_folder, monkeypatch):
+    monkeypatch.chdir(tiny_folder)
+    settings = yaml.safe_load((tiny_folder / "tiny.yaml").read_text())
+    own = {**settings, "mom2_update_weight": 77, "clamp_norm_factor": 2.5}
+    (tiny_folder / "own.yaml").write_text(yaml.safe_dump(own))
+    with initialize_config_module("easyedit_rls.conf.streams", version_base=None):
+        given = [
+            argument for argument in COMPARE_ARGUMENTS if not argument.startswith(("alg_name", "settings."))
+        ]
+        more = ["alg_name=[RLSEdit,RLSEdit--own]", "solver=[rls--own]", "++settings.RLSEdit--own.v_lr=0.125"]
+        files = [f"++settings.{name}.hparams=own.yaml" for name in ("RLSEdit--own", "rls--own")]
+        plan = make_plan(compose("compare", [*given, *more, *files]), tiny_folder)
+    plain, edited, solved = (dict(contender.settings) for contender in plan.contenders)
+    assert plain == {}
+    assert edited == {"mom2_update_weight": 77, "clamp_norm_factor": 2.5, "v_lr": 0.125}
+    assert solved == {"mom2_update_weight": 77, "clamp_norm_factor": 2.5}

@@ -122,6 +122,20 @@ def test_facts_are_learned(model, tok, begin, facts):
     assert sum(found) >= 2
 
 
+def test_it_learns_where_nothing_shall_learn(begin, facts):
+    with torch.inference_mode():
+        editor = begin()
+        editor.edit(facts[:1])
+    assert editor.masked.weight.any()
+    assert not editor.masked.weight.is_inference()
+
+
+def test_offloaded_weights_are_refused(model, begin):
+    model.get_output_embeddings().to("meta")
+    with pytest.raises(LayoutError, match="offloaded"):
+        begin()
+
+
 def test_a_batch_of_prompts_is_what_each_gives_alone(model, tok, begin, facts, logits):
     """Padding on either side, edited and unedited prompts together."""
     begin().edit(facts)
