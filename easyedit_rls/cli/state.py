@@ -70,7 +70,8 @@ def _show(arguments: argparse.Namespace) -> int:
     if summary["gate"] is not None:
         say(f"behind gates: tokens with leverage above {summary['gate']['threshold']:.3f} see the edits")
     table = Table(
-        "Layer", "d_k × d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", title="Edited layers"
+        *("Layer", "d_k × d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", "Fill"),
+        title="Edited layers",
     )
     for f in layers:
         numbers = (
@@ -79,12 +80,14 @@ def _show(arguments: argparse.Namespace) -> int:
             f"{f.deviation_term:.4g}",
             f"{f.anchor_term:.4g}",
             f"{f.drift:.1e}",
+            "" if f.fill is None else f"{f.fill:.3f}",
         )
         table.add_row(str(f.layer), f"{f.d_k} × {f.d_v}", *numbers)
     console.print(table)
     console.print(
         "Deviation ‖W−W₀‖/‖W₀‖; the objective's terms: "
-        "edits Σ d‖kW−v‖², λ²‖W−W₀‖², μ²‖K₀W−V₀‖²; drift: relative error of C"
+        "edits Σ d‖kW−v‖², λ²‖W−W₀‖², μ²‖K₀W−V₀‖²; drift: relative error of C; "
+        "fill: share of the layer's memory that the edits have taken"
     )
     return 0
 

@@ -56,6 +56,14 @@ def draw(plan: Plan, runs: Sequence[Run], folder: Path) -> dict[str, str]:
         "largest change of a weight, relative to its norm",
         None,
     )
+    fill = {
+        run.contender.name: _plain(run, lambda point: max(point.get("fill", {}).values(), default=None))
+        for run in runs
+    }
+    if any(fill.values()):
+        drawn |= _lines(
+            fill, "fill", "1 − tr(C A₀)/d_k", folder / "fill", "how full the fullest layer is", (0, 1)
+        )
     for task, metric in {
         task: next(iter(found))
         for run in runs

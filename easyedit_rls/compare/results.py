@@ -53,7 +53,8 @@ class Run:
         contender: which.
         settings: its whole settings.
         before: checkpoint of the unedited model, on all records.
-        checkpoints: in order of edits; each with n_edits, records, deviation, perplexity, seconds_per_edit.
+        checkpoints: in order of edits; each with n_edits, records, deviation, fill, perplexity,
+            seconds_per_edit.
         versions: see `versions.versions`.
     """
 
@@ -178,6 +179,7 @@ def _whole(checkpoint: Mapping[str, Any], plan: Plan, kept: int | None) -> dict[
         for task, found in checkpoint.get("abilities", {}).items()
         for name, value in found.items()
     }
+    figures |= {"fill": max(checkpoint["fill"].values())} if checkpoint.get("fill") else {}
     deviation = checkpoint["deviation"].values()
     return figures | {"deviation": max(deviation) if deviation else 0.0}
 
@@ -191,6 +193,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         "perplexity": ("perplexity", 2),
         "fluency": ("fluency, bits", 2),
         "deviation": ("largest ‖W − W₀‖/‖W₀‖", 3),
+        "fill": ("fullest layer, 0 to 1", 3),
         "objective_edits": ("objective: Σ dᵢ‖kᵢW − vᵢ‖²", 1),
         "objective_anchors": ("objective: μ²‖K₀W − K₀W₀‖²", 1),
         "seconds_per_edit": ("seconds an edit, median", 2),

@@ -46,6 +46,7 @@ from easyedit_rls.evaluation import (
     unchanged,
 )
 from easyedit_rls.model.load import load_model
+from easyedit_rls.solvers.fill import Gauge
 
 RESULT = "result.json"
 REFUSED = "refused: "  # a run ends with such a line, and status 2, where what it was given can't be used
@@ -136,6 +137,7 @@ class _Measure:
             name: weight.detach().clone() for name, weight in model.named_parameters()
         }
         self._objective = Objective(model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)))
+        self._gauge = Gauge()
         self._questions = other_questions(records, plan.relations) if plan.relations else []
         # Of the unedited model: EasyEdit's figures, and the first tokens behind the questions
         self._quality: Sequence[Mapping[str, Any]] = ()
@@ -172,6 +174,7 @@ class _Measure:
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
         terms = self._objective.terms(model, editor.rls if isinstance(editor, RLSEdit) else None)
         result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(model), "objective": terms}
+        result["fill"] = self._fill(editor)
         if self._text is not None:
             result["perplexity"] = perplexity(model, self._tok, self._text, show_progress=False)
         if is_last and self._plan.answers:
@@ -225,6 +228,14 @@ class _Measure:
             for name, weight in changed_weights(model, self.weights).items()
         }
         return {name: float((W - W_0).norm() / W_0.norm()) for name, (W, W_0) in pairs.items()}
+
+    def _fill(self, editor: Editor | None) -> dict[str, float]:
+        """How full each layer is, for rules that have such a memory."""
+        if not isinstance(editor, RLSEdit):
+            return {}
+        now = editor.rls.state.now
+        fills = {layer: self._gauge.read(one, now.beginnings, layer) for layer, one in now.solutions.items()}
+        return {str(layer): fill for layer, fill in fills.items() if fill is not None}
 
 
 def _easyedit(figures: Mapping[str, Any]) -> dict[str, float | None]:

@@ -47,12 +47,15 @@ class LayerReport:
         step: ‖W_t − W_{t−1}‖/‖W_0‖.
         deviation: ‖W_t − W_0‖/‖W_0‖.
         drift: relative error of the covariance (see `RecursiveLeastSquares.drift`).
+        fill: how much of the layer's memory the edits have taken, 1 − tr(C_t A_0)/d_k, an estimate
+            (`solvers.fill`); None for rules without such a memory.
     """
 
     layer: int
     step: float
     deviation: float
     drift: float
+    fill: float | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from easyedit_rls.ledger.state import EditorState
 from easyedit_rls.model.hooks import undisturbed
 from easyedit_rls.model.layout import find_layout
 from easyedit_rls.model.weights import refuse_unsound
+from easyedit_rls.solvers.fill import Gauge
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class RLSEditor:
         if not isinstance(anchors, AnchorPairs | None):
             anchors = listed(anchors, "anchors")
         self.model, self.tok, self.hparams = model, tok, hparams
-        self._anchors, self._show_progress = anchors, show_progress
+        self._anchors, self._show_progress, self._gauge = anchors, show_progress, Gauge()
         self.state = state or EditorState()
         self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
         folder = state_dir or hparams.state_dir
@@ -217,9 +218,7 @@ class RLSEditor:
                 self.state.adopt(self.memory)
 
     def close(self) -> None:
-        """Store the whole state in the ledger and let other editors have it. Without a ledger, nothing
-        happens.
-        """
+        """Store the whole state in the ledger, if there is one, and let other editors have it."""
         with self.state.mutex:
             self.state.close()
 
@@ -396,5 +395,6 @@ class RLSEditor:
         for layer, solution in change.solutions.items():
             W_0, before = self.state.now.unedited[layer], change.start.solutions[layer].weight
             step, deviation = (float((solution.weight - W).norm() / W_0.norm()) for W in (before, W_0))
-            reports.append(LayerReport(layer, step, deviation, solution.drift()))
+            fill = self._gauge.read(solution, self.state.now.beginnings, layer)
+            reports.append(LayerReport(layer, step, deviation, solution.drift(), fill))
         return reports

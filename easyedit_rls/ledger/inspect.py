@@ -23,6 +23,7 @@ from easyedit_rls.ledger.snapshot import read_prior
 from easyedit_rls.ledger.tidy import leftovers, tails
 from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import batch_solution
+from easyedit_rls.solvers.fill import exact_fill
 from easyedit_rls.solvers.spd import cholesky
 
 
@@ -40,6 +41,8 @@ class LayerFigures:
         deviation_term: λ² ‖W − W_0‖².
         anchor_term: μ² ‖K_0 W − V_0‖².
         drift: relative error of the covariance, seen through probes.
+        fill: how much of the layer's memory the edits have taken, 1 − tr(C_t A_0)/d_k (`solvers.fill`); None
+            for rules without such a memory.
     """
 
     layer: int
@@ -50,6 +53,7 @@ class LayerFigures:
     deviation_term: float
     anchor_term: float
     drift: float
+    fill: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -128,7 +132,15 @@ def layer_figures(
     relative = float((W - W_0).norm() / W_0.norm())
     d_k, d_v = W.shape
     return LayerFigures(
-        layer, d_k, d_v, relative, terms.edits, terms.deviation, terms.anchors, solution.drift()
+        layer,
+        d_k,
+        d_v,
+        relative,
+        terms.edits,
+        terms.deviation,
+        terms.anchors,
+        solution.drift(),
+        exact_fill(solution, prior.beginning),
     )
 
 

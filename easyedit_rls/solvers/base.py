@@ -149,6 +149,14 @@ class LayerSolver(ABC):
         """
         raise HyperParamsError(f"The rule of {self.name} has no covariance. Take solver: rls.")
 
+    def variances(self, X: Tensor) -> Tensor:
+        """``xᵀ C_t x`` of each column of X, (d_k, p) -> (p,).
+
+        Raises:
+            HyperParamsError: the rule has no covariance.
+        """
+        return ((self.covariance().to(X) @ X) * X).sum(0)
+
     def drift(self) -> float:
         """Relative error of the covariance, seen through fixed random probes; 0 where none is kept."""
         return 0.0

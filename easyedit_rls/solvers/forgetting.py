@@ -148,6 +148,13 @@ class ForgettingLeastSquares(LayerSolver):
         """C_t as a new (d_k, d_k) tensor in the solution's dtype; costs an inversion."""
         return spd_inverse(self.information(), f"Information matrix of {self.name}", _CURE).to(self.weight)
 
+    def variances(self, X: Tensor) -> Tensor:
+        """``xᵀ C_t x`` of each column of X, (d_k, p) -> (p,), by one solution of A."""
+        A = self.information()
+        L = cholesky(A, f"Information matrix of {self.name}", _CURE)
+        found: Tensor = torch.linalg.solve_triangular(L, X.to(A), upper=False).square().sum(0)
+        return found
+
     def information(self) -> Tensor:
         """A_t as a new (d_k, d_k) tensor, float64 where the device has it."""
         A = self._parts.A.clone()

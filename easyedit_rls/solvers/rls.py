@@ -168,6 +168,10 @@ class RecursiveLeastSquares(LayerSolver):
         p = self._parts
         return p.C.to_dense((*p.settled, *p.previous, *p.last))
 
+    def variances(self, X: Tensor) -> Tensor:
+        """``xᵀ C_t x`` of each column of X, (d_k, p) -> (p,), without C as a whole."""
+        return (self._times(X.T.contiguous(), self._parts).T * X).sum(0)
+
     def update(
         self,
         K: Tensor,

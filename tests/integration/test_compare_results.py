@@ -121,6 +121,11 @@ def test_everything_is_written(tiny_folder, compared):
     assert {"exact", "contained", "locality", "rewrite_acc", "perplexity", "fluency"} <= ours.keys()
     assert result["unedited"]["locality"]["mean"] == 1
     assert "answer" in ours["checkpoints"][-1]["records"][0]
+    fills = [max(checkpoint["fill"].values()) for checkpoint in ours["checkpoints"]]
+    assert 0 < fills[0] < fills[1] == ours["fill"] < 1
+    assert "fill" not in result["unedited"]
+    assert "fullest layer, 0 to 1" in (out / "table.md").read_text()
+    assert (out / "figures" / "fill.png").is_file()
 
 
 def test_a_line_a_batch(compared):
