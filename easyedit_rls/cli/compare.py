@@ -120,6 +120,7 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         left_out=tuple(sorted({record.index for record in read} - {record.index for record in records})),
         batch=config.data.batch,
         every=config.eval.every,
+        sample=config.eval.sample,
         text=config.eval.text,
         answers=config.eval.answers,
         fluency=config.eval.fluency,

@@ -36,6 +36,7 @@ class ModelConfig:
 @dataclass
 class EvalConfig:
     every: int = 2
+    sample: int | None = None
     text: str | None = None
     answers: bool = True
     fluency: int = 0
@@ -103,6 +104,7 @@ _LEAST = {
     "data.count": 1,
     "data.batch": 1,
     "eval.every": 1,
+    "eval.sample": 1,
     "eval.fluency": 0,
     "eval.relations": 0,
     "eval.tasks_every": 1,

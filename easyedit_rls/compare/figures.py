@@ -2,7 +2,7 @@
 readers; markers differ too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +18,7 @@ _TERMS = {  # of the objective
     "deviation": ("λ²‖W − W₀‖²", "objective: deviation from the unedited weights"),
     "anchors": ("μ²‖K₀W − K₀W₀‖²", "objective: change of what ordinary keys map to"),
 }
+_ENOUGH_TO_AGE = 50  # edits
 _NUMBERS_UP_TO = 60  # cells of a heat map
 
 
@@ -102,6 +103,17 @@ def draw(plan: Plan, runs: Sequence[Run], folder: Path) -> dict[str, str]:
         None,
         scale="log",
     )
+    ages = {run.contender.name: run.by_age() for run in runs}
+    if plan.count >= _ENOUGH_TO_AGE:
+        drawn |= _lines(
+            ages,
+            "rewrite accuracy by age",
+            "rewrite accuracy at the end",
+            folder / "age",
+            "rewrite accuracy at the end, by how many edits were made later",
+            (0, 1),
+            edits="edits made later",
+        )
     for run in runs:
         drawn |= _heat_map(plan, run, folder / f"retention-{run.contender.folder}")
     return drawn
@@ -125,13 +137,14 @@ def _plain(run: Run, of: Any) -> list[tuple[int, float]]:
 
 
 def _lines(
-    lines: dict[str, list[tuple[int, float]]],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
     title: str,
     label: str,
     path: Path,
     what: str,
     limits: tuple[float, float] | None,
     scale: str = "linear",
+    edits: str = "edits",
 ) -> dict[str, str]:
     figure = _figure()
     axes = figure.subplots()
@@ -139,7 +152,7 @@ def _lines(
         if points:
             style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
             axes.plot(*zip(*points), label=name, markersize=5, linewidth=1.6, **style)
-    axes.set(title=title, xlabel="edits", ylabel=label, yscale=scale)
+    axes.set(title=title, xlabel=edits, ylabel=label, yscale=scale)
     if limits is not None:
         axes.set_ylim(limits[0] - 0.02, limits[1] + 0.02)
     axes.grid(alpha=0.3)

@@ -83,6 +83,8 @@ class Plan:
         left_out: numbers of those whose texts the model can't take.
         relations: how many questions about other relations of each edited subject are asked at the last
             checkpoint, 0 for none.
+        sample: how many of the first, of the last and of the records between are measured at a checkpoint;
+            None for all so far.
     """
 
     model: str
@@ -109,6 +111,7 @@ class Plan:
     n_records: int | None = None
     left_out: tuple[int, ...] = ()
     relations: int = 0
+    sample: int | None = None
 
     def records(self) -> list[EditRecord]:
         """The edits of the stream, in order; chats, where prompts are to be user's turns.
@@ -144,6 +147,29 @@ class Plan:
     def is_checkpoint(self, n_batches_done: int) -> bool:
         """Whether to measure after this many batches."""
         return n_batches_done % self.every == 0 or n_batches_done == self.n_batches
+
+    def measured(self, n_edits: int) -> list[int]:
+        """Positions in the stream of the records that are measured after so many edits, in order.
+
+        >>> plan = Plan("m", {}, (), "d", 0, 20, 5, 1, None, False, 0, None, (), sample=2)
+        >>> plan.measured(5), plan.measured(20)
+        ([0, 1, 2, 3, 4], [0, 1, 6, 14, 18, 19])
+        """
+        if self.sample is None or n_edits <= 3 * self.sample:
+            return list(range(n_edits))
+        n, n_between = self.sample, n_edits - 2 * self.sample
+        between = [n + (2 * i + 1) * n_between // (2 * n) for i in range(n)]
+        return [*range(n), *between, *range(n_edits - n, n_edits)]
+
+    @property
+    def ever_measured(self) -> list[int]:
+        """Positions of the records that any checkpoint measures."""
+        ends = [
+            min(batch * self.batch, self.count)
+            for batch in range(1, self.n_batches + 1)
+            if self.is_checkpoint(batch)
+        ]
+        return sorted({position for n_edits in ends for position in self.measured(n_edits)})
 
     def has_tasks(self, n_batches_done: int) -> bool:
         """Whether lm-eval's tasks are run after this many batches."""

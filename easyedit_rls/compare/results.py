@@ -52,9 +52,9 @@ class Run:
     Attributes:
         contender: which.
         settings: its whole settings.
-        before: checkpoint of the unedited model, on all records.
-        checkpoints: in order of edits; each with n_edits, records, deviation, fill, perplexity,
-            seconds_per_edit.
+        before: checkpoint of the unedited model, on all records that are measured.
+        checkpoints: in order of edits; each with n_edits, positions (of the records, in the stream), records,
+            deviation, fill, perplexity, seconds_per_edit.
         versions: see `versions.versions`.
     """
 
@@ -70,16 +70,33 @@ class Run:
         return self.checkpoints[-1]
 
     def column(self, metric: str, first: int = 0, end: int | None = None) -> list[float | None]:
-        """A metric of the records at the end, those from `first` up to `end`."""
-        return [record.get(metric) for record in self.last["records"][first:end]]
+        """A metric of the records that are measured at the end, of those from `first` up to `end`."""
+        return [
+            record.get(metric)
+            for position, record in zip(self.last["positions"], self.last["records"])
+            if first <= position and (end is None or position < end)
+        ]
 
     def retention(self, batch: int, metric: str = "rewrite_accuracy") -> list[list[float]]:
-        """For each checkpoint: the metric's mean over each batch of edits so far."""
+        """For each checkpoint: the metric's mean over each batch of edits so far; NaN where no record of the
+        batch was measured.
+        """
         table = []
         for checkpoint in self.checkpoints:
-            values = [record[metric] for record in checkpoint["records"]]
-            table.append([fmean(values[at : at + batch]) for at in range(0, len(values), batch)])
+            values: list[list[float]] = [[] for _ in range(-(-checkpoint["n_edits"] // batch))]
+            for position, record in zip(checkpoint["positions"], checkpoint["records"]):
+                values[position // batch].append(record[metric])
+            table.append([fmean(some) if some else float("nan") for some in values])
         return table
+
+    def by_age(self, n_bins: int = 10, metric: str = "rewrite_accuracy") -> list[tuple[float, float]]:
+        """The metric at the end against how many edits were made later: the means of both over parts of the
+        stream of equal length.
+        """
+        n_edits, bins = self.last["n_edits"], [[] for _ in range(n_bins)]  # type: ignore[var-annotated]
+        for position, record in zip(self.last["positions"], self.last["records"]):
+            bins[position * n_bins // n_edits].append((n_edits - 1 - position, record[metric]))
+        return [tuple(map(fmean, zip(*some))) for some in reversed(bins) if some]  # type: ignore[misc]
 
 
 def load_runs(folder: Path, plan: Plan) -> list[Run]:
@@ -138,7 +155,7 @@ def summary(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
     kept = min(100, plan.count)
     result: dict[str, Any] = {
         "plan": asdict(plan),
-        "unedited": _whole(runs[0].before, plan, None),
+        "unedited": _whole(_same_records(runs[0].before, runs[0].last), plan, None),
         "contenders": {},
         "differences": {},
     }
@@ -159,12 +176,20 @@ def summary(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
     return result
 
 
+def _same_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint with no more records than another has."""
+    wanted = set(after["positions"])
+    pairs = [pair for pair in zip(before["positions"], before["records"]) if pair[0] in wanted]
+    return {**before, "positions": [pair[0] for pair in pairs], "records": [pair[1] for pair in pairs]}
+
+
 def _whole(checkpoint: Mapping[str, Any], plan: Plan, kept: int | None) -> dict[str, Any]:
     columns = {metric: [record.get(metric) for record in checkpoint["records"]] for metric in METRICS}
     found = {metric: estimate(values) for metric, values in columns.items()}
     figures: dict[str, Any] = {metric: asdict(value) for metric, value in found.items() if value is not None}
     if kept is not None:
-        retained = estimate(columns["rewrite_accuracy"][:kept])
+        pairs = zip(checkpoint["positions"], columns["rewrite_accuracy"])
+        retained = estimate([value for position, value in pairs if position < kept])
         figures["retention"] = {"first": kept, **(asdict(retained) if retained else {})}
     figures |= {
         name: checkpoint[name] for name in ("perplexity", "fluency") if checkpoint.get(name) is not None

@@ -1,9 +1,9 @@
 """One contender's run, in a process of its own: ``python -m easyedit_rls.compare.stream FOLDER NAME``.
 
-Edits the stream batch by batch and measures at each checkpoint all records so far. What it finds goes to
-``FOLDER/<contender>/checkpoint-<edits>.json``, and at the end ``result.json`` says that it is whole. A run
-that was broken off goes on behind its last whole batch. The unedited model is measured by the first
-contender, for all of them.
+Edits the stream batch by batch and measures at each checkpoint the records so far, or a sample of them. What
+it finds goes to ``FOLDER/<contender>/checkpoint-<edits>.json``, and at the end ``result.json`` says that it
+is whole. A run that was broken off goes on behind its last whole batch. The unedited model is measured by
+the first contender, for all of them.
 """
 
 import json
@@ -75,10 +75,11 @@ def _run(folder: Path, plan: Plan, contender: Contender) -> bool:
     scale = _Measure(plan, model, tok, records)
     with FileLock(folder / f"{UNEDITED}.lock"):
         if not (folder / UNEDITED).is_file():
-            _say(f"{contender.name}: measures the unedited model on {len(records)} records, for all editors")
+            n_records = len(plan.ever_measured)
+            _say(f"{contender.name}: measures the unedited model on {n_records} records, for all editors")
             _write(folder / UNEDITED, scale.unedited())
     before = json.loads((folder / UNEDITED).read_text(encoding="utf-8"))
-    scale.take_as_before(before["quality"], before["figures"]["records"])
+    scale.take_as_before(before["quality"], before["figures"])
     _write(place / checkpoint_name(0), before["figures"])
     cls = EDITORS.get(contender.alg_name)
     hparams = RLSEditHyperParams.from_dict(dict(plan.hparams))
@@ -106,7 +107,8 @@ def _run(folder: Path, plan: Plan, contender: Contender) -> bool:
         if plan.is_checkpoint(number) and not (place / checkpoint_name(n_edits)).is_file():
             found = scale.now(n_edits, is_last=number == plan.n_batches, editor=editor)
             _write(place / checkpoint_name(n_edits), {**found, "seconds_per_edit": seconds})
-            line += f", rewrite accuracy {_mean(found['records'], 'rewrite_accuracy'):.3f} over {n_edits}"
+            accuracy = _mean(found["records"], "rewrite_accuracy")
+            line += f", rewrite accuracy {accuracy:.3f} over {len(found['records'])}"
         _say(line)
     result = {
         "name": contender.name,
@@ -139,38 +141,47 @@ class _Measure:
         self._objective = Objective(model, tok, RLSEditHyperParams.from_dict(dict(plan.hparams)))
         self._gauge = Gauge()
         self._questions = other_questions(records, plan.relations) if plan.relations else []
-        # Of the unedited model: EasyEdit's figures, and the first tokens behind the questions
-        self._quality: Sequence[Mapping[str, Any]] = ()
-        self._tokens: Sequence[Sequence[int]] | None = None
+        # Of the unedited model, by position: EasyEdit's figures, and the first tokens behind the questions
+        self._quality: dict[int, Mapping[str, Any]] = {}
+        self._tokens: dict[int, Sequence[int]] | None = None
 
-    def take_as_before(
-        self, quality: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def take_as_before(self, quality: Sequence[Mapping[str, Any]], figures: Mapping[str, Any]) -> None:
         """What was found of the unedited model: EasyEdit's figures, which its locality is taken against, and
         the records' figures.
         """
-        self._quality = quality
+        self._quality = dict(zip(figures["positions"], quality))
         if self._questions:
-            self._tokens = [record["other_tokens"] for record in figures]
+            tokens = [record["other_tokens"] for record in figures["records"]]
+            self._tokens = dict(zip(figures["positions"], tokens))
 
     def unedited(self) -> dict[str, Any]:
-        """The same before the first edit, on all records: figures, and what locality is taken against."""
-        self._quality = self._easyedit(self._model, self._records)
-        return {"quality": self._quality, "figures": self.now(len(self._records), is_last=True)}
-
-    def now(self, n_edits: int, is_last: bool, editor: Editor | None = None) -> dict[str, Any]:
-        """Figures of the first records, and of the model as a whole: the editor's, or the unedited one.
-        Every prompt is asked behind what the editor puts in front of it.
+        """The same before the first edit, on all records that will be measured: figures, and what locality
+        is taken against.
         """
+        positions = self._plan.ever_measured
+        quality = self._easyedit(self._model, [self._records[position] for position in positions])
+        self._quality = dict(zip(positions, quality))
+        return {"quality": quality, "figures": self._figures(positions, len(self._records), is_last=True)}
+
+    def now(self, n_edits: int, is_last: bool, editor: Editor) -> dict[str, Any]:
+        """Figures of the records so far, or of a sample, and of the editor's model as a whole. Every prompt
+        is asked behind what the editor puts in front of it.
+        """
+        return self._figures(self._plan.measured(n_edits), n_edits, is_last, editor)
+
+    def _figures(
+        self, positions: Sequence[int], n_edits: int, is_last: bool, editor: Editor | None = None
+    ) -> dict[str, Any]:
+        """The same of the records at these positions, and of the unedited model if there is no editor."""
         model = self._model if editor is None else editor.model
-        records = self._records[:n_edits]
+        records = [self._records[position] for position in positions]
         if editor is not None:
             records = [asked(record, editor.in_front) for record in records]
         counterfact = evaluate(
             model, self._tok, [record.request for record in records], show_progress=False
         ).records
         quality = self._easyedit(model, records)
-        add_locality(self._quality[:n_edits], quality)
+        add_locality([self._quality[position] for position in positions], quality)
         found = [{**asdict(scores), **_easyedit(figures)} for scores, figures in zip(counterfact, quality)]
         terms = self._objective.terms(model, editor.rls if isinstance(editor, RLSEdit) else None)
         result: dict[str, Any] = {"n_edits": n_edits, "deviation": self._deviation(model), "objective": terms}
@@ -190,7 +201,7 @@ class _Measure:
                     "contained": float(answer.is_contained),
                 }
         if is_last and self._questions:
-            for figures, more in zip(found, self._other_relations(model, editor)):
+            for figures, more in zip(found, self._other_relations(positions, model, editor)):
                 figures |= more
         if is_last and self._plan.fluency:
             prompts = [record.generation_prompts[0] for record in records if record.generation_prompts][
@@ -204,7 +215,7 @@ class _Measure:
         if self._plan.has_tasks(-(-n_edits // self._plan.batch)):
             limit, folder = self._plan.tasks_limit, self._plan.tasks_folder
             result["abilities"] = abilities(model, self._tok, self._plan.tasks, limit=limit, folder=folder)
-        return {**result, "records": found}
+        return {**result, "positions": list(positions), "records": found}
 
     def _easyedit(self, model: PreTrainedModel, records: Sequence[EditRecord]) -> list[dict[str, Any]]:
         """EasyEdit's own figures."""
@@ -212,13 +223,16 @@ class _Measure:
             model, self._tok, [record.easyedit for record in records], chat_template=self._plan.is_chat
         )
 
-    def _other_relations(self, model: PreTrainedModel, editor: Editor | None) -> list[dict[str, Any]]:
-        """Of all records: what is said first to the questions, and how much of it is as before."""
-        questions = self._questions
+    def _other_relations(
+        self, positions: Sequence[int], model: PreTrainedModel, editor: Editor | None
+    ) -> list[dict[str, Any]]:
+        """Of these records: what is said first to the questions, and how much of it is as before."""
+        questions = [self._questions[position] for position in positions]
         if editor is not None:
             questions = [[asked_probe(probe, editor.in_front) for probe in probes] for probes in questions]
         tokens = first_tokens(model, self._tok, questions, show_progress=False)
-        shares = unchanged(tokens if self._tokens is None else self._tokens, tokens)
+        before = tokens if self._tokens is None else [self._tokens[position] for position in positions]
+        shares = unchanged(before, tokens)
         return [{"other_tokens": said, "other_relations": share} for said, share in zip(tokens, shares)]
 
     def _deviation(self, model: PreTrainedModel) -> dict[str, float]:

@@ -128,6 +128,29 @@ def test_everything_is_written(tiny_folder, compared):
     assert (out / "figures" / "fill.png").is_file()
 
 
+def test_a_sample_is_measured_as_it_would_be_among_all(tiny_folder, compared, tmp_path):
+    """First, last and middle record of four edits: the same figures, and everything else as well."""
+    changes = [
+        "alg_name=RLSEdit",
+        "eval.sample=1",
+        "eval.relations=1",
+        "eval.every=2",
+        f"out={tmp_path / 'out'}",
+    ]
+    arguments = [argument for argument in compare_command() if not argument.startswith(("alg_name", "out"))]
+    arguments = [argument for argument in arguments if not argument.startswith(("settings", "eval.every"))]
+    subprocess.run([*arguments, *changes], cwd=tiny_folder, check=True, capture_output=True, text=True)
+    some = json.loads((tmp_path / "out" / "results.json").read_text())["contenders"]["RLSEdit"]
+    whole = json.loads((tiny_folder / "out" / "results.json").read_text())["contenders"]["RLSEdit"]
+    last, all_of_them = some["checkpoints"][-1], whole["checkpoints"][-1]
+    assert (last["positions"], all_of_them["positions"]) == ([0, 2, 3], [0, 1, 2, 3])
+    for position, record in zip(last["positions"], last["records"]):
+        for name, value in all_of_them["records"][position].items():
+            assert record[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    assert "other_relations" in last["records"][0]
+    assert len(json.loads((tmp_path / "out" / "unedited.json").read_text())["quality"]) == 3
+
+
 def test_a_line_a_batch(compared):
     for line in (
         "RLSEdit: batch 2 of 2",

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,13 @@ def checkpoint(hits: list[int], **more) -> dict:
     records = [
         {"case_id": i, "rewrite_accuracy": float(hit), "specificity": None} for i, hit in enumerate(hits)
     ]
-    return {"n_edits": len(hits), "records": records, "deviation": {"w": 0.1 * len(hits)}, **more}
+    return {
+        "n_edits": len(hits),
+        "positions": list(range(len(hits))),
+        "records": records,
+        "deviation": {"w": 0.1 * len(hits)},
+        **more,
+    }
 
 
 def a_run(name: str, *hits: list[int]) -> Run:
@@ -253,3 +260,23 @@ def test_a_setting_newer_than_the_plan_has_its_default(tmp_path):
     path.write_text(json.dumps(raw))
     with pytest.raises(HyperParamsError, match="different: hparams"):
         PLAN.save(tmp_path)
+
+
+def test_means_over_a_sample_know_where_its_records_stand():
+    hits = [1, 0, 0, 1]
+    last = {**checkpoint(hits), "n_edits": 8, "positions": [0, 1, 4, 7]}
+    run = replace(a_run("RLSEdit", hits), checkpoints=[last])
+    assert run.column("rewrite_accuracy", 1, 7) == [0, 0]
+    (row,) = run.retention(2)
+    assert row[:1] + row[2:] == [0.5, 0, 1]
+    assert math.isnan(row[1])
+    assert run.by_age(2) == [(1.5, 0.5), (6.5, 0.5)]
+
+
+def test_the_unedited_model_is_shown_on_the_same_records(monkeypatch):
+    last = {**checkpoint([1, 1]), "n_edits": 5, "positions": [0, 4]}
+    before = checkpoint([1, 0, 0, 0, 0])
+    runs = [replace(a_run("RLSEdit", [1, 1]), before=before, checkpoints=[{**RUNS[0].last, **last}])]
+    found = summary(replace(PLAN, sample=1), runs)
+    assert found["unedited"]["rewrite_accuracy"]["mean"] == 0.5
+    assert found["contenders"]["RLSEdit"]["retention"]["mean"] == 1
