@@ -133,29 +133,65 @@ class Entry:
         )
 
 
+@dataclass
+class _Index:
+    """What stands after some entries: number -> edit, ascending; the index of the entry that made it; and the
+    numbers of the edits that answer each question.
+    """
+
+    live: dict[int, Edit] = field(default_factory=dict)
+    made_by: dict[int, int] = field(default_factory=dict)
+    questions: dict[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
+
+    def add(self, entry: Entry, index: int) -> None:
+        """Take one entry in."""
+        for edit_id in _standing(entry.removed, self.live) if entry.removed else ():
+            question = self.live.pop(edit_id).request.question
+            del self.made_by[edit_id]
+            self.questions[question] = tuple(other for other in self.questions[question] if other != edit_id)
+            if not self.questions[question]:
+                del self.questions[question]
+        for edit in entry.edits:
+            self.live[edit.edit_id], self.made_by[edit.edit_id] = edit, index
+            question = edit.request.question
+            self.questions[question] = (*self.questions.get(question, ()), edit.edit_id)
+
+
 @dataclass(frozen=True)
 class History:
     """The entries of one stream in order, without those that were rolled back. A value: a change makes a new
-    one.
+    one. What stands is not copied for it, so that a change costs the same however many there were: the new
+    one takes it over, and an older one that is asked again makes its own from its entries.
 
     Attributes:
         entries: the changes that stand.
-        live: number -> edit, ascending, for all edits that are in the objective.
         next_id: number of the next edit.
         n_batches: batches of edits taken in.
         fingerprints: `weights_fingerprint` after changes that compaction dropped.
     """
 
     entries: tuple[Entry, ...] = ()
-    live: Mapping[int, Edit] = field(default_factory=dict)
     next_id: int = 1
     n_batches: int = 0
     fingerprints: tuple[str, ...] = ()
-    _made_by: Mapping[int, int] = field(default_factory=dict)  # edit -> index of its entry
-    _questions: Mapping[tuple[str, ...], tuple[int, ...]] = field(default_factory=dict)
+    _found: list[_Index] = field(default_factory=list, compare=False, repr=False)  # none once it was taken
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "History":
         return self
+
+    @property
+    def live(self) -> Mapping[int, Edit]:
+        """Number -> edit, ascending, for all edits that are in the objective; good until the next change."""
+        return self._index.live
+
+    @property
+    def _index(self) -> _Index:
+        if not self._found:
+            index = _Index()
+            for number, entry in enumerate(self.entries):
+                index.add(entry, number)
+            self._found.append(index)
+        return self._found[0]
 
     def plus(self, *entries: Entry) -> "History":
         """With changes more, in order.
@@ -163,38 +199,27 @@ class History:
         Raises:
             RequestError: one takes out an edit that does not stand, or brings in a number that was used.
         """
-        live, made_by, questions, next_id = (
-            dict(self.live),
-            dict(self._made_by),
-            dict(self._questions),
-            self.next_id,
-        )
-        for index, entry in enumerate(entries, len(self.entries)):
-            for edit_id in _standing(entry.removed, live) if entry.removed else ():
-                question = live.pop(edit_id).request.question
-                del made_by[edit_id]
-                questions[question] = tuple(other for other in questions[question] if other != edit_id)
-                if not questions[question]:
-                    del questions[question]
+        index, next_id = self._index, self.next_id
+        self._found.clear()
+        for number, entry in enumerate(entries, len(self.entries)):
             for edit in entry.edits:
                 if edit.edit_id < next_id:
                     raise RequestError(
                         f"number {edit.edit_id} was used before; the next is {next_id}.", field="edit_ids"
                     )
-                live[edit.edit_id], made_by[edit.edit_id], next_id = edit, index, edit.edit_id + 1
-                questions[edit.request.question] = (*questions.get(edit.request.question, ()), edit.edit_id)
+                next_id = edit.edit_id + 1
+            index.add(entry, number)
         n_batches = self.n_batches + sum(entry.kind == "edit" for entry in entries)
-        return History(
-            (*self.entries, *entries), live, next_id, n_batches, self.fingerprints, made_by, questions
-        )
+        return History((*self.entries, *entries), next_id, n_batches, self.fingerprints, [index])
 
     def with_entries(self, others: Mapping[int, Entry]) -> "History":
         """The same with other entries in the places of some, by their `id`."""
-        return replace(self, entries=tuple(others.get(id(entry), entry) for entry in self.entries))
+        entries = tuple(others.get(id(entry), entry) for entry in self.entries)
+        return replace(self, entries=entries, _found=[])
 
     def using(self, next_id: int) -> "History":
         """The same, with numbers below `next_id` used."""
-        return replace(self, next_id=next_id)
+        return replace(self, next_id=next_id, _found=[])
 
     @property
     def is_adopted(self) -> bool:
@@ -209,12 +234,12 @@ class History:
     def conflicts(self, requests: Sequence[EditRequest]) -> list[int]:
         """Numbers of the edits that answer the same prompt as one of the requests, in order."""
         return sorted(
-            {edit_id for request in requests for edit_id in self._questions.get(request.question, ())}
+            {edit_id for request in requests for edit_id in self._index.questions.get(request.question, ())}
         )
 
     def is_newest(self, edit: Edit) -> bool:
         """Whether no later edit answers the same prompt (on_conflict: keep lets several stand)."""
-        return self._questions[edit.request.question][-1] == edit.edit_id
+        return self._index.questions[edit.request.question][-1] == edit.edit_id
 
     def check(self, edit_ids: Iterable[int]) -> list[int]:
         """The numbers in order, each once.
@@ -241,7 +266,7 @@ class History:
         """
         rows: dict[int, list[int]] = {}
         for edit_id in self.live if edit_ids is None else sorted(edit_ids):
-            rows.setdefault(self._made_by[edit_id], []).append(self.live[edit_id].row)
+            rows.setdefault(self._index.made_by[edit_id], []).append(self.live[edit_id].row)
         left = self._left(layers)
         for index in sorted(rows):
             data = self.entries[index].data()

@@ -170,6 +170,7 @@ class RecursiveLeastSquares(LayerSolver):
 
     def variances(self, X: Tensor) -> Tensor:
         """``xᵀ C_t x`` of each column of X, (d_k, p) -> (p,), without C as a whole."""
+        X = X.to(self.weight)  # a layer that was summed anew is in float64
         return (self._times(X.T.contiguous(), self._parts).T * X).sum(0)
 
     def update(
