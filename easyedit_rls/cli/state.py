@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from easyedit_rls._base.files import user_path
@@ -70,19 +71,20 @@ def _show(arguments: argparse.Namespace) -> int:
     if summary["gate"] is not None:
         say(f"behind gates: tokens with leverage above {summary['gate']['threshold']:.3f} see the edits")
     table = Table(
-        *("Layer", "d_k × d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", "Fill"),
+        *("Layer", "d_k×d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", "Fill"),
         title="Edited layers",
+        box=SIMPLE_HEAD,  # narrow enough for 80 columns
     )
     for f in layers:
         numbers = (
             f"{f.deviation:.4f}",
-            f"{f.edits_term:.4g}",
-            f"{f.deviation_term:.4g}",
-            f"{f.anchor_term:.4g}",
+            f"{f.edits_term:.3g}",
+            f"{f.deviation_term:.3g}",
+            f"{f.anchor_term:.3g}",
             f"{f.drift:.1e}",
             "" if f.fill is None else f"{f.fill:.3f}",
         )
-        table.add_row(str(f.layer), f"{f.d_k} × {f.d_v}", *numbers)
+        table.add_row(str(f.layer), f"{f.d_k}×{f.d_v}", *numbers)
     console.print(table)
     console.print(
         "Deviation ‖W−W₀‖/‖W₀‖; the objective's terms: "

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import subprocess
 import sys
 
@@ -46,6 +47,19 @@ def test_the_model_comes_back_from_the_ledger_bit_for_bit(model, family, tok, re
     again.rollback()
     assert same(gate_tensors(again), before)
     again.close()
+
+
+def test_it_comes_back_before_the_first_checkpoint(model, family, tok, requests, gated, tmp_path):
+    """As after a crash: all there is are the prior and the batches; the gate's layer is in float64."""
+    first = RLSEditor(model, tok, gated(), state_dir=tmp_path / "ledger")
+    for batch in (requests[:2], requests[2:]):
+        first.edit(batch)
+    shutil.copytree(tmp_path / "ledger", tmp_path / "found")
+    again = RLSEditor(FAMILIES[family](), tok, gated(), state_dir=tmp_path / "found")
+    assert same(gate_tensors(again), gate_tensors(first))
+    assert again.memory.gate == first.memory.gate
+    again.close()
+    first.close()
 
 
 def test_a_batch_that_fails_leaves_the_gate_as_it_was(model, tok, requests, gated, monkeypatch):
