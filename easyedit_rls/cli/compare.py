@@ -130,6 +130,7 @@ def make_plan(config: DictConfig, out: Path) -> Plan:
         tasks_every=config.eval.tasks_every,
         tasks_limit=config.eval.tasks_limit,
         tasks_folder=config.eval.tasks_folder,
+        tasks_data=config.eval.tasks_data,
         device=device,
         dtype=config.dtype,
         contenders=contenders,

@@ -45,6 +45,7 @@ class EvalConfig:
     tasks_every: int | None = None
     tasks_limit: int | None = None
     tasks_folder: str | None = None
+    tasks_data: str | None = None
 
 
 @dataclass

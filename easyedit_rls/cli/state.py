@@ -74,6 +74,7 @@ def _show(arguments: argparse.Namespace) -> int:
         *("Layer", "d_k×d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", "Fill"),
         title="Edited layers",
         box=SIMPLE_HEAD,  # narrow enough for 80 columns
+        pad_edge=False,
     )
     for f in layers:
         numbers = (

@@ -73,6 +73,7 @@ class Plan:
         tasks_every: batches after which they are run as well, at checkpoints; None for never.
         tasks_limit: documents a task; None for all.
         tasks_folder: tasks of one's own, or None.
+        tasks_data: files that were published for known tasks, or None.
         device: where the editors and the measuring run.
         dtype: of the model.
         threads: torch's; None leaves it alone.
@@ -104,6 +105,7 @@ class Plan:
     tasks_every: int | None = None
     tasks_limit: int | None = None
     tasks_folder: str | None = None
+    tasks_data: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     joint: str | None = None

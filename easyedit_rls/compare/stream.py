@@ -213,8 +213,10 @@ class _Measure:
                 else None
             )
         if self._plan.has_tasks(-(-n_edits // self._plan.batch)):
-            limit, folder = self._plan.tasks_limit, self._plan.tasks_folder
-            result["abilities"] = abilities(model, self._tok, self._plan.tasks, limit=limit, folder=folder)
+            plan, tok = self._plan, self._tok
+            result["abilities"] = abilities(
+                model, tok, plan.tasks, limit=plan.tasks_limit, folder=plan.tasks_folder, data=plan.tasks_data
+            )
         return {**result, "positions": list(positions), "records": found}
 
     def _easyedit(self, model: PreTrainedModel, records: Sequence[EditRecord]) -> list[dict[str, Any]]:
