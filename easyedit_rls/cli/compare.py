@@ -66,7 +66,7 @@ def main(config: DictConfig) -> None:
             *(f"{found[key]:.2f}" if key in found else "" for key in ("perplexity", "seconds_per_edit")),
         )
     console.print(figures)
-    console.print(f"Written to {out}: report.html, table.md, table.csv, results.json, figures/")
+    console.print(f"Written to {out}: report.html, table.md, table.csv, results.json, summary.json, figures/")
 
 
 def make_plan(config: DictConfig, out: Path) -> Plan:

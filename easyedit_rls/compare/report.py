@@ -13,7 +13,15 @@ from typing import Any
 
 from easyedit_rls.compare.figures import draw
 from easyedit_rls.compare.plan import Plan
-from easyedit_rls.compare.results import METRICS, comma_separated, load_runs, markdown, summary, table
+from easyedit_rls.compare.results import (
+    METRICS,
+    comma_separated,
+    load_runs,
+    markdown,
+    summary,
+    table,
+    without_records,
+)
 
 _NOTES = (
     (
@@ -41,6 +49,8 @@ def write_report(folder: Path, plan: Plan) -> dict[str, Any]:
     runs = load_runs(folder, plan)
     result = summary(plan, runs)
     _write(folder / "results.json", json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n")
+    short = json.dumps(without_records(result), indent=1, ensure_ascii=False, default=str)
+    _write(folder / "summary.json", short + "\n")
     header, rows = table(result)
     _write(folder / "table.md", markdown(header, rows))
     _write(folder / "table.csv", comma_separated(header, rows))

@@ -176,6 +176,34 @@ def summary(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
     return result
 
 
+def without_records(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of `summary` without each record's, and files by their names alone: small enough to keep,
+    and to show to others.
+    """
+    plan = {**result["plan"]}
+    for name in ("model", "data", "text", "tasks_folder", "tasks_data"):
+        plan[name] = None if plan[name] is None else Path(plan[name]).name
+    plan["hparams"] = {**plan["hparams"], "model_name": Path(plan["hparams"]["model_name"]).name}
+    contenders = {}
+    for name, figures in result["contenders"].items():
+        settings = {**figures["settings"]}
+        if "model_name" in settings:
+            settings["model_name"] = Path(settings["model_name"]).name
+        points = [_means(checkpoint) for checkpoint in figures["checkpoints"]]
+        contenders[name] = {**figures, "settings": settings, "checkpoints": points}
+    return {**result, "plan": plan, "contenders": contenders}
+
+
+def _means(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the means over its records."""
+    found = {name: value for name, value in checkpoint.items() if name not in ("records", "positions")}
+    for metric in METRICS:
+        known = [record[metric] for record in checkpoint["records"] if record.get(metric) is not None]
+        if known:
+            found[metric] = fmean(known)
+    return {**found, "n_records": len(checkpoint["records"])}
+
+
 def _same_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint with no more records than another has."""
     wanted = set(after["positions"])

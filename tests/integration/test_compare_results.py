@@ -106,6 +106,7 @@ def test_everything_is_written(tiny_folder, compared):
     assert {
         "report.html",
         "results.json",
+        "summary.json",
         "table.md",
         "table.csv",
         "figures",
@@ -121,6 +122,13 @@ def test_everything_is_written(tiny_folder, compared):
     assert {"exact", "contained", "locality", "rewrite_acc", "perplexity", "fluency"} <= ours.keys()
     assert result["unedited"]["locality"]["mean"] == 1
     assert "answer" in ours["checkpoints"][-1]["records"][0]
+    short = json.loads((out / "summary.json").read_text())
+    assert short["plan"]["data"] == "records.jsonl"
+    assert short["unedited"] == result["unedited"]
+    (_, last), (_, whole) = short["contenders"]["RLSEdit"]["checkpoints"], ours["checkpoints"]
+    assert "records" not in last
+    assert last["rewrite_accuracy"] == ours["rewrite_accuracy"]["mean"]
+    assert last["n_records"] == len(whole["records"]) == 4
     fills = [max(checkpoint["fill"].values()) for checkpoint in ours["checkpoints"]]
     assert 0 < fills[0] < fills[1] == ours["fill"] < 1
     assert "fill" not in result["unedited"]

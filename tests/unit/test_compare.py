@@ -198,7 +198,7 @@ def test_the_page_needs_no_network(tmp_path, monkeypatch):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)), "one figure's parts would be drawn in another"
     assert all(target in ids for target in re.findall(r'xlink:href="#([^"]+)"', page))
-    assert {"results.json", "table.md", "table.csv", "report.html", "figures"} == {
+    assert {"results.json", "summary.json", "table.md", "table.csv", "report.html", "figures"} == {
         path.name for path in tmp_path.iterdir()
     }
 
