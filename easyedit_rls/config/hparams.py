@@ -260,7 +260,10 @@ class RLSEditHyperParams:
         above=0,
         most=1,
     )
-    gate_share: float = setting("Ordinary tokens that may see gated edits.", 1e-3, above=0, below=1)
+    gate_share: float = setting("Share of ordinary tokens that may see gated edits.", 1e-3, above=0, below=1)
+    gate_share_most: float = setting(
+        "The same where an edit's own prompt would not see it otherwise.", 1e-3, above=0, below=1
+    )
 
     # Edits that stand, and where they are kept
     on_conflict: str = setting(

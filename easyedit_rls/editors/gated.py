@@ -34,6 +34,7 @@ from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.spd import inverse_factor
 
 _GROWTH = 1.2  # edits have to grow so much, or shrink, for the threshold to be taken anew
+_BELOW = 1e-6  # a prompt's leverage, so that it is open in float32
 _AT_ONCE = 4096  # ordinary keys
 
 Beginnings = Callable[[int], LayerStart]
@@ -45,6 +46,7 @@ class GatedMemory(WeightMemory):
     Args:
         edited: layer number -> the model's weight behind its gate.
         share: of ordinary tokens that may be open, for the threshold.
+        most: the same where edits' own prompts would stay shut otherwise.
         prior: how much the prior counts for the gate, as a share of what it does for the weights.
         keys: gives keys of ordinary tokens at the gate's layer, (n, d_k); None where nothing is to be edited.
 
@@ -58,9 +60,11 @@ class GatedMemory(WeightMemory):
         share: float = 1e-3,
         prior: float = 0.03,
         keys: Callable[[], Tensor] | None = None,
+        most: float = 1e-3,
     ) -> None:
         super().__init__(edited)
         self._share, self._prior, self._keys, self._layer = share, prior, keys, min(edited)
+        self._most = max(share, most)
         self._sample: tuple[Tensor, Tensor] | None = None  # ordinary keys a, and ‖a R_0‖²
 
     @property
@@ -92,20 +96,19 @@ class GatedMemory(WeightMemory):
     def write(self, layer: int, solution: LayerSolver, keys: Tensor | None = None) -> None:
         """Let a layer's weight be its solution's; at the gate's layer, the gate goes by its covariance."""
         super().write(layer, solution)
-        n = solution.n_edits
         if layer == self._layer and self._go_by(solution):
-            if self.gate is None or not self.gate.edits / _GROWTH < n < self.gate.edits * _GROWTH:
-                self.gate = GateEntry(self._quantile(), n)
+            bare = None if keys is None else (keys if keys.dim() == 2 else keys[:, 0])  # the bare prompt's
+            g = [] if bare is None else self.decision.leverage(bare).tolist()
+            self.gate = self._entry(solution.n_edits, min(g, default=1.0))
             self.decision.threshold = self.gate.threshold
-            if keys is not None:
-                g = self.decision.leverage(keys if keys.dim() == 2 else keys[:, 0])  # the bare prompt's
-                self.leverage = [(some, some > self.gate.threshold) for some in g.tolist()]
+            if g:
+                self.leverage = [(some, some > self.gate.threshold) for some in g]
 
     def show(self, moment: Moment) -> None:
         """Let weights and gate be those of a moment."""
         super().show(moment)
         if self._layer in moment.solutions and self._go_by(moment.solutions[self._layer]):
-            self.gate = moment.history.gate or GateEntry(self._quantile(), len(moment.history.live))
+            self.gate = moment.history.gate or self._entry(len(moment.history.live))
             self.decision.threshold = self.gate.threshold
 
     def reset(self) -> None:
@@ -143,8 +146,25 @@ class GatedMemory(WeightMemory):
         factors = [inverse_factor(some, f"Gate at {solution.name}") for some in (self._prior * A_0, A)]
         self.decision.factors = torch.cat(factors, 1).float()
 
-    def _quantile(self) -> float:
-        """The threshold that a share of ordinary tokens passes."""
+    def _entry(self, n: int, least: float = 1.0) -> GateEntry:
+        """What the gate goes by with n edits, the least leverage of whose prompts is told: the threshold that
+        a share of ordinary tokens passes; lower where a prompt would stay shut, and then for the edits to
+        come as well.
+        """
+        gate = self.gate
+        is_due = gate is None or not gate.edits / _GROWTH < n < gate.edits * _GROWTH
+        share = self._share if gate is None or gate.share is None else gate.share
+        if gate is not None and not is_due and (least > gate.threshold or share >= self._most):
+            return gate
+        ordinary = self._ordinary()
+        threshold = float(torch.quantile(ordinary, 1 - share))
+        if least <= threshold:
+            threshold = max(float(torch.quantile(ordinary, 1 - self._most)), least - _BELOW)
+            share = max(share, float((ordinary > threshold).double().mean()))
+        return GateEntry(threshold, n, min(share, self._most))
+
+    def _ordinary(self) -> Tensor:
+        """g of ordinary tokens, (n,), float64."""
         prior, posterior = self.decision.factors.chunk(2, 1)
         if self._sample is None:
             if self._keys is None:
@@ -152,7 +172,7 @@ class GatedMemory(WeightMemory):
             keys = self._keys()
             self._sample = keys, _square_norms(keys, prior)
         keys, norms = self._sample
-        return float(torch.quantile((1 - _square_norms(keys, posterior) / norms).double(), 1 - self._share))
+        return (1 - _square_norms(keys, posterior) / norms).double()
 
 
 def _square_norms(keys: Tensor, factor: Tensor) -> Tensor:
@@ -173,7 +193,7 @@ def find_memory(
         model: the model; gates are put on it if there shall be some and are none yet.
         tok: its tokenizer.
         layout: its modules.
-        hparams: memory, gate_share, gate_prior.
+        hparams: memory, gate_share, gate_share_most, gate_prior.
 
     Raises:
         LayoutError: some edits stand behind gates already, and others shall go into the weights, or to other
@@ -194,7 +214,7 @@ def find_memory(
     edited = behind_gates(layout.edited)
     layout = replace(layout, edited=dict(edited))
     keys = partial(ordinary_keys, model, tok, layout, min(edited), hparams)
-    return layout, GatedMemory(edited, hparams.gate_share, hparams.gate_prior, keys)
+    return layout, GatedMemory(edited, hparams.gate_share, hparams.gate_prior, keys, hparams.gate_share_most)
 
 
 def behind_gates(edited: Mapping[int, EditedWeight]) -> dict[int, GatedWeight]:

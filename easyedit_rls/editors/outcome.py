@@ -126,7 +126,7 @@ def advice(
     closed = [fact for fact in unsaid if not fact.is_open]
     if closed:
         sentences.append(
-            f"The gate stays closed for {len(closed)}: raise gate_share ({hparams.gate_share:g}), "
+            f"The gate stays closed for {len(closed)}: raise gate_share_most ({hparams.gate_share_most:g}), "
             f"lower gate_prior ({hparams.gate_prior:g}), or edit another first layer."
         )
     if unwritten:

@@ -40,10 +40,12 @@ class GateEntry:
     Attributes:
         threshold: τ.
         edits: how many stood when it was taken.
+        share: of ordinary tokens above it; None in ledgers of earlier versions.
     """
 
     threshold: float
     edits: int
+    share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_reports_say_whose_gate_stays_closed(model, tok, requests, gated):
     assert any(fact.is_open for fact in report.facts)
     editor.rollback()
     strict = RLSEditor(model, tok, gated(gate_prior=1.0, lambda_reg=100.0, layers=[2]))
-    with pytest.warns(UnsaidWarning, match=r"The gate stays closed for \d.*raise gate_share \(0.01\)"):
+    with pytest.warns(UnsaidWarning, match=r"The gate stays closed for \d.*raise gate_share_most \(0.001\)"):
         strict.edit({**requests[0], "importance": 1e-6})
 
 

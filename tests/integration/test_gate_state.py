@@ -62,6 +62,27 @@ def test_it_comes_back_before_the_first_checkpoint(model, family, tok, requests,
     first.close()
 
 
+def test_edits_open_the_gate_for_themselves_up_to_a_share(model, tok, requests, gated, monkeypatch):
+    """Ordinary leverages are 0, 0.001, … 1; one token in a hundred may be open, in need one in ten."""
+    memory = RLSEditor(model, tok, gated(gate_share_most=0.1)).memory
+    monkeypatch.setattr(memory, "_ordinary", lambda: torch.linspace(0, 1, 1001, dtype=torch.float64))
+
+    def entry(*args):
+        found = memory._entry(*args)
+        return round(found.threshold, 4), found.edits, round(found.share, 4)
+
+    assert entry(5, 0.995) == (0.99, 5, 0.01)
+    assert entry(5, 0.9505) == (0.9505, 5, pytest.approx(0.05, abs=1e-3))
+    assert entry(5, 0.2) == (0.9, 5, 0.1)
+    memory.gate = memory._entry(10, 0.9505)
+    assert memory.gate.threshold < 0.9505
+    assert memory._entry(11, 0.97) is memory.gate  # nobody needs more
+    assert entry(13, 0.97)[0] == pytest.approx(0.95, abs=2e-3)  # taken anew, with the share that was needed
+    assert entry(11, 0.93)[0] == pytest.approx(0.93)
+    memory.gate = memory._entry(11, 0.2)
+    assert memory._entry(12, 0.1) is memory.gate  # as far as it may
+
+
 def test_a_batch_that_fails_leaves_the_gate_as_it_was(model, tok, requests, gated, monkeypatch):
     editor = RLSEditor(model, tok, gated())
     editor.edit(requests[:2])
