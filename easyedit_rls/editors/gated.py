@@ -159,9 +159,11 @@ class GatedMemory(WeightMemory):
         ordinary = self._ordinary()
         threshold = float(torch.quantile(ordinary, 1 - share))
         if least <= threshold:
-            threshold = max(float(torch.quantile(ordinary, 1 - self._most)), least - _BELOW)
-            share = max(share, float((ordinary > threshold).double().mean()))
-        return GateEntry(threshold, n, min(share, self._most))
+            lowest = float(torch.quantile(ordinary, 1 - self._most))
+            threshold = max(lowest, least - _BELOW)
+            above = float((ordinary > threshold).double().mean())
+            share = self._most if threshold == lowest else min(above, self._most)
+        return GateEntry(threshold, n, share)
 
     def _ordinary(self) -> Tensor:
         """g of ordinary tokens, (n,), float64."""
