@@ -255,10 +255,7 @@ class RLSEditHyperParams:
         choices=["weights", "gated"],
     )
     gate_prior: float = setting(
-        "How much the prior counts for the gate, as a share of what it does for the weights.",
-        0.03,
-        above=0,
-        most=1,
+        "The prior's part in the gate, as a share of what it does for the weights.", 0.03, above=0, most=1
     )
     gate_share: float = setting("Share of ordinary tokens that may see gated edits.", 1e-3, above=0, below=1)
     gate_share_most: float = setting(
