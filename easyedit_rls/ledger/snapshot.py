@@ -59,7 +59,7 @@ def prior_files(priors: Mapping[int, LayerStart]) -> dict[str, bytes]:
         tensors = prior.solution.tensors()
         is_unedited = torch.equal(prior.unedited.to(prior.solution.weight), prior.solution.weight)
         if is_unedited and prior.unedited.dtype == prior.solution.weight.dtype:
-            tensors.pop("W", None)  # as good as always: only anchors with values of their own move it
+            tensors.pop("W", None)  # as nearly always: a gate's layer and anchors' own values keep it
         if prior.anchor_energy is not None:
             tensors["anchor_energy"] = torch.tensor([prior.anchor_energy], dtype=torch.float64)
         if prior.beginning.gram is not None:
@@ -90,8 +90,7 @@ def read_prior(journal: Journal, layer: int, device: torch.device | str = "cpu")
     unedited = read_unedited(journal, layer, device)
     energy, gram, regularizers = (tensors.pop(key, None) for key in ("anchor_energy", "gram", "regularizers"))
     rule = read_manifest(journal).rule
-    W = unedited.to(tensors.get("C", unedited).dtype, copy=True)  # a gate's layer is in float64
-    solution, _ = _solutions(rule, {"W": W, **tensors}, layer)
+    solution, _ = _solutions(rule, {"W": unedited.clone(), **tensors}, layer)
     lambda_reg, mu_reg = (0.0, 0.0) if regularizers is None else regularizers.tolist()
     packed = None if gram is None else PackedSymmetric.from_vector(gram, len(unedited))
     C_0 = (
