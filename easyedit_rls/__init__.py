@@ -11,6 +11,7 @@ from easyedit_rls.editors.rls import RLSEditor
 from easyedit_rls.errors import (
     AnchorError,
     DataError,
+    FillWarning,
     GateError,
     HostError,
     HyperParamsError,
@@ -34,6 +35,7 @@ __all__ = [
     "EditReport",
     "EditRequest",
     "Evaluation",
+    "FillWarning",
     "GateError",
     "HostError",
     "HyperParamsError",

@@ -92,3 +92,7 @@ class RLSEditWarning(UserWarning):
 
 class UnsaidWarning(RLSEditWarning):
     """A batch was edited, but the model does not say some of its facts."""
+
+
+class FillWarning(RLSEditWarning):
+    """The memory of an edited layer is nearly full."""

@@ -87,6 +87,9 @@ def _show(arguments: argparse.Namespace) -> int:
         )
         table.add_row(str(f.layer), f"{f.d_k}×{f.d_v}", *numbers)
     console.print(table)
+    bounds = [f.deviation_bound for f in layers if f.deviation_bound is not None]
+    if bounds:
+        say(f"no layer's deviation can exceed √J(W₀)/(λ‖W₀‖), {max(bounds):.3f} at most")
     console.print(
         "Deviation ‖W−W₀‖/‖W₀‖; the objective's terms: "
         "edits Σ d‖kW−v‖², λ²‖W−W₀‖², μ²‖K₀W−V₀‖²; drift: relative error of C; "

@@ -7,16 +7,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from easyedit_rls.config.hparams import RLSEditHyperParams
-from easyedit_rls.editors.reports import EditReport, FactReport
-from easyedit_rls.errors import NumericalError, UnsaidWarning
+from easyedit_rls.editors.reports import EditReport, FactReport, LayerReport
+from easyedit_rls.errors import FillWarning, NumericalError, UnsaidWarning
 from easyedit_rls.evaluation.scores import predict_rows
 from easyedit_rls.facts.keys import Fact, LayerWalk
 from easyedit_rls.facts.values import Values
+from easyedit_rls.ledger.change import Change
 from easyedit_rls.ledger.history import Edit
+from easyedit_rls.solvers.fill import Gauge
 
 _WRITTEN = 0.3  # largest miss of a value that counts as written
 _FAR_NLL = 2.0  # nats a token: a value that leaves the target this improbable is not said when written
 _NAMED = 3
+_NEARLY_FULL = 0.6  # of a layer's memory: one that was filled so far had lost early edits (docs/method.md)
 
 
 def find_said(model: PreTrainedModel, facts: Sequence[Fact], batch_tokens: int) -> list[bool]:
@@ -62,6 +65,22 @@ def fact_reports(
     return [FactReport(*whose, *row, *own) for whose, row, own in zip(about, numbers, gate)]
 
 
+def layer_reports(change: Change, gauge: Gauge) -> list[LayerReport]:
+    """A report of each layer.
+
+    Args:
+        change: as far as it has come.
+        gauge: of this stream.
+    """
+    start, reports = change.start, []
+    for layer, solution in change.solutions.items():
+        W_0, before = start.unedited[layer], start.solutions[layer].weight
+        step, deviation = (float((solution.weight - W).norm() / W_0.norm()) for W in (before, W_0))
+        fill = gauge.read(solution, start.beginnings, layer)
+        reports.append(LayerReport(layer, step, deviation, solution.drift(), fill))
+    return reports
+
+
 def refuse_if_off(
     facts: Sequence[FactReport], steps: Mapping[int, float], hparams: RLSEditHyperParams
 ) -> None:
@@ -87,6 +106,30 @@ def refuse_if_off(
             f"Raise mom2_update_weight ({hparams.mom2_update_weight:g}) or lambda_reg, "
             "edit fewer facts a batch, take other layers (`easyedit-rls tune`), or set max_deviation: off."
         )
+
+
+def warn_if_full(report: EditReport, before: float, stacklevel: int) -> float:
+    """Warn when a batch makes a layer's memory nearly full, with what helps.
+
+    Args:
+        report: of the batch.
+        before: how full the fullest layer was before it.
+        stacklevel: as for `warnings.warn`, counted from the caller.
+
+    Returns:
+        How full the fullest layer is; 0 for rules that have no such memory.
+    """
+    fill, layer = max(((one.fill or 0.0, one.layer) for one in report.layers), default=(0.0, -1))
+    if before < _NEARLY_FULL <= fill:
+        warnings.warn(
+            f"The memory is filling up: the edits have settled {fill:.2f} of layer {layer} (1 is full), "
+            "so new ones begin to push earlier ones out. Retract those that are no longer needed, "
+            "set rehearsal, which edits lost ones again, or begin anew with more layers "
+            "or with solver: forgetting.",
+            FillWarning,
+            stacklevel=stacklevel + 1,
+        )
+    return fill
 
 
 def warn_if_unsaid(report: EditReport, hparams: RLSEditHyperParams, stacklevel: int) -> None:

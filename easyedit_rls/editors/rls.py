@@ -21,9 +21,16 @@ from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.editors.arguments import refuse_wrong_types
 from easyedit_rls.editors.gated import find_memory
-from easyedit_rls.editors.outcome import fact_reports, find_said, refuse_if_off, warn_if_unsaid
+from easyedit_rls.editors.outcome import (
+    fact_reports,
+    find_said,
+    layer_reports,
+    refuse_if_off,
+    warn_if_full,
+    warn_if_unsaid,
+)
 from easyedit_rls.editors.rehearsal import due_edits, lost_edits
-from easyedit_rls.editors.reports import EditReport, LayerReport, RetractReport
+from easyedit_rls.editors.reports import EditReport, RetractReport
 from easyedit_rls.errors import RequestError, RLSEditWarning
 from easyedit_rls.facts.keys import Fact, KnownFacts, LayerWalk, locate_facts, refuse_unfit_facts
 from easyedit_rls.facts.targets import target_outputs
@@ -89,7 +96,8 @@ class RLSEditor:
         if not isinstance(anchors, AnchorPairs | None):
             anchors = listed(anchors, "anchors")
         self.model, self.tok, self.hparams = model, tok, hparams
-        self._anchors, self._show_progress, self._gauge = anchors, show_progress, Gauge()
+        self._anchors, self._show_progress = anchors, show_progress
+        self._gauge, self._fullest = Gauge(), 0.0
         self.state = state or EditorState()
         self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
         folder = state_dir or hparams.state_dir
@@ -163,7 +171,7 @@ class RLSEditor:
             with self.state.change(self.memory, "retract") as change:
                 self._open(change, wanted)
                 change.gate = self.memory.gate
-                reports = self._layer_reports(change)
+                reports = layer_reports(change, self._gauge)
             return RetractReport(wanted, self.n_edits, reports)
 
     def amend(self, edit_id: int, request: Mapping[str, Any] | EditRequest) -> EditReport:
@@ -264,6 +272,7 @@ class RLSEditor:
             )
             warnings.warn(message, RLSEditWarning, stacklevel=3)
         warn_if_unsaid(report, self.hparams, stacklevel=3)
+        self._fullest = warn_if_full(report, self._fullest, stacklevel=3)
         return report
 
     def _edit_once(
@@ -295,17 +304,15 @@ class RLSEditor:
                 clock.append(time.perf_counter())
                 said = find_said(self.model, facts, self.hparams.batch_tokens)
                 told = fact_reports(change.edits, walk, values, said, self.memory.leverage)
-                layer_reports = self._layer_reports(change)
-                refuse_if_off(told, {report.layer: report.step for report in layer_reports}, self.hparams)
+                of_layers = layer_reports(change, self._gauge)
+                refuse_if_off(told, {report.layer: report.step for report in of_layers}, self.hparams)
                 clock.append(time.perf_counter())
             clock.append(time.perf_counter())
         upkeep, *spans = [b - a for a, b in pairwise(clock)]
         seconds = dict(zip(("rehearsal", "prepare", "values", "weights", "check", "ledger"), spans))
         seconds["ledger"] += upkeep
         rehearsed = [edit.edit_id for edit in lost]
-        return EditReport(
-            self.state.n_batches, self.n_edits, told, layer_reports, superseded, rehearsed, seconds
-        )
+        return EditReport(self.state.n_batches, self.n_edits, told, of_layers, superseded, rehearsed, seconds)
 
     def _superseded(self, requests: Sequence[EditRequest], besides: int | None = None) -> list[int]:
         """Earlier edits that the requests contradict, to be taken out first; one of them may be known
@@ -389,12 +396,3 @@ class RLSEditor:
             again = LayerWalk(self.model, self.layout, facts, self.hparams.batch_tokens, self.hparams.keys)
             for layer in self.layout.edited:
                 change.look_after(layer, again.advance_to(layer).to(K.device), walk.importance)
-
-    def _layer_reports(self, change: Change) -> list[LayerReport]:
-        reports = []
-        for layer, solution in change.solutions.items():
-            W_0, before = self.state.now.unedited[layer], change.start.solutions[layer].weight
-            step, deviation = (float((solution.weight - W).norm() / W_0.norm()) for W in (before, W_0))
-            fill = self._gauge.read(solution, self.state.now.beginnings, layer)
-            reports.append(LayerReport(layer, step, deviation, solution.drift(), fill))
-        return reports

@@ -25,6 +25,11 @@ class Terms:
     deviation: float
     anchors: float
 
+    @property
+    def total(self) -> float:
+        """J_t(W)."""
+        return self.edits + self.deviation + self.anchors
+
 
 def objective(
     W: Tensor,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from easyedit_rls.anchors.prior import LayerStart
 from easyedit_rls.errors import NumericalError, RLSEditError
-from easyedit_rls.evaluation.objective import objective
+from easyedit_rls.evaluation.objective import Terms, objective
 from easyedit_rls.ledger.files import read_part
 from easyedit_rls.ledger.history import History
 from easyedit_rls.ledger.journal import ENTRIES, HEAD, INDEX, Journal
@@ -43,6 +44,9 @@ class LayerFigures:
         drift: relative error of the covariance, seen through probes.
         fill: how much of the layer's memory the edits have taken, 1 − tr(C_t A_0)/d_k (`solvers.fill`); None
             for rules without such a memory.
+        deviation_bound: what `deviation` can't exceed, √J_t(W_0)/(λ ‖W_0‖), since the solution costs no more
+            than the unedited weight, J_t(W_t) ≤ J_t(W_0); None where λ is 0, the rule solves another
+            problem, or somebody else's weights were adopted.
     """
 
     layer: int
@@ -54,6 +58,7 @@ class LayerFigures:
     anchor_term: float
     drift: float
     fill: float | None
+    deviation_bound: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -127,9 +132,16 @@ def layer_figures(
         gram /= mu_reg**2
         if prior.anchor_energy is not None:  # K_0ᵀV_0, since W_p solves the problem without edits
             cross = gram @ W_p + (lambda_reg / mu_reg) ** 2 * (W_p - W_0)
-    edits = (part[layer] for part in history.standing([layer]))
-    terms = objective(W, W_0, edits, gram, lambda_reg, mu_reg, cross, prior.anchor_energy or 0.0)
+
+    def terms_at(weight: Tensor) -> Terms:
+        edits = (part[layer] for part in history.standing([layer]))
+        return objective(weight, W_0, edits, gram, lambda_reg, mu_reg, cross, prior.anchor_energy or 0.0)
+
+    terms = terms_at(W)
     relative = float((W - W_0).norm() / W_0.norm())
+    bound = None
+    if lambda_reg > 0 and solution.solves_objective and not history.is_adopted:
+        bound = terms_at(W_0).total ** 0.5 / lambda_reg / float(W_0.norm())
     d_k, d_v = W.shape
     return LayerFigures(
         layer,
@@ -141,6 +153,7 @@ def layer_figures(
         terms.anchors,
         solution.drift(),
         exact_fill(solution, prior.beginning),
+        bound,
     )
 
 

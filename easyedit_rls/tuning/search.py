@@ -19,7 +19,7 @@ from easyedit_rls.anchors.cache import moments
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import EditRequest, as_chat
 from easyedit_rls.editors.rls import RLSEditor
-from easyedit_rls.errors import RequestError, RLSEditError, UnsaidWarning
+from easyedit_rls.errors import FillWarning, RequestError, RLSEditError, UnsaidWarning
 from easyedit_rls.evaluation import evaluate, perplexity
 from easyedit_rls.model.gate import remove_gates
 from easyedit_rls.tuning.trial import MEASURED
@@ -209,7 +209,8 @@ class Search:
             hparams = RLSEditHyperParams.from_dict({**self._start.to_dict(), **changes})
             editor = RLSEditor(self._model, self._tok, hparams, show_progress=False)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UnsaidWarning)  # the figures say it
+                for kind in (UnsaidWarning, FillWarning):
+                    warnings.simplefilter("ignore", kind)  # the figures say it
                 for at in range(0, len(self._records), self._batch):
                     editor.edit(self._records[at : at + self._batch])
             means = evaluate(self._model, self._tok, self._records, show_progress=False).means()

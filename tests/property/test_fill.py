@@ -1,12 +1,14 @@
 """How full a layer's memory is: the exact figure, its estimate, and what is reported of it."""
 
 import json
+import warnings
 
 import pytest
 import torch
 
 from easyedit_rls import RLSEditor
 from easyedit_rls.cli.state import main as state
+from easyedit_rls.errors import FillWarning
 from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.fill import Gauge, exact_fill
 from easyedit_rls.solvers.packed import PackedSymmetric
@@ -93,3 +95,45 @@ def test_reports_and_state_show_tell_it(model, tok, family, requests, tmp_path, 
     assert [layer["fill"] for layer in shown] == pytest.approx(fills[2], abs=3 * (2 / 16 / d_k) ** 0.5)
     assert state(["show", str(tmp_path / "ledger")]) == 0
     assert "Fill" in capsys.readouterr().out
+
+
+def test_a_layer_that_becomes_nearly_full_is_told_once(model, tok, family, requests):
+    hparams = tiny_settings(family, lambda_reg=1e-3, mu_reg=0, max_deviation="off")
+    editor, told = RLSEditor(model, tok, hparams), []
+    for one in requests * 12:
+        prompt = f"{len(told)}: {one['prompt']}"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FillWarning)
+            report = editor.edit([{**one, "prompt": prompt}])
+        fills = {layer.layer: layer.fill for layer in report.layers}
+        told.append([str(one.message) for one in caught if one.category is FillWarning])
+        if told[-1]:
+            break
+    assert not any(told[:-1])
+    fullest = max(fills, key=fills.get)
+    assert len(told[-1]) == 1
+    assert f"have settled {fills[fullest]:.2f} of layer {fullest} (1 is full)" in told[-1][0]
+    assert all(cure in told[-1][0] for cure in ("Retract", "rehearsal", "more layers", "forgetting"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FillWarning)
+        editor.edit([{**requests[0], "prompt": f"Once more: {requests[0]['prompt']}"}])
+
+
+def test_no_deviation_exceeds_its_bound(model, tok, family, requests, tmp_path, capsys):
+    """‖W − W_0‖ ≤ √J(W_0)/λ, J(W_0) summed by hand."""
+    hparams = tiny_settings(family, lambda_reg=3.0)
+    with RLSEditor(model, tok, hparams, state_dir=tmp_path) as editor:
+        editor.edit(requests[:2])
+        editor.edit(requests[2:])
+        unedited = editor.state.now.unedited
+        standing = list(editor.state.history.standing(hparams.layers))
+    assert state(["show", str(tmp_path), "--json"]) == 0
+    for figures in json.loads(capsys.readouterr().out)["layers"]:
+        W_0 = unedited[figures["layer"]].double()
+        parts = (part[figures["layer"]] for part in standing)
+        edits = (tuple(tensor.double() for tensor in part) for part in parts)
+        J = sum(float((D[..., None] * (K @ W_0 - V).square()).sum()) for K, V, D in edits)
+        assert figures["deviation_bound"] == pytest.approx(J**0.5 / 3 / float(W_0.norm()), rel=1e-6)
+        assert 0 < figures["deviation"] <= figures["deviation_bound"]
+    assert state(["show", str(tmp_path)]) == 0
+    assert "deviation can exceed" in capsys.readouterr().out
