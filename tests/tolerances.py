@@ -39,3 +39,6 @@ RULES_FLOAT32 = 1e-4  # the same where weight, keys and targets are float32
 
 LEVERAGE_FLOAT32 = {"rtol": 0.0, "atol": 2e-5}  # a gate's g, from factors that were rounded once
 LEVERAGE_FLOAT64 = {"rtol": 0.0, "atol": 1e-9}  # the same in float64, after 1,000 updates
+
+# A full shard summed anew in float64, its weight kept in float32
+GATE_SUMMED_ANEW = {"atol": 1e-6, "rtol": 1e-5}

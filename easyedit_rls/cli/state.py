@@ -70,6 +70,9 @@ def _show(arguments: argparse.Namespace) -> int:
     say(f"objective: {', '.join(settings)}{own}")
     if summary["gate"] is not None:
         say(f"behind gates: tokens with leverage above {summary['gate']['threshold']:.3f} see the edits")
+    if summary["shards"]:
+        counts = [*summary["shards"], summary["edits"] - sum(summary["shards"])]
+        say(f"in {len(counts)} shards, of {', '.join(map(str, counts))} edits; below is the last one")
     table = Table(
         *("Layer", "d_k×d_v", "Deviation", "Edits", "λ term", "μ term", "Drift", "Fill"),
         title="Edited layers",
@@ -102,11 +105,12 @@ def _summary(folder: Path, journal: Journal) -> dict[str, Any]:
     """What `show` tells, of one moment."""
     manifest, moment = read_manifest(journal), moment_of(journal)
     layers = [
-        layer_figures(read_prior(journal, n), solution, moment.history, n, manifest)
+        layer_figures(read_prior(journal, n), solution, moment.history, n, manifest, len(moment.shards))
         for n, solution in moment.solutions.items()
     ]
     return {
         "ledger": str(folder),
+        "shards": [shard.n_edits for shard in moment.shards],
         "model": manifest.model,
         "architecture": manifest.architecture,
         "dtype": manifest.dtype,

@@ -80,8 +80,9 @@ class Objective:
 
 
 def _edits(editor: RLSEditor | None) -> dict[int, list[Tensor]]:
-    """layer -> keys, targets and importances of all edits that stand."""
-    if editor is None or not editor.state.history.live:
+    """layer -> keys, targets and importances of all edits that stand, in the newest shard."""
+    if editor is None:
         return {}
     history = editor.state.history
-    return history.tensors(history.live, list(editor.state.layers))
+    edit_ids = history.in_shard(len(editor.state.now.shards))
+    return history.tensors(edit_ids, list(editor.state.layers)) if edit_ids else {}

@@ -257,6 +257,12 @@ class RLSEditHyperParams:
     gate_prior: float = setting(
         "The prior's part in the gate, as a share of what it does for the weights.", 0.03, above=0, most=1
     )
+    gate_fill: float = setting(
+        "How full a shard of the memory may become before a new one begins (solver: rls); 1 keeps to one.",
+        0.2,
+        above=0,
+        most=1,
+    )
     gate_share: float = setting("Share of ordinary tokens that may see gated edits.", 1e-3, above=0, below=1)
     gate_share_most: float = setting(
         "The same where an edit's own prompt would not see it otherwise.", 1e-3, above=0, below=1
@@ -288,9 +294,7 @@ class RLSEditHyperParams:
 
     # EasyEdit's keys, which it reads itself or nobody does
     layer_selection: str = setting("EasyEdit's key; only 'all'.", "all", choices=["all"])
-    fact_token: str = setting(
-        "Where a fact sits; only 'subject_last'.", "subject_last", choices=["subject_last"]
-    )
+    fact_token: str = setting("Where a fact sits.", "subject_last", choices=["subject_last"])
     mlp_module_tmp: str = setting("Name of a layer's MLP (EasyEdit's key; not used).")
     attn_module_tmp: str = setting("Name of a layer's attention (EasyEdit's key; not used).")
     max_length: int = setting("Longest prompt that EasyEdit's evaluation tokenizes.", 40, least=1)
@@ -302,16 +306,11 @@ class RLSEditHyperParams:
         is_ascending = list(self.layers) == sorted(set(self.layers))
         refuse_unless(is_ascending, self, "layers", "strictly ascending layer numbers")
         refuse_unless(self.layers[0] >= 0, self, "layers", "numbers from 0")
-        last = self.layers[-1]
-        is_above = self.v_loss_layer >= last
+        is_above = self.v_loss_layer >= (last := self.layers[-1])
         refuse_unless(is_above, self, "v_loss_layer", f"the last edited layer ({last}) or above")
         refuse_unless(self.lambda_reg > 0 or self.mu_reg > 0, self, "lambda_reg", "above 0 where mu_reg is 0")
-        refuse_unless(
-            self.rule.can_retract or self.rehearsal == 0,
-            self,
-            "rehearsal",
-            f"0 where solver is {self.solver}",
-        )
+        can_rehearse = self.rule.can_retract or self.rehearsal == 0
+        refuse_unless(can_rehearse, self, "rehearsal", f"0 where solver is {self.solver}")
         has_covariance = self.rule.has_covariance or self.memory == "weights"
         refuse_unless(has_covariance, self, "memory", f"'weights' where solver is {self.solver}")
         has_prior = self.lambda_reg > 0 or self.mom2_adjustment

@@ -2,7 +2,7 @@
 edits where the covariance says that they have something to say of it (`model.gate`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from easyedit_rls.editors.transaction import WeightMemory
 from easyedit_rls.errors import GateError, LayoutError, StateMismatchError
 from easyedit_rls.ledger.history import GateEntry
 from easyedit_rls.ledger.moment import Moment
+from easyedit_rls.ledger.shards import Shard
 from easyedit_rls.model.gate import (
     CLOSED,
     Decision,
@@ -31,6 +32,7 @@ from easyedit_rls.model.gated_weight import GatedWeight
 from easyedit_rls.model.layout import Layout
 from easyedit_rls.model.weights import EditedWeight
 from easyedit_rls.solvers.base import LayerSolver
+from easyedit_rls.solvers.fill import Gauge
 from easyedit_rls.solvers.spd import inverse_factor
 
 _GROWTH = 1.2  # edits have to grow so much, or shrink, for the threshold to be taken anew
@@ -63,9 +65,11 @@ class GatedMemory(WeightMemory):
         most: float = 1e-3,
     ) -> None:
         super().__init__(edited)
+        self._gated = edited
         self._share, self._prior, self._keys, self._layer = share, prior, keys, min(edited)
         self._most = max(share, most)
         self._sample: tuple[Tensor, Tensor] | None = None  # ordinary keys a, and ‖a R_0‖²
+        self._full: list[tuple[Shard, Tensor]] = []  # with the factor that the gate goes by
 
     @property
     def decision(self) -> Decision:
@@ -93,20 +97,27 @@ class GatedMemory(WeightMemory):
         module = self._edited[layer].module
         return gate_of(module).is_untouched(module) and super().holds(layer, W)
 
+    def hold_full(self, shards: Sequence[Shard]) -> None:
+        """Keep full shards in front of the newest; what is known of one already is not computed again."""
+        if [id(shard) for shard, _ in self._full] != [id(shard) for shard in shards]:
+            self._hold_full(shards)
+
     def write(self, layer: int, solution: LayerSolver, keys: Tensor | None = None) -> None:
         """Let a layer's weight be its solution's; at the gate's layer, the gate goes by its covariance."""
         super().write(layer, solution)
         if layer == self._layer and self._go_by(solution):
             bare = None if keys is None else (keys if keys.dim() == 2 else keys[:, 0])  # the bare prompt's
             g = [] if bare is None else self.decision.leverage(bare).tolist()
-            self.gate = self._entry(solution.n_edits, min(g, default=1.0))
+            n_edits = solution.n_edits + sum(shard.n_edits for shard, _ in self._full)
+            self.gate = self._entry(n_edits, min(g, default=1.0))
             self.decision.threshold = self.gate.threshold
             if g:
                 self.leverage = [(some, some > self.gate.threshold) for some in g]
 
     def show(self, moment: Moment) -> None:
-        """Let weights and gate be those of a moment."""
+        """Let weights, shards and gate be those of a moment."""
         super().show(moment)
+        self._hold_full(moment.shards)
         if self._layer in moment.solutions and self._go_by(moment.solutions[self._layer]):
             self.gate = moment.history.gate or self._entry(len(moment.history.live))
             self.decision.threshold = self.gate.threshold
@@ -115,36 +126,63 @@ class GatedMemory(WeightMemory):
         """Close the gate; behind it are the model's own weights."""
         for weight in self._edited.values():
             weight.restore(weight.module.weight)
+        self._hold_full(())
         self.gate, self.decision.threshold = None, CLOSED
 
     @contextmanager
     def restored_if_it_fails(self) -> Iterator[None]:
-        """If the block fails, weights and gate are bit for bit as it found them."""
-        decision, gate = self.decision, self.gate
+        """If the block fails, weights, shards and gate are bit for bit as it found them."""
+        decision, gate, full = self.decision, self.gate, self._full
         found = decision.factors, decision.threshold
         try:
             with super().restored_if_it_fails():
                 yield
         except BaseException:
-            (decision.factors, decision.threshold), self.gate = found, gate
+            (decision.factors, decision.threshold), self.gate, self._full = found, gate, full
+            self._put_full()
             raise
 
     def _go_by(self, solution: LayerSolver) -> bool:
-        """Take a solution's covariance; False where it has no edits, and the gate is closed."""
-        if solution.n_edits == 0:
+        """Take a solution's covariance; False where there are no edits, and the gate is closed."""
+        if solution.n_edits == 0 and not self._full:
             self.gate, self.decision.threshold = None, CLOSED
             return False
         self._set_factors(solution)
         return True
 
     def _set_factors(self, solution: LayerSolver) -> None:
-        """Of the prior and of now, in the decision's factors."""
-        A_0 = self.decision.prior
-        if A_0 is None:
+        """Of the prior, of the full shards and of now, in the decision's factors."""
+        now = self._factor(solution.information(), solution.name)
+        full = [factor for _, factor in self._full]
+        prior = inverse_factor(self._prior * self._prior_now, f"Gate at {solution.name}").float()
+        self.decision.factors = torch.cat([prior, *full, now], 1)
+
+    def _factor(self, A: Tensor, name: str) -> Tensor:
+        """R with R Rᵀ the inverse of an information A in which the prior counts as it does for the gate,
+        float32.
+        """
+        return inverse_factor(A - (1 - self._prior) * self._prior_now, f"Gate at {name}").float()
+
+    @property
+    def _prior_now(self) -> Tensor:
+        """A_0 of the gate's layer."""
+        if self.decision.prior is None:
             raise StateMismatchError("The gates were loaded, and can't go on from there. Give the state_dir.")
-        A = solution.information() - (1 - self._prior) * A_0
-        factors = [inverse_factor(some, f"Gate at {solution.name}") for some in (self._prior * A_0, A)]
-        self.decision.factors = torch.cat(factors, 1).float()
+        return self.decision.prior
+
+    def _hold_full(self, shards: Sequence[Shard]) -> None:
+        """Let the model's gates have these full shards, whatever they had."""
+        known = {id(shard): factor for shard, factor in self._full}
+        self._full = [
+            (shard, known[id(shard)] if id(shard) in known else self._factor(shard.information, "a shard"))
+            for shard in shards
+        ]
+        self._put_full()
+
+    def _put_full(self) -> None:
+        """Let the model's gates have the full shards' weights."""
+        for layer, weight in self._gated.items():
+            weight.hold_full([shard.weights[layer] for shard, _ in self._full])
 
     def _entry(self, n: int, least: float = 1.0) -> GateEntry:
         """What the gate goes by with n edits, the least leverage of whose prompts is told: the threshold that
@@ -167,14 +205,15 @@ class GatedMemory(WeightMemory):
 
     def _ordinary(self) -> Tensor:
         """g of ordinary tokens, (n,), float64."""
-        prior, posterior = self.decision.factors.chunk(2, 1)
+        prior, *shards = self.decision.factors.chunk(1 + self.decision.newest, 1)
         if self._sample is None:
             if self._keys is None:
                 raise GateError("The ledger has no threshold. Open it with an editor, memory: gated.")
             keys = self._keys()
             self._sample = keys, _square_norms(keys, prior)
         keys, norms = self._sample
-        return (1 - _square_norms(keys, posterior) / norms).double()
+        left = torch.stack([_square_norms(keys, posterior) for posterior in shards]).amin(0)
+        return (1 - left / norms).double()
 
 
 def _square_norms(keys: Tensor, factor: Tensor) -> Tensor:
@@ -217,6 +256,20 @@ def find_memory(
     layout = replace(layout, edited=dict(edited))
     keys = partial(ordinary_keys, model, tok, layout, min(edited), hparams)
     return layout, GatedMemory(edited, hparams.gate_share, hparams.gate_prior, keys, hparams.gate_share_most)
+
+
+def is_full(now: Moment, hparams: RLSEditHyperParams, gauge: Gauge) -> bool:
+    """Whether edits are to go to a new shard from now on: some layer is as full as `gate_fill` says.
+
+    Args:
+        now: the moment.
+        hparams: memory, solver, gate_fill.
+        gauge: of this stream.
+    """
+    if hparams.memory == "weights" or hparams.solver != "rls" or not now.history.live:
+        return False
+    fills = (gauge.read(one, now.beginnings, layer) or 0.0 for layer, one in now.solutions.items())
+    return max(fills) >= hparams.gate_fill
 
 
 def behind_gates(edited: Mapping[int, EditedWeight]) -> dict[int, GatedWeight]:

@@ -20,7 +20,7 @@ from easyedit_rls.anchors.prior import make_priors
 from easyedit_rls.config.hparams import RLSEditHyperParams
 from easyedit_rls.data.requests import EditRequest, parse_requests
 from easyedit_rls.editors.arguments import refuse_wrong_types
-from easyedit_rls.editors.gated import find_memory
+from easyedit_rls.editors.gated import find_memory, is_full
 from easyedit_rls.editors.outcome import (
     fact_reports,
     find_said,
@@ -283,6 +283,8 @@ class RLSEditor:
             self._locate(requests, self._templates(), known)  # bad requests fail here, before the long work
             clock = [time.perf_counter()]
             self.state.checkpoint(self.hparams.checkpoint_every)
+            if is_full(self.state.now, self.hparams, self._gauge):
+                self.state.begin_shard(self.memory)
             clock.append(time.perf_counter())
             lost = lost_edits(self.model, self.tok, due, self.hparams.batch_tokens)
             requests = [*requests, *(edit.request for edit in lost)]
@@ -381,6 +383,7 @@ class RLSEditor:
     def _open(self, change: Change, removed: Sequence[int]) -> None:
         """Take edits out, mend what has drifted, and write the weights."""
         change.open(removed)
+        self.memory.hold_full(change.shards)
         for layer in change.solutions if removed or change.rebuilt else ():
             self.memory.write(layer, change.solutions[layer])
 

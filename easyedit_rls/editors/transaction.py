@@ -2,7 +2,7 @@
 back.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from easyedit_rls.anchors.prior import LayerStart
 from easyedit_rls.ledger.history import GateEntry
 from easyedit_rls.ledger.moment import Moment
+from easyedit_rls.ledger.shards import Shard
 from easyedit_rls.model.weights import EditedWeight, weights_fingerprint
 from easyedit_rls.solvers.base import LayerSolver
 
@@ -61,6 +62,9 @@ class WeightMemory:
     def write(self, layer: int, solution: LayerSolver, keys: Tensor | None = None) -> None:
         """Let a layer's weight be its solution's, rounded to its type; `keys` are the batch's."""
         self._edited[layer].write(solution.weight)
+
+    def hold_full(self, shards: Sequence[Shard]) -> None:
+        """Weights have no shards."""
 
     def show(self, moment: Moment) -> None:
         """Let all weights be those of a moment."""

@@ -101,8 +101,8 @@ class _Pass:
         cache: their prefixes in the model's cache, or None.
         states: of their suffixes behind the layers that see no value, (rows, length, d); None where all
             layers see it.
-        is_open: which of their tokens see edits behind gates, (rows, length), bool; None where no layer that
-            runs has a gate, or the gate's own runs.
+        is_open: which edits behind gates their tokens see, (rows, length), as `Decision.open`; None where no
+            layer that runs has a gate, or the gate's own runs.
         wanted: which outputs are wanted, as indices of rows and tokens; on the CPU, since layers may lie on
             several devices.
     """
@@ -283,10 +283,10 @@ class Suffixes:
 
     def _open_of(self, numbers: Sequence[int]) -> Tensor | None:
         """Which tokens are open where a value is put: the first ones are, once it is written."""
-        if self._open is None:
+        if self._open is None or self._decision is None:
             return None
         is_open = pad_sequence([self._open[i] for i in numbers], batch_first=True)
-        is_open[:, 0] = True
+        is_open[:, 0] = self._decision.newest
         return is_open
 
     def _run(

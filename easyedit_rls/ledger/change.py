@@ -13,6 +13,7 @@ from easyedit_rls.errors import NumericalError, PrecisionError
 from easyedit_rls.ledger.history import Edit, Entry, GateEntry
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.rebuild import rebuilt
+from easyedit_rls.ledger.shards import without
 from easyedit_rls.solvers.base import LayerSolver
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Change:
     Attributes:
         start: the moment before it.
         solutions: layer -> the solution as far as the change has come.
+        shards: the full ones, as far as the change has come.
         kind: see `Entry`.
         edits: facts edited in.
         removed: numbers of edits taken out.
@@ -48,6 +50,8 @@ class Change:
     def __post_init__(self) -> None:
         self.gate: GateEntry | None = self.start.history.gate
         self.solutions: dict[int, LayerSolver] = dict(self.start.solutions)
+        self.shards = self.start.shards
+        self._gone: list[int] = []  # from the newest shard
 
     def open(self, removed: Sequence[int] = ()) -> None:
         """Take edits out, and sum anew what has drifted. To be called once, first of all.
@@ -59,6 +63,12 @@ class Change:
             NumericalError: what is left is not positive definite.
         """
         self.removed = tuple(removed)
+        history = self.start.history
+        by_shard = history.by_shard(removed)
+        self._gone = by_shard.pop(len(self.shards), [])
+        if by_shard:
+            rest = history.plus(Entry("retract", removed=self.removed))
+            self.shards = without(self.shards, by_shard, self.start.beginnings, rest)
         for layer, solution in self.solutions.items():
             if solution.can_drift and (
                 solution.drift() > DRIFT_TOLERANCE or solution.weight_error() > WEIGHT_TOLERANCE
@@ -72,7 +82,7 @@ class Change:
                 )
                 self._rebuild(layer)
         by_step = [layer for layer in self.solutions if layer not in self.rebuilt]
-        gone = self.start.history.tensors(removed, by_step, self.start.device) if removed and by_step else {}
+        gone = history.tensors(self._gone, by_step, self.start.device) if self._gone and by_step else {}
         for layer, (K, V, D) in gone.items():
             try:
                 self.solutions[layer] = self.solutions[layer].retract(K, V, D)
@@ -109,16 +119,28 @@ class Change:
     def entry(self, weights: str) -> Entry:
         """What is to be written down."""
         return Entry(
-            self.kind, self.edits, self.removed, tuple(self.rebuilt), self.factors, weights, self.gate
+            self.kind,
+            self.edits,
+            self.removed,
+            tuple(self.rebuilt),
+            self.factors,
+            weights,
+            self.gate,
+            len(self.shards),
         )
 
     def _is_begun(self, layer: int) -> bool:
-        return bool(self.removed) or layer in self.rebuilt
+        return bool(self._gone) or layer in self.rebuilt
 
     def _rebuild(self, layer: int) -> None:
         start = self.start
         self.solutions[layer] = rebuilt(
-            start.beginnings[layer], start.solutions[layer], start.history, layer, self.removed
+            start.beginnings[layer],
+            start.solutions[layer],
+            start.history,
+            layer,
+            self._gone,
+            len(self.shards),
         )
         self.rebuilt.append(layer)
 

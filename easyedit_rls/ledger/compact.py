@@ -9,6 +9,7 @@ from easyedit_rls.ledger.history import Entry
 from easyedit_rls.ledger.journal import MANIFEST, Event, Journal, entry_event
 from easyedit_rls.ledger.ledger import Ledger
 from easyedit_rls.ledger.moment import Moment
+from easyedit_rls.ledger.shards import shard_event
 from easyedit_rls.ledger.snapshot import checkpoint_event, prior_files, read_prior
 
 _AT_ONCE = 1 << 26  # bytes that are written in one go
@@ -78,8 +79,14 @@ def _standing(moment: Moment) -> Iterator[tuple[Entry, list[int] | None]]:
 
 def _parts(kept: Sequence[tuple[Entry, list[int] | None]], moment: Moment) -> Iterator[list[Event]]:
     """All events of the new journal, some at a time."""
+    shards = (moment.before or moment).shards  # as they were before the last change
     events: list[Event] = []
+    n_lines, n_full = 1, 0
     for entry, rows in kept:
+        for number in range(n_full, entry.shard):
+            events.append(shard_event(shards[number], n_lines))
+            n_lines += 1
+        n_full, n_lines = entry.shard, n_lines + 1
         data = entry.data()
         events.append(
             entry_event(
@@ -89,4 +96,7 @@ def _parts(kept: Sequence[tuple[Entry, list[int] | None]], moment: Moment) -> It
         if sum(len(event.data or b"") for event in events) > _AT_ONCE:
             yield events
             events = []
-    yield [*events, checkpoint_event(moment, 1 + len(kept))]
+    for number in range(n_full, len(shards)):
+        events.append(shard_event(shards[number], n_lines))
+        n_lines += 1
+    yield [*events, checkpoint_event(moment, n_lines)]

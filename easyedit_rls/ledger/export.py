@@ -92,7 +92,7 @@ def write_adapter(folder: Path, manifest: Manifest, moment: Moment, rank: int | 
         from peft import LoraConfig
     except ImportError as exc:
         raise LedgerError("PEFT is missing. Install it: pip install 'easyedit-rls[lora]'.") from exc
-    deltas = {layer: moment.weight(layer).double() - W_0.double() for layer, W_0 in moment.unedited.items()}
+    deltas = {layer: moment.merged(layer) - W_0.double() for layer, W_0 in moment.unedited.items()}
     parts = {layer: torch.linalg.svd(delta, full_matrices=False) for layer, delta in deltas.items()}
     if rank is None:
         rank = max(_needed(S) for _, S, _ in parts.values())

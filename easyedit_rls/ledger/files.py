@@ -31,7 +31,7 @@ MOST_TEXT = 1 << 26  # of a manifest, or of a record's header
 
 _JOURNAL = re.compile(r"journal-(\d{4,9})")
 _FILE = re.compile(
-    r"manifest\.json|(unedited|prior)-layer-\d{1,5}\.safetensors|entry-\d{6,9}\.safetensors|checkpoint-\d{6,9}-layer-\d{1,5}\.safetensors"
+    r"manifest\.json|(unedited|prior)-layer-\d{1,5}\.safetensors|entry-\d{6,9}\.safetensors|(checkpoint|shard)-\d{6,9}-layer-\d{1,5}\.safetensors"
 )
 _CHUNK = 1 << 20
 

@@ -62,6 +62,7 @@ class Entry:
         factors: layer -> forgetting factor γ of this batch.
         weights: `weights_fingerprint` of the edited weights after it.
         gate: after it; None where the memory has none.
+        shard: that its edits are in, from 0 (`ledger.shards`).
         time: when, ISO 8601, UTC.
         version: of this package.
         data: loads the tensors: ``K.<layer>`` (u, d_k), ``V.<layer>`` (u, d_v), ``importance`` (u,), or with
@@ -76,6 +77,7 @@ class Entry:
     factors: Mapping[int, float] = field(default_factory=dict)
     weights: str = ""
     gate: GateEntry | None = None
+    shard: int = 0
     time: str = field(default_factory=utc_now)
     version: str = __version__
     data: Data = field(default=dict, compare=False, repr=False)
@@ -104,6 +106,7 @@ class Entry:
             "factors": {str(layer): factor for layer, factor in self.factors.items()},
             "weights": self.weights,
             **({} if self.gate is None else {"gate": asdict(self.gate)}),
+            **({"shard": self.shard} if self.shard else {}),
             "time": self.time,
             "version": self.version,
         }
@@ -129,6 +132,7 @@ class Entry:
             factors,
             weights,
             gate,
+            int(values.get("shard", 0)),
             values["time"],
             values["version"],
             data,
@@ -242,6 +246,17 @@ class History:
     def is_newest(self, edit: Edit) -> bool:
         """Whether no later edit answers the same prompt (on_conflict: keep lets several stand)."""
         return self._index.questions[edit.request.question][-1] == edit.edit_id
+
+    def by_shard(self, edit_ids: Iterable[int]) -> dict[int, list[int]]:
+        """Shard -> those of some edits that stand that are in it, in order."""
+        found: dict[int, list[int]] = {}
+        for edit_id in sorted(edit_ids):
+            found.setdefault(self.entries[self._index.made_by[edit_id]].shard, []).append(edit_id)
+        return found
+
+    def in_shard(self, number: int) -> list[int]:
+        """Edits of a shard that stand, in order."""
+        return self.by_shard(self.live).get(number, [])
 
     def check(self, edit_ids: Iterable[int]) -> list[int]:
         """The numbers in order, each once.

@@ -120,7 +120,12 @@ def unexpected(folder: Path) -> list[str]:
 
 
 def layer_figures(
-    prior: LayerStart, solution: LayerSolver, history: History, layer: int, manifest: Manifest
+    prior: LayerStart,
+    solution: LayerSolver,
+    history: History,
+    layer: int,
+    manifest: Manifest,
+    shard: int = 0,
 ) -> LayerFigures:
     """Deviation and the three terms of the paper's objective at the weight as it is."""
     lambda_reg, mu_reg = float(manifest.objective["lambda_reg"]), float(manifest.objective["mu_reg"])
@@ -133,8 +138,10 @@ def layer_figures(
         if prior.anchor_energy is not None:  # K_0ᵀV_0, since W_p solves the problem without edits
             cross = gram @ W_p + (lambda_reg / mu_reg) ** 2 * (W_p - W_0)
 
+    ids = history.in_shard(shard)
+
     def terms_at(weight: Tensor) -> Terms:
-        edits = (part[layer] for part in history.standing([layer]))
+        edits = (part[layer] for part in history.standing([layer], ids))
         return objective(weight, W_0, edits, gram, lambda_reg, mu_reg, cross, prior.anchor_energy or 0.0)
 
     terms = terms_at(W)
@@ -168,7 +175,8 @@ def rebuild_figures(journal: Journal, moment: Moment, layer: int) -> RebuildFigu
         is_definite = False
     error = None
     if not moment.history.is_adopted:
-        edits = (part[layer] for part in moment.history.standing([layer], device=torch.device("cpu")))
+        ids, device = moment.history.in_shard(len(moment.shards)), torch.device("cpu")
+        edits = (part[layer] for part in moment.history.standing([layer], ids, device))
         _, _, exact = batch_solution(prior.beginning, edits, layer, torch.device("cpu"))
         missing, size = (float((exact - W.double()).norm()) for W in (solution.weight, prior.solution.weight))
         error = missing / size if size > 0 else missing

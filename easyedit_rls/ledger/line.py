@@ -9,7 +9,7 @@ from easyedit_rls._base.clock import utc_now
 from easyedit_rls._base.files import Stamp
 from easyedit_rls.ledger.files import canonical, is_file_name
 
-_KINDS = ("begin", "entry", "rollback", "checkpoint", "reset")
+_KINDS = ("begin", "entry", "rollback", "checkpoint", "shard", "reset")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Line:
     """One event.
 
     Attributes:
-        kind: 'begin', 'entry', 'rollback', 'checkpoint' or 'reset'.
+        kind: 'begin', 'entry', 'rollback', 'checkpoint', 'shard' (a new one begins) or 'reset'.
         files: name -> stamp of the files it brought.
         record: where its tensors are in `ENTRIES`: offset and stamp; None if there are none, or they are in a
             file.

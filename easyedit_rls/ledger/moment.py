@@ -12,6 +12,7 @@ from torch import Tensor
 
 from easyedit_rls.ledger.history import History
 from easyedit_rls.ledger.ledger import Place
+from easyedit_rls.ledger.shards import Shard, fresh
 from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
 
@@ -28,6 +29,7 @@ class Moment:
         history: what was edited.
         before: the moment before the last change, which a roll-back goes to; None where that change can't be
             taken back.
+        shards: of a gated memory that were full, in order; `solutions` are the newest's.
         place: in the ledger, if there is one.
         unbegun: files of a journal that is to begin with the first change; None where it has begun, or there
             is no ledger.
@@ -39,6 +41,7 @@ class Moment:
     templates: tuple[str, ...] = ()
     history: History = field(default_factory=History)
     before: "Moment | None" = None
+    shards: tuple[Shard, ...] = ()
     place: Place = field(default_factory=Place)
     unbegun: Mapping[str, bytes] | None = None
 
@@ -76,12 +79,31 @@ class Moment:
             else self.unedited[layer]
         )
 
+    def merged(self, layer: int) -> Tensor:
+        """W_0 with the edits of all shards at once, (d_k, d_v), float64."""
+        W_0 = self.unedited[layer].double()
+        full = (shard.weights[layer].double() - W_0 for shard in self.shards)
+        return sum(full, start=self.weight(layer).double())
+
     def changed(
-        self, solutions: Mapping[int, LayerSolver], history: History, place: Place, *, is_final: bool = False
+        self,
+        solutions: Mapping[int, LayerSolver],
+        shards: tuple[Shard, ...],
+        history: History,
+        place: Place,
+        *,
+        is_final: bool = False,
     ) -> "Moment":
         """The moment after a change; one that is final can't be rolled back."""
         before = None if is_final else replace(self, before=None)
-        return replace(self, solutions=solutions, history=history, place=place, before=before)
+        return replace(self, solutions=solutions, shards=shards, history=history, place=place, before=before)
+
+    def with_shard(self, shard: Shard, place: Place) -> "Moment":
+        """The moment where the running solutions have become a shard, and a new one begins; no change can be
+        rolled back across it.
+        """
+        begun = fresh(self.solutions, self.beginnings, self.unedited)
+        return replace(self, solutions=begun, shards=(*self.shards, shard), place=place, before=None)
 
     def rolled_back(self, place: Place) -> "Moment":
         """The moment before the last change once more; the numbers of its edits stay used."""

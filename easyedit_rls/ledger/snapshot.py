@@ -18,6 +18,7 @@ from easyedit_rls.ledger.line import Line
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.rebuild import replayed
+from easyedit_rls.ledger.shards import read_shard, shards_before
 from easyedit_rls.solvers.base import LayerSolver
 from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.packed import PackedSymmetric
@@ -158,6 +159,8 @@ def parsed_history(journal: Journal, n_lines: int) -> tuple[History, History | N
                 )
             standing.pop()
             can_go_back = False
+        elif line.kind == "shard":
+            can_go_back = False
         elif line.kind == "checkpoint":
             can_go_back &= not _is_loose(journal, line)
             next_id = max(next_id, _first_id(journal))
@@ -212,16 +215,21 @@ def _read(
         before = found if len(found) == len(devices) and history_before is not None else None
     else:
         solutions = {layer: read_prior(journal, layer, device).solution for layer, device in devices.items()}
-    moment = Moment(solutions, unedited, beginnings, tuple(manifest.templates), history, None, place)
+    templates = tuple(manifest.templates)
+    moment = Moment(solutions, unedited, beginnings, templates, history, None, (), place)
+    moment = replace(moment, shards=shards_before(journal, start, devices, beginnings, history))
     if before is not None and history_before is not None:
-        moment = replace(moment, before=replace(moment, solutions=before, history=history_before))
+        earlier = replace(moment, solutions=before, history=history_before)
+        shards = shards_before(journal, start, devices, beginnings, history_before, is_rolled_back=True)
+        moment = replace(moment, before=replace(earlier, shards=shards))
     if progress is not None:
         progress.update(start)
     for line in journal.lines[start:]:
-        moment = _replayed(journal, line, moment)
+        moment = _replayed(journal, line, moment, devices)
         if progress is not None:
             progress.update()
-    if any(solution.n_edits != len(moment.history.live) for solution in moment.solutions.values()):
+    n_full = sum(shard.n_edits for shard in moment.shards)
+    if any(one.n_edits + n_full != len(moment.history.live) for one in moment.solutions.values()):
         raise LedgerError(
             f"{journal.folder} is damaged: its state and its list of edits do not hold the same number "
             f"of them. {_BACKUP}"
@@ -229,12 +237,16 @@ def _read(
     return moment
 
 
-def _replayed(journal: Journal, line: Line, moment: Moment) -> Moment:
+def _replayed(journal: Journal, line: Line, moment: Moment, devices: Mapping[int, torch.device]) -> Moment:
     """One event more."""
     if line.kind == "entry":
         entry = journal.entry(line)
-        solutions, history = replayed(moment.solutions, entry, moment.history, moment.beginnings)
-        return moment.changed(solutions, history, moment.place, is_final=entry.is_final)
+        solutions, shards, history = replayed(
+            moment.solutions, moment.shards, entry, moment.history, moment.beginnings
+        )
+        return moment.changed(solutions, shards, history, moment.place, is_final=entry.is_final)
+    if line.kind == "shard":
+        return moment.with_shard(read_shard(journal, line, devices), moment.place)
     if line.kind == "rollback":
         if moment.before is None:
             raise LedgerError(f"{journal.folder / INDEX} is damaged: it rolls back what can't be. {_BACKUP}")

@@ -28,6 +28,7 @@ from easyedit_rls.ledger.journal import MANIFEST, Event, Journal, entry_event, e
 from easyedit_rls.ledger.line import Line
 from easyedit_rls.ledger.manifest import Manifest
 from easyedit_rls.ledger.moment import Moment
+from easyedit_rls.ledger.shards import filled, shard_event
 from easyedit_rls.ledger.snapshot import StoredBeginnings, prior_files, write_checkpoint
 from easyedit_rls.model.cast import CastParameters
 from easyedit_rls.model.weights import weights_fingerprint
@@ -264,6 +265,24 @@ class EditorState:
             now = Moment(place=self._note(Line("reset")))
             self.now = now
 
+    def begin_shard(self, memory: Memory) -> None:
+        """Let edits go to a new shard from now on; what was edited so far stays, and can't be rolled back.
+
+        Args:
+            memory: the model's.
+
+        Raises:
+            LedgerError: it can't be written down; nothing was changed.
+        """
+        with self._all_or_nothing(memory):
+            shard, place = filled(self.layers), self.now.place
+            with deferred_interrupts():
+                if self.ledger is not None and self.is_recorded:
+                    place, _ = self.ledger.record(place, shard_event(shard, place.position.n_lines))
+                now = self.now.with_shard(shard, place)
+                memory.show(now)
+            self.now = now
+
     def checkpoint(self, every: int) -> None:
         """Store the whole state again if as many events as `every` passed since the last time, or a layer was
         summed anew.
@@ -324,7 +343,8 @@ class EditorState:
         entry = change.entry(weights)
         with deferred_interrupts():
             begun, place, entry = self._write_down(entry, change.data)
-            now = begun.changed(change.solutions, begun.history.plus(entry), place, is_final=entry.is_final)
+            history = begun.history.plus(entry)
+            now = begun.changed(change.solutions, change.shards, history, place, is_final=entry.is_final)
         self.now = now  # an interrupt that was held back comes before: the change is undone
 
     def _write_down(self, entry: Entry, data: Mapping[str, Tensor]) -> tuple[Moment, Place, Entry]:

@@ -15,6 +15,10 @@ One decision a token: the gate's layer is the first one that is edited. No edit 
 what is written at a key stays where it can be found, whatever is edited later. The layers above go by the
 same decision.
 
+A memory that is full goes on in *shards*, each with a covariance C_s and weights W_s of its own. A token goes
+to the shard with the largest g_s, if that is above τ: the edits of one shard don't take room from those of
+another.
+
 This file needs torch and safetensors alone: a saved memory has a copy beside it, so that it can be loaded
 where nothing else of this package is:
 
@@ -26,7 +30,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +45,7 @@ from easyedit_rls.errors import GateError
 CLOSED = float("inf")  # a threshold that no token passes
 
 _NAME = "_easyedit_rls_gate"  # of the submodule, on each edited projection
-_FILE, _FORMAT = "gates.safetensors", "1"
+_FILE, _FORMATS = "gates.safetensors", ("1", "2")  # the second has shards
 _OWN_IMPORT = re.compile(r"^from easyedit_rls\.errors import GateError$", re.MULTILINE)
 _SAMPLES = 4096  # values of a weight that its fingerprint is made of
 
@@ -50,10 +54,12 @@ class Decision(nn.Module):
     """Which tokens are open. The factors keep their type when the model is cast, and are in no state dict.
 
     Attributes:
-        factors: ``[R_0 | R_t]``, (d_k, 2 d_k), float32; empty before the first edit.
+        factors: ``[R_0 | R_1 | … | R_n]`` of n shards, (d_k, (1 + n) d_k), float32; empty before the first
+            edit.
         prior: A_0, (d_k, d_k), what an editor makes them of; None where the gates were loaded.
         threshold: τ.
-        open: of the last pass, (rows, tokens) or (tokens,), bool; None before one.
+        open: of the last pass, (rows, tokens) or (tokens,), int16: number of the shard a token sees, from
+            1; 0 where it is closed. None before a pass.
         is_used_up: whether the pass that `open` is of went through all gates.
     """
 
@@ -65,22 +71,33 @@ class Decision(nn.Module):
         self.open: Tensor | None = None
         self.is_used_up = False
 
-    def leverage(self, keys: Tensor) -> Tensor:
-        """g of keys, (..., d_k) -> (...), in the factors' type."""
+    @property
+    def newest(self) -> int:
+        """Number of the shard that edits go to."""
+        return self.factors.shape[1] // self.factors.shape[0] - 1 if self.factors.dim() == 2 else 1
+
+    def leverages(self, keys: Tensor) -> Tensor:
+        """g_s of keys, (..., d_k) -> (..., shards), in the factors' type."""
         products = (keys.to(self.factors) @ self.factors).square()
-        prior, posterior = (half.sum(-1) for half in products.chunk(2, -1))
+        norms = torch.stack([part.sum(-1) for part in products.chunk(1 + self.newest, -1)], -1)
+        prior, posterior = norms[..., :1], norms[..., 1:]
         return torch.where(prior > 0, 1 - posterior / prior, 0)
+
+    def leverage(self, keys: Tensor) -> Tensor:
+        """The largest g_s of keys, (..., d_k) -> (...), in the factors' type."""
+        return self.leverages(keys).amax(-1)
 
     def decide(self, keys: Tensor) -> None:
         """Take the decision for the tokens of a pass, from their keys at the gate's layer, (..., d_k)."""
         if self.threshold == CLOSED:
-            self.open = torch.zeros(keys.shape[:-1], dtype=torch.bool, device=keys.device)
+            self.open = torch.zeros(keys.shape[:-1], dtype=torch.int16, device=keys.device)
         else:
-            self.open = self.leverage(keys) > self.threshold
+            g, shard = self.leverages(keys).max(-1)
+            self.open = torch.where(g > self.threshold, 1 + shard, 0).to(torch.int16)
         self.is_used_up = False
 
     def hold(self, is_open: Tensor) -> None:
-        """Set the decision for a pass that begins above the gate's layer, (rows, tokens), bool."""
+        """Set the decision for a pass that begins above the gate's layer, (rows, tokens), as `open`."""
         self.open, self.is_used_up = is_open, False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decision":
@@ -101,7 +118,7 @@ class Gate(nn.Module):
         is_last: whether no gate stands above this one.
 
     Attributes:
-        weight: W_t in the projection's own orientation, type and device.
+        weight: W_t of the newest shard in the projection's own orientation, type and device.
         decision: see above.
     """
 
@@ -112,8 +129,22 @@ class Gate(nn.Module):
         self._is_linear, self._decides, self._is_last = isinstance(projection, nn.Linear), decides, is_last
         self._unedited = given.dtype, digest_of({"": projection})
         self._shared = [decision]  # in a list: it is the submodule of one gate alone
+        self._n_full = 0
         if decides:
             self.decider = decision
+
+    @property
+    def full(self) -> list[Tensor]:
+        """Weights of the shards before the newest, in order, oriented as `weight`."""
+        return [self.get_buffer(f"shard_{number}") for number in range(self._n_full)]
+
+    @full.setter
+    def full(self, weights: Sequence[Tensor]) -> None:
+        for number in range(len(weights), self._n_full):
+            delattr(self, f"shard_{number}")
+        for number, given in enumerate(weights):
+            self.register_buffer(f"shard_{number}", given.to(self.weight).contiguous(), persistent=False)
+        self._n_full = len(weights)
 
     @property
     def decision(self) -> Decision:
@@ -143,12 +174,18 @@ class Gate(nn.Module):
             )
         self.decision.is_used_up = self._is_last
         is_open = is_open.to(keys.device).reshape(keys.shape[:-1])
+        weights = enumerate((*self.full, self.weight), 1)
         if keys.device.type != "cpu" or torch.compiler.is_compiling():  # no waiting for what is open
-            return torch.where(is_open[..., None], self._edited(projection, keys), output)
+            for number, weight in weights:
+                edited = self._edited(projection, keys, weight)
+                output = torch.where((is_open == number)[..., None], edited, output)
+            return output
         if not bool(is_open.any()):
             return output
         output = output.clone()
-        output[is_open] = self._edited(projection, keys[is_open])
+        for number, weight in weights:
+            tokens = is_open == number
+            output[tokens] = self._edited(projection, keys[tokens], weight)
         return output
 
     def _is_of(self, is_open: Tensor, keys: Tensor) -> bool:
@@ -174,8 +211,8 @@ class Gate(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """The same."""
 
-    def _edited(self, projection: nn.Module, keys: Tensor) -> Tensor:
-        weight, bias = self.weight.to(keys.dtype), projection.bias
+    def _edited(self, projection: nn.Module, keys: Tensor, weight: Tensor) -> Tensor:
+        weight, bias = weight.to(keys.dtype), projection.bias
         return F.linear(keys, weight if self._is_linear else weight.T, bias)  # type: ignore[arg-type]
 
 
@@ -234,11 +271,17 @@ def remove_gates(model: nn.Module) -> None:
 
 
 def merge_gates(model: nn.Module) -> None:
-    """Write the edits into the model's own weights and take the gates off: all tokens see them then."""
+    """Write the edits into the model's own weights and take the gates off: all tokens see them then, those
+    of all shards at once.
+    """
     for module in gated_modules(model).values():
         weight: Any = module.weight
+        gate = gate_of(module)
         with torch.no_grad():
-            weight.copy_(gate_of(module).weight)
+            unedited, full = weight.clone(), gate.full
+            weight.copy_(gate.weight)
+            for edited in full:
+                weight.add_(edited - unedited)
     remove_gates(model)
 
 
@@ -252,13 +295,18 @@ def save_edited(model: nn.Module, folder: str | Path) -> None:
     if not found:
         raise GateError("The model has no gates. Edit it with memory: gated.")
     decision, folder = gate_of(next(iter(found.values()))).decision, Path(folder)
+    gates = {name: gate_of(module) for name, module in found.items()}
+    n_full = len(next(iter(gates.values())).full)
     about = {
-        "format": _FORMAT,
+        "format": _FORMATS[n_full > 0],
+        "full": str(n_full),
         "threshold": repr(decision.threshold),
         "layers": json.dumps(list(found)),
         "unedited": digest_of(found),
     }
-    tensors = {f"{name}.weight": gate_of(module).weight.contiguous() for name, module in found.items()}
+    tensors = {f"{name}.weight": gate.weight.contiguous() for name, gate in gates.items()}
+    for name, gate in gates.items():
+        tensors |= {f"{name}.shard_{number}": W.contiguous() for number, W in enumerate(gate.full)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"factors": decision.factors.contiguous(), **tensors}, folder / _FILE, about)
     source = Path(__file__).read_text(encoding="utf-8")
@@ -277,8 +325,10 @@ def load_edited(model: nn.Module, folder: str | Path) -> None:
         raise GateError(f"There is no {path}. Give a folder that edits behind gates were saved in.")
     with safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
-        if about.get("format") != _FORMAT:
-            raise GateError(f"{path} has format {about.get('format')}, not {_FORMAT}. Get a newer gate.py.")
+        if about.get("format") not in _FORMATS:
+            raise GateError(
+                f"{path} has format {about.get('format')}, not {_FORMATS[-1]}. Get a newer gate.py."
+            )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     known, names = dict(model.named_modules()), json.loads(about["layers"])
     found = {name: known[name] for name in names if name in known}
@@ -294,6 +344,7 @@ def load_edited(model: nn.Module, folder: str | Path) -> None:
     decision.threshold = float(about["threshold"])
     for name, module in zip(names, modules):
         gate_of(module).weight.data.copy_(tensors[f"{name}.weight"])
+        gate_of(module).full = [tensors[f"{name}.shard_{i}"] for i in range(int(about.get("full", 0)))]
 
 
 def gated_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,5 +1,7 @@
 """Edited weights behind a gate, as the rest of the package sees them."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from easyedit_rls.model.gate import Decision, gate_of, gate_weight_name, has_gate
@@ -24,6 +26,10 @@ class GatedWeight(EditedWeight):
     def parameter(self) -> Tensor:
         """W_t, in the module's own orientation."""
         return gate_of(self.module).weight
+
+    def hold_full(self, weights: Sequence[Tensor]) -> None:
+        """Keep the weights of full shards in front of the newest's, each (d_k, d_v)."""
+        gate_of(self.module).full = [W.T if self._is_transposed else W for W in weights]
 
 
 def find_decision(layout: Layout) -> Decision | None:

@@ -285,11 +285,12 @@ class RecursiveLeastSquares(LayerSolver):
                 name: tensor for name, tensor in before.tensors().items() if name not in WeightWatch.FIXED
             }
             return {**self.tensors(), **{f"before.{name}": tensor for name, tensor in other.items()}}
-        stored = {"C": p.C.to_vector((*p.settled, *p.previous)), **_plain(before._parts)}
-        stored |= {
-            f"pending.{name}": tensor for name, tensor in _plain(p).items() if name not in WeightWatch.FIXED
-        }
-        for i, term in enumerate(p.last):
+        last = () if before is self else p.last  # a change may leave a layer as it is
+        standing = (*p.settled, *p.previous, *(p.last if before is self else ()))
+        stored = {"C": p.C.to_vector(standing), **_plain(before._parts)}
+        pending = {name: t for name, t in _plain(p).items() if name not in WeightWatch.FIXED}
+        stored |= {f"pending.{name}": t.clone() if before is self else t for name, t in pending.items()}
+        for i, term in enumerate(last):
             stored[f"pending.{'plus' if term.sign > 0 else 'minus'}.{i}"] = term.G
         return stored
 
