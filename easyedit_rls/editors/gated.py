@@ -4,7 +4,7 @@ edits where the covariance says that they have something to say of it (`model.ga
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,6 +42,17 @@ _AT_ONCE = 4096  # ordinary keys
 Beginnings = Callable[[int], LayerStart]
 
 
+@dataclass
+class _Full:
+    """A full shard, with the factor that the gate goes by, and ‖a R‖² of the ordinary keys once they were
+    asked for.
+    """
+
+    shard: Shard
+    factor: Tensor
+    norms: Tensor | None = None
+
+
 class GatedMemory(WeightMemory):
     """Edits stand beside the model's weights, behind gates.
 
@@ -69,7 +80,7 @@ class GatedMemory(WeightMemory):
         self._share, self._prior, self._keys, self._layer = share, prior, keys, min(edited)
         self._most = max(share, most)
         self._sample: tuple[Tensor, Tensor] | None = None  # ordinary keys a, and ‖a R_0‖²
-        self._full: list[tuple[Shard, Tensor]] = []  # with the factor that the gate goes by
+        self._full: list[_Full] = []
 
     @property
     def decision(self) -> Decision:
@@ -99,7 +110,7 @@ class GatedMemory(WeightMemory):
 
     def hold_full(self, shards: Sequence[Shard]) -> None:
         """Keep full shards in front of the newest; what is known of one already is not computed again."""
-        if [id(shard) for shard, _ in self._full] != [id(shard) for shard in shards]:
+        if [id(one.shard) for one in self._full] != [id(shard) for shard in shards]:
             self._hold_full(shards)
 
     def write(self, layer: int, solution: LayerSolver, keys: Tensor | None = None) -> None:
@@ -108,7 +119,7 @@ class GatedMemory(WeightMemory):
         if layer == self._layer and self._go_by(solution):
             bare = None if keys is None else (keys if keys.dim() == 2 else keys[:, 0])  # the bare prompt's
             g = [] if bare is None else self.decision.leverage(bare).tolist()
-            n_edits = solution.n_edits + sum(shard.n_edits for shard, _ in self._full)
+            n_edits = solution.n_edits + sum(one.shard.n_edits for one in self._full)
             self.gate = self._entry(n_edits, min(g, default=1.0))
             self.decision.threshold = self.gate.threshold
             if g:
@@ -153,7 +164,7 @@ class GatedMemory(WeightMemory):
     def _set_factors(self, solution: LayerSolver) -> None:
         """Of the prior, of the full shards and of now, in the decision's factors."""
         now = self._factor(solution.information(), solution.name)
-        full = [factor for _, factor in self._full]
+        full = [one.factor for one in self._full]
         prior = inverse_factor(self._prior * self._prior_now, f"Gate at {solution.name}").float()
         self.decision.factors = torch.cat([prior, *full, now], 1)
 
@@ -172,9 +183,9 @@ class GatedMemory(WeightMemory):
 
     def _hold_full(self, shards: Sequence[Shard]) -> None:
         """Let the model's gates have these full shards, whatever they had."""
-        known = {id(shard): factor for shard, factor in self._full}
+        known = {id(one.shard): one for one in self._full}
         self._full = [
-            (shard, known[id(shard)] if id(shard) in known else self._factor(shard.information, "a shard"))
+            known.get(id(shard)) or _Full(shard, self._factor(shard.information, "a full shard"))
             for shard in shards
         ]
         self._put_full()
@@ -182,7 +193,7 @@ class GatedMemory(WeightMemory):
     def _put_full(self) -> None:
         """Let the model's gates have the full shards' weights."""
         for layer, weight in self._gated.items():
-            weight.hold_full([shard.weights[layer] for shard, _ in self._full])
+            weight.hold_full([one.shard.weights[layer] for one in self._full])
 
     def _entry(self, n: int, least: float = 1.0) -> GateEntry:
         """What the gate goes by with n edits, the least leverage of whose prompts is told: the threshold that
@@ -205,14 +216,18 @@ class GatedMemory(WeightMemory):
 
     def _ordinary(self) -> Tensor:
         """g of ordinary tokens, (n,), float64."""
-        prior, *shards = self.decision.factors.chunk(1 + self.decision.newest, 1)
+        prior, *_, newest = self.decision.factors.chunk(1 + self.decision.newest, 1)
         if self._sample is None:
             if self._keys is None:
                 raise GateError("The ledger has no threshold. Open it with an editor, memory: gated.")
             keys = self._keys()
             self._sample = keys, _square_norms(keys, prior)
         keys, norms = self._sample
-        left = torch.stack([_square_norms(keys, posterior) for posterior in shards]).amin(0)
+        left = _square_norms(keys, newest)
+        for one in self._full:
+            if one.norms is None:
+                one.norms = _square_norms(keys, one.factor)
+            left = torch.minimum(left, one.norms)
         return (1 - left / norms).double()
 
 

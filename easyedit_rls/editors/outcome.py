@@ -124,8 +124,8 @@ def warn_if_full(report: EditReport, before: float, stacklevel: int) -> float:
         warnings.warn(
             f"The memory is filling up: the edits have settled {fill:.2f} of layer {layer} (1 is full), "
             "so new ones begin to push earlier ones out. Retract those that are no longer needed, "
-            "set rehearsal, which edits lost ones again, or begin anew with more layers "
-            "or with solver: forgetting.",
+            "set rehearsal, which edits lost ones again, or begin anew with memory: gated, which grows, "
+            "with more layers, or with solver: forgetting.",
             FillWarning,
             stacklevel=stacklevel + 1,
         )
