@@ -4,10 +4,10 @@ against the unedited model. Prints one JSON object.
 
     python benchmarks/memories.py --model models/smollm2-135m --data counterfact.json --text TEXT.txt
 
-Each memory knows the keys, masks or texts of as many facts. Its weights have a random change, since time
-depends on which tokens are open and not on what was learned. `open` generates behind an edited prompt,
-`generation` behind plain text, `prompt` reads 256 tokens of it; facts in front come with the first alone. All
-take turns; times are milliseconds a token, medians with the least and the largest.
+Each memory knows the keys, masks or texts of as many facts, the gated one in shards. Its weights have a
+random change, since time depends on which tokens are open and not on what was learned. `open` generates
+behind an edited prompt, `generation` behind plain text, `prompt` reads 256 tokens of it; facts in front come
+with the first alone. All take turns; times are milliseconds a token, medians with the least and the largest.
 """
 
 import statistics
@@ -54,6 +54,7 @@ class Contender:
 def main() -> None:
     options = parser(__doc__, "model", "data", "text", "hparams", "set", "threads", "first")
     options.add_argument("--counts", type=int, nargs="+", default=[100, 1000], help="of edits")
+    options.add_argument("--shard", type=int, default=200, help="edits of a shard (default: %(default)s)")
     options.add_argument("--new", type=int, default=64, help="tokens to generate (default: %(default)s)")
     options.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     args = options.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
         asked = tok(requests[count - 1].prompt, return_tensors="pt").input_ids
         contenders = {
             "unedited": Contender(model, asked),
-            "gated": gated(known, model, asked, text, count),
+            "gated": gated(known, model, asked, text, count, args.shard),
             "MEMOIR": memoir(model, tok, hp, requests[:count], asked),
             "in context": in_context(model, tok, hp, requests[:count]),
         }
@@ -77,7 +78,12 @@ def main() -> None:
         for name, one in contenders.items():
             figures[name] |= {"bytes": one.n_bytes, "bytes_an_edit": one.n_bytes / count, **one.more}
         found[str(count)] = figures
-    settings = {"gate_share": hp.gate_share, "threads": args.threads, "new": args.new}
+    settings = {
+        "gate_share": hp.gate_share,
+        "edits_a_shard": args.shard,
+        "threads": args.threads,
+        "new": args.new,
+    }
     print(as_json({"edits": found, **settings, "machine": machine(), **versions()}, depth=3))
 
 
@@ -95,32 +101,40 @@ class Gates:
         prior = Prior(torch.zeros(d_k, 1, dtype=torch.float64), hp.mom2_update_weight * moment)
         self.start = RecursiveLeastSquares(prior)
 
-    def factors(self, count: int) -> Tensor:
-        """Of a gate that knows the first facts."""
-        keys = self.keys[:count]
-        targets = torch.zeros(count, keys.shape[1], 1)
-        now = self.start.update(keys, targets, self.importance[:count])
-        return gate_factors(self.start, now, self.hp.gate_prior)
+    def factors(self, count: int, per_shard: int) -> list[Tensor]:
+        """Of a gate that knows the first facts: the prior's, and one a shard."""
+        found: list[Tensor] = []
+        for at in range(0, count, per_shard):
+            keys, importance = (
+                each[at : min(at + per_shard, count)] for each in (self.keys, self.importance)
+            )
+            now = self.start.update(keys, torch.zeros(*keys.shape[:-1], 1), importance)
+            prior, own = gate_factors(self.start, now, self.hp.gate_prior).chunk(2, 1)
+            found += [own] if found else [prior, own]
+        return found
 
 
-def gated(known: Gates, model: Any, asked: Tensor, text: Tensor, count: int) -> Contender:
+def gated(known: Gates, model: Any, asked: Tensor, text: Tensor, count: int, per_shard: int) -> Contender:
     """A copy behind gates that open at the first facts, and its share of open tokens in a text."""
     model, hp = deepcopy(model), known.hp
     edited = behind_gates(find_layout(model, hp).edited)
     decision = GatedMemory(edited).decision
-    decision.factors = known.factors(count)
+    factors = known.factors(count, per_shard)
+    decision.factors = torch.cat(factors, 1)
     decision.threshold = float(torch.quantile(decision.leverage(known.ordinary).double(), 1 - hp.gate_share))
     for weight in edited.values():
         weight.write(weight.read() * 1.01)
-    n_bytes = decision.factors.nbytes + sum(gate_of(w.module).weight.nbytes for w in edited.values())
+        weight.hold_full([weight.read()] * (len(factors) - 2))
+    weights = [W for one in edited.values() for W in (*gate_of(one.module).full, one.parameter)]
+    n_bytes = decision.factors.nbytes + sum(W.nbytes for W in weights)
     shares = []
     for at in range(0, 64 * _WINDOW, _WINDOW):
         with torch.no_grad():
             model.base_model(text[:, at : at + _WINDOW])
-        shares.append(float(decision.open.float().mean()))  # type: ignore[union-attr]
-    return Contender(
-        model, asked, n_bytes, {"share_open": statistics.fmean(shares), "threshold": decision.threshold}
-    )
+        assert decision.open is not None
+        shares.append(float((decision.open > 0).float().mean()))
+    figures = {"shards": len(factors) - 1, "threshold": decision.threshold}
+    return Contender(model, asked, n_bytes, {"share_open": statistics.fmean(shares), **figures})
 
 
 def memoir(
