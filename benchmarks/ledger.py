@@ -111,7 +111,7 @@ def measure(d_k: int, d_v: int, n_layers: int, size: int, n_batches: int) -> dic
                 appends.append(time.perf_counter() - start)
             else:
                 begin_s = time.perf_counter() - start
-            now = now.changed(after, now.history.plus(entry_of(place.folder, line)), place)
+            now = now.changed(after, (), now.history.plus(entry_of(place.folder, line)), place)
             entry_bytes.append(len(event.data) + len(json.dumps(made.to_dict())))
             print(f"{d_k}: batch {batch + 1} of {n_batches}", file=sys.stderr)
         replay_s = timed(lambda: read_moment(ledger.open()))

@@ -118,12 +118,14 @@ class GatedMemory(WeightMemory):
         super().write(layer, solution)
         if layer == self._layer and self._go_by(solution):
             bare = None if keys is None else (keys if keys.dim() == 2 else keys[:, 0])  # the bare prompt's
-            g = [] if bare is None else self.decision.leverage(bare).tolist()
+            known = None if bare is None else self.decision.leverages(bare)
+            g = [] if known is None else known[:, -1].tolist()
             n_edits = solution.n_edits + sum(one.shard.n_edits for one in self._full)
             self.gate = self._entry(n_edits, min(g, default=1.0))
             self.decision.threshold = self.gate.threshold
-            if g:
-                self.leverage = [(some, some > self.gate.threshold) for some in g]
+            if known is not None:
+                is_open = self.decision.route(known) == self.decision.newest
+                self.leverage = list(zip(g, is_open.tolist()))
 
     def show(self, moment: Moment) -> None:
         """Let weights, shards and gate be those of a moment."""
@@ -145,17 +147,19 @@ class GatedMemory(WeightMemory):
         """If the block fails, weights, shards and gate are bit for bit as it found them."""
         decision, gate, full = self.decision, self.gate, self._full
         found = decision.factors, decision.threshold
+        weights = {layer: gate_of(weight.module).full for layer, weight in self._gated.items()}
         try:
             with super().restored_if_it_fails():
                 yield
         except BaseException:
             (decision.factors, decision.threshold), self.gate, self._full = found, gate, full
-            self._put_full()
+            for layer, weight in self._gated.items():
+                gate_of(weight.module).full = weights[layer]
             raise
 
     def _go_by(self, solution: LayerSolver) -> bool:
         """Take a solution's covariance; False where there are no edits, and the gate is closed."""
-        if solution.n_edits == 0 and not self._full:
+        if solution.n_edits == 0 and not any(one.shard.n_edits for one in self._full):
             self.gate, self.decision.threshold = None, CLOSED
             return False
         self._set_factors(solution)
@@ -281,7 +285,8 @@ def is_full(now: Moment, hparams: RLSEditHyperParams, gauge: Gauge) -> bool:
         hparams: memory, solver, gate_fill.
         gauge: of this stream.
     """
-    if hparams.memory == "weights" or hparams.solver != "rls" or not now.history.live:
+    is_empty = all(one.n_edits == 0 for one in now.solutions.values())
+    if hparams.memory == "weights" or hparams.solver != "rls" or is_empty:
         return False
     fills = (gauge.read(one, now.beginnings, layer) or 0.0 for layer, one in now.solutions.items())
     return max(fills) >= hparams.gate_fill

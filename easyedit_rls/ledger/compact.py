@@ -58,8 +58,10 @@ def _standing(moment: Moment) -> Iterator[tuple[Entry, list[int] | None]]:
     before: then nothing goes.
     """
     history = moment.history if moment.before is None else moment.before.history
-    rebuilt: set[int] = set()  # layers that are in float64 from the next entry on
+    rebuilt: set[int] = set()  # layers that are in float64 from the next entry of this shard on
+    number = 0
     for entry in history.entries:
+        rebuilt, number = rebuilt if entry.shard == number else set(), entry.shard
         rebuilt |= set(moment.solutions if entry.kind == "rebuild" else entry.rebuilt)
         kept = [edit for edit in entry.edits if edit.edit_id in history.live]
         fades = any(factor != 1.0 for factor in entry.factors.values())

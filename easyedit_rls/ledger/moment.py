@@ -3,7 +3,7 @@ old one stays.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,11 +99,19 @@ class Moment:
         return replace(self, solutions=solutions, shards=shards, history=history, place=place, before=before)
 
     def with_shard(self, shard: Shard, place: Place) -> "Moment":
-        """The moment where the running solutions have become a shard, and a new one begins; no change can be
-        rolled back across it.
+        """The moment where the running solutions have become a shard, and a new one begins. The last change
+        can still be rolled back.
         """
         begun = fresh(self.solutions, self.beginnings, self.unedited)
-        return replace(self, solutions=begun, shards=(*self.shards, shard), place=place, before=None)
+        return replace(self, solutions=begun, shards=(*self.shards, shard), place=place)
+
+    def found_weights(self) -> Iterator[Mapping[int, Tensor]]:
+        """What a change made to this moment found in the model, layer -> (d_k, d_v): its weights, or where it
+        was to begin a shard those of the one before.
+        """
+        yield {layer: self.weight(layer) for layer in self.solutions}
+        if self.shards and all(solution.n_edits == 0 for solution in self.solutions.values()):
+            yield self.shards[-1].weights
 
     def rolled_back(self, place: Place) -> "Moment":
         """The moment before the last change once more; the numbers of its edits stay used."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from easyedit_rls.errors import NumericalError
 from easyedit_rls.ledger.files import pack, parsed
 from easyedit_rls.ledger.history import History
 from easyedit_rls.ledger.journal import Event, Journal
@@ -82,14 +83,19 @@ def summed_anew(
         history: without the edits that were taken out.
 
     Raises:
-        NumericalError: the information matrix is not positive definite.
+        NumericalError: the information matrix is not positive definite, or weights were adopted.
     """
+    if history.is_adopted:
+        raise NumericalError(
+            f"Weights that somebody else wrote were adopted, so shard {number + 1}, which is full, can't be "
+            "summed anew. Only edits of the newest one can be taken out."
+        )
     ids, device = history.in_shard(number), shard.information.device
     weights, information = {}, shard.information
     for layer in shard.weights:
         edits = (part[layer] for part in history.standing([layer], ids, device))
         A, _, W = batch_solution(beginnings[layer], edits, layer, device)
-        weights[layer] = W.float()
+        weights[layer] = W.float().to(shard.weights[layer].device)
         if layer == min(shard.weights):
             information = A
     return Shard(weights, information, len(ids))
@@ -169,18 +175,20 @@ def shards_before(
         history: after these lines.
         is_rolled_back: whether the last change does not count.
     """
-    shards: list[Shard] = []
+    shards: list[Line] = []
     shard_of: dict[int, int] = {}
-    taken: list[set[int]] = []  # a set each change: the full shards that it took edits out of
+    changes: list[tuple[int, set[int]]] = []  # of each: its shard, and those that it took edits out of
     for line in journal.lines[:n_lines]:
         if line.kind == "shard":
-            shards.append(read_shard(journal, line, devices))
+            shards.append(line)
         elif line.kind == "entry":
             entry = journal.entry(line)
             shard_of |= {edit.edit_id: entry.shard for edit in entry.edits}
-            taken.append({shard_of[i] for i in entry.removed} - {len(shards)})
+            changes.append((entry.shard, {shard_of[i] for i in entry.removed} - {entry.shard}))
         elif line.kind == "rollback":
-            taken.pop()
-    stale = set().union(*(taken[:-1] if is_rolled_back else taken))
+            del shards[changes.pop()[0] :]  # one that was begun behind it is gone too
+    if is_rolled_back:
+        del shards[changes.pop()[0] :]
+    stale = set().union(*(taken for _, taken in changes))
     removed = {number: [number] for number in stale}
-    return without(shards, removed, beginnings, history)
+    return without([read_shard(journal, line, devices) for line in shards], removed, beginnings, history)

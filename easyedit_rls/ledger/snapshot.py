@@ -159,8 +159,6 @@ def parsed_history(journal: Journal, n_lines: int) -> tuple[History, History | N
                 )
             standing.pop()
             can_go_back = False
-        elif line.kind == "shard":
-            can_go_back = False
         elif line.kind == "checkpoint":
             can_go_back &= not _is_loose(journal, line)
             next_id = max(next_id, _first_id(journal))

@@ -178,8 +178,8 @@ class EditorState:
         if not changed:
             return
         before = self.now.before
-        if before is not None and all(
-            memory.holds(layer, before.weight(layer)) for layer in before.solutions
+        if before is not None and any(
+            all(memory.holds(layer, W) for layer, W in weights.items()) for weights in before.found_weights()
         ):
             logger.info(
                 "The weights are those from before batch %d: it was rolled back, and so is the state",
@@ -266,7 +266,7 @@ class EditorState:
             self.now = now
 
     def begin_shard(self, memory: Memory) -> None:
-        """Let edits go to a new shard from now on; what was edited so far stays, and can't be rolled back.
+        """Let edits go to a new shard from now on; what was edited so far stays.
 
         Args:
             memory: the model's.
@@ -275,7 +275,9 @@ class EditorState:
             LedgerError: it can't be written down; nothing was changed.
         """
         with self._all_or_nothing(memory):
-            shard, place = filled(self.layers), self.now.place
+            change = Change(self.now)
+            change.open()  # what has drifted is mended first
+            shard, place = filled(change.solutions), self.now.place
             with deferred_interrupts():
                 if self.ledger is not None and self.is_recorded:
                     place, _ = self.ledger.record(place, shard_event(shard, place.position.n_lines))

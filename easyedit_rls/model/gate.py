@@ -17,7 +17,7 @@ same decision.
 
 A memory that is full goes on in *shards*, each with a covariance C_s and weights W_s of its own. A token goes
 to the shard with the largest g_s, if that is above τ: the edits of one shard don't take room from those of
-another.
+another. Of shards with nearly the same g_s it goes to the newest, so that later facts count.
 
 This file needs torch and safetensors alone: a saved memory has a copy beside it, so that it can be loaded
 where nothing else of this package is:
@@ -43,6 +43,8 @@ from torch import Tensor, nn
 from easyedit_rls.errors import GateError
 
 CLOSED = float("inf")  # a threshold that no token passes
+
+_ALIKE = 0.01  # leverages that differ less
 
 _NAME = "_easyedit_rls_gate"  # of the submodule, on each edited projection
 _FILE, _FORMATS = "gates.safetensors", ("1", "2")  # the second has shards
@@ -87,13 +89,21 @@ class Decision(nn.Module):
         """The largest g_s of keys, (..., d_k) -> (...), in the factors' type."""
         return self.leverages(keys).amax(-1)
 
+    def route(self, leverages: Tensor) -> Tensor:
+        """What tokens see, as `open`, from their g_s, (..., shards): of shards that know a key nearly alike,
+        as those do that each have a fact of one subject, the newest counts.
+        """
+        largest = leverages.amax(-1, keepdim=True)
+        numbers = torch.arange(1, leverages.shape[-1] + 1, device=leverages.device)
+        shard = torch.where(leverages >= largest - _ALIKE, numbers, 0).amax(-1)
+        return torch.where(largest.squeeze(-1) > self.threshold, shard, 0).to(torch.int16)
+
     def decide(self, keys: Tensor) -> None:
         """Take the decision for the tokens of a pass, from their keys at the gate's layer, (..., d_k)."""
         if self.threshold == CLOSED:
             self.open = torch.zeros(keys.shape[:-1], dtype=torch.int16, device=keys.device)
         else:
-            g, shard = self.leverages(keys).max(-1)
-            self.open = torch.where(g > self.threshold, 1 + shard, 0).to(torch.int16)
+            self.open = self.route(self.leverages(keys))
         self.is_used_up = False
 
     def hold(self, is_open: Tensor) -> None:
@@ -143,7 +153,8 @@ class Gate(nn.Module):
         for number in range(len(weights), self._n_full):
             delattr(self, f"shard_{number}")
         for number, given in enumerate(weights):
-            self.register_buffer(f"shard_{number}", given.to(self.weight).contiguous(), persistent=False)
+            own = torch.empty_like(self.weight.data).copy_(given)  # laid out as `weight`, bit for bit alike
+            self.register_buffer(f"shard_{number}", own, persistent=False)
         self._n_full = len(weights)
 
     @property
@@ -278,10 +289,10 @@ def merge_gates(model: nn.Module) -> None:
         weight: Any = module.weight
         gate = gate_of(module)
         with torch.no_grad():
-            unedited, full = weight.clone(), gate.full
-            weight.copy_(gate.weight)
-            for edited in full:
-                weight.add_(edited - unedited)
+            unedited, merged = weight.float(), gate.weight.float()
+            for full in gate.full:
+                merged = merged + (full.float() - unedited)
+            weight.copy_(merged)
     remove_gates(model)
 
 

@@ -10,7 +10,7 @@ from easyedit_rls import NumericalError, RLSEditor, load_edited, merge_gates, re
 from easyedit_rls.cli.main import main
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_moment
-from easyedit_rls.model.gate import gate_of
+from easyedit_rls.model.gate import CLOSED, gate_of
 from easyedit_rls.model.gated_weight import find_decision
 from easyedit_rls.model.weights import EditedWeight
 from easyedit_rls.solvers.batch import batch_solution
@@ -128,12 +128,6 @@ def test_they_come_back_from_the_ledger(model, family, tok, requests, sharded, t
     first.close()
 
 
-def test_no_change_is_rolled_back_across_a_new_shard(editor, requests):
-    editor.rollback()
-    with pytest.raises(Exception, match="No batch can be rolled back"):
-        editor.rollback()
-
-
 def test_an_edit_is_taken_out_of_a_full_shard(editor, model, family, tok, requests, logits):
     before = behind(editor)
     report = editor.retract([1])
@@ -188,20 +182,11 @@ def test_the_same_prompt_again_takes_the_old_edit_out_of_its_shard(editor, tok, 
     assert shard_seen(editor, tok, requests[0]) == 4
 
 
-def test_a_batch_that_fails_leaves_all_as_it_was(
-    model, family, tok, requests, sharded, monkeypatch, tmp_path
-):
+def test_a_batch_that_fails_changes_nothing(model, family, tok, requests, sharded, failing, tmp_path):
     editor = RLSEditor(model, tok, sharded(), state_dir=tmp_path)
     editor.edit(requests[:2])
     before = behind(editor)
-
-    def fail(*args):
-        raise NumericalError("no")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("easyedit_rls.editors.rls.find_said", fail)
-        with pytest.raises(NumericalError, match="no"):
-            editor.edit([{**requests[0], "target_new": "winter"}])  # takes one out of the full shard
+    failing(editor, [{**requests[0], "target_new": "winter"}])  # takes one out of the full shard
     assert [shard.n_edits for shard in editor.state.now.shards] == [2]
     for layer in editor.hparams.layers:
         assert torch.equal(gate_of(editor.layout.edited[layer].module).full[0], before[str(layer)])
@@ -238,3 +223,137 @@ def test_half_precision_and_compiled_passes_see_the_same_shards(editor, tok, req
     low = copy.deepcopy(editor.model).bfloat16()
     for text, wanted in zip(texts, plain):
         torch.testing.assert_close(logits(low, text).float(), wanted, atol=0.1, rtol=0.1)
+
+
+def test_of_two_shards_that_know_a_subject_the_newest_counts(model, tok, sharded):
+    """The subject begins both prompts, so that both have one key."""
+    about = {"prompt": "{} has", "subject": "Anna Maria Keller", "target_new": "water"}
+    editor = RLSEditor(model, tok, sharded())
+    editor.edit([about])
+    report = editor.edit([{**about, "prompt": "{} likes", "target_new": "people"}])
+    assert len(editor.state.now.shards) == 1
+    assert shard_seen(editor, tok, about) == 2
+    assert [fact.is_open for fact in report.facts] == [True]
+    assert report.facts[0].miss < 0.9
+
+
+def test_a_key_that_goes_to_another_shard_is_told(model, tok, requests, sharded, monkeypatch):
+    editor = RLSEditor(model, tok, sharded())
+    editor.edit(requests[:1])
+    monkeypatch.setattr("easyedit_rls.model.gate._ALIKE", -1.0)  # nothing goes anywhere
+    assert not editor.edit(requests[1:2]).facts[0].is_open
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """An edit that fails when its weights are written."""
+
+    def fail(*args):
+        raise NumericalError("no")
+
+    def edit(editor, requests):
+        with monkeypatch.context() as patched:
+            patched.setattr("easyedit_rls.editors.rls.find_said", fail)
+            with pytest.raises(NumericalError, match="no"):
+                editor.edit(requests)
+
+    return edit
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_the_batch_before_one_that_failed_can_be_rolled_back(
+    model, family, tok, requests, sharded, failing, tmp_path, resumes
+):
+    editor = RLSEditor(model, tok, sharded(checkpoint_every=1), state_dir=tmp_path / "a")
+    editor.edit(requests[:1])
+    before = behind(editor)
+    editor.edit(requests[1:2])
+    failing(editor, requests[2:])  # after a shard was begun for it
+    assert len(editor.state.now.shards) == 2
+    if resumes:
+        editor.close()
+        editor = RLSEditor(FAMILIES[family](), tok, sharded(checkpoint_every=1), state_dir=tmp_path / "a")
+    editor.rollback()
+    assert [shard.n_edits for shard in editor.state.now.shards] == [1]
+    for layer in editor.hparams.layers:
+        assert torch.equal(gate_of(editor.layout.edited[layer].module).full[0], before[str(layer)])
+    editor.edit(requests[2:3])
+    wanted = behind(editor)
+    editor.close()
+    for from_start in (True, False):
+        moment = read_moment(latest(tmp_path / "a"), from_start=from_start)
+        assert [shard.n_edits for shard in moment.shards] == [1]
+    again = RLSEditor(FAMILIES[family](), tok, sharded(checkpoint_every=1), state_dir=tmp_path / "a")
+    assert same(behind(again), wanted)
+    again.close()
+
+
+def test_weights_that_are_put_back_across_a_new_shard_roll_back(model, tok, requests, sharded):
+    """As EasyEdit does behind an edit that shall not stay."""
+    editor = RLSEditor(model, tok, sharded())
+    editor.edit(requests[:2])
+    found = {layer: weight.snapshot() for layer, weight in editor.layout.edited.items()}
+    editor.edit(requests[2:3])
+    for layer, weight in editor.layout.edited.items():
+        weight.restore(found[layer])
+    editor.edit(requests[3:])
+    assert sorted(edit.request.subject for edit in editor.state.history.live.values()) == sorted(
+        request["subject"] for request in (*requests[:2], *requests[3:])
+    )
+
+
+def test_a_failed_beginning_leaves_loaded_shards_alone(
+    editor, family, tok, requests, sharded, tmp_path, logits, monkeypatch
+):
+    save_edited(editor.model, tmp_path / "edits")
+    loaded = FAMILIES[family]()
+    load_edited(loaded, tmp_path / "edits")
+    texts = [request["prompt"].replace("{}", request["subject"]) for request in requests]
+    wanted = [logits(loaded, text) for text in texts]
+    assert all(torch.equal(one, logits(editor.model, text)) for one, text in zip(wanted, texts))
+
+    def fail(*args):
+        raise NumericalError("no")
+
+    first = RLSEditor(FAMILIES[family](), tok, sharded(), state_dir=tmp_path / "ledger")
+    for batch in (requests[:2], requests[2:3], requests[3:]):
+        first.edit(batch)
+    first.close()
+    monkeypatch.setattr("easyedit_rls.editors.gated.GatedMemory.show", fail)
+    with pytest.raises(NumericalError):
+        RLSEditor(loaded, tok, sharded(), state_dir=tmp_path / "ledger")
+    assert all(torch.equal(one, logits(loaded, text)) for one, text in zip(wanted, texts))
+
+
+def test_adopted_weights_are_not_lost(editor):
+    """A full shard can't be summed anew then."""
+    editor.adopt_weights()
+    before = behind(editor)
+    with pytest.raises(NumericalError, match=r"adopted, so shard 1, which is full"):
+        editor.retract([1])
+    assert same(behind(editor), before)
+    assert editor.retract([4]).n_edits == 3
+
+
+def test_no_shard_is_begun_behind_an_empty_one(model, tok, requests, gated, failing):
+    editor = RLSEditor(model, tok, gated(gate_fill=1e-15))
+    editor.edit(requests[:2])
+    for _ in range(3):
+        failing(editor, requests[2:])
+    assert [shard.n_edits for shard in editor.state.now.shards] == [2]
+
+
+def test_without_edits_the_gate_is_closed(editor):
+    editor.retract([1, 2, 3, 4])
+    assert find_decision(editor.layout).threshold == CLOSED
+
+
+def test_what_has_drifted_is_mended_before_a_shard_is_full(model, tok, requests, sharded, monkeypatch):
+    editor = RLSEditor(model, tok, sharded())
+    editor.edit(requests[:2])
+    monkeypatch.setattr("easyedit_rls.ledger.change.DRIFT_TOLERANCE", -1.0)
+    editor.edit(requests[2:])
+    now, layer = editor.state.now, max(editor.hparams.layers)
+    part = [p[layer] for p in now.history.standing([layer], [1, 2])]
+    _, _, W = batch_solution(now.beginnings[layer], part, layer, torch.device("cpu"))
+    assert torch.equal(now.shards[0].weights[layer], W.float())

@@ -66,7 +66,7 @@ class Stream:
         entry = change.entry("")
         object.__setattr__(entry, "data", lambda: change.data)
         self.rebuilds += bool(change.rebuilt)
-        self.now = self.now.changed(change.solutions, self.now.history.plus(entry), Place())
+        self.now = self.now.changed(change.solutions, change.shards, self.now.history.plus(entry), Place())
 
     def edit(self, K, V, importance):
         self.change("edit", edits=(K, V, torch.as_tensor(importance).expand(len(K)).float()))
