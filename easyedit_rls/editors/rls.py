@@ -96,8 +96,8 @@ class RLSEditor:
         if not isinstance(anchors, AnchorPairs | None):
             anchors = listed(anchors, "anchors")
         self.model, self.tok, self.hparams = model, tok, hparams
-        self._anchors, self._show_progress = anchors, show_progress
-        self._gauge, self._fullest = Gauge(), 0.0
+        self._anchors, self._show_progress, self._gauge = anchors, show_progress, Gauge()
+        self._fullest = 0.0  # layer of the last batch
         self.state = state or EditorState()
         self.layout = replace(find_layout(model, hparams), casts=self.state.casts)
         folder = state_dir or hparams.state_dir
@@ -251,9 +251,7 @@ class RLSEditor:
     def _edit(
         self, requests: Sequence[EditRequest], superseded: list[int], due: Sequence[Edit] = ()
     ) -> EditReport:
-        """Edit, in passes as long as memory allows: nothing has happened when it runs out, so the batch
-        begins anew with shorter ones.
-        """
+        """Edit; where memory runs out nothing has happened, and the batch begins anew in shorter passes."""
         given, history = self.hparams.batch_tokens, self.state.history
         while True:
             try:
@@ -313,8 +311,8 @@ class RLSEditor:
         upkeep, *spans = [b - a for a, b in pairwise(clock)]
         seconds = dict(zip(("rehearsal", "prepare", "values", "weights", "check", "ledger"), spans))
         seconds["ledger"] += upkeep
-        rehearsed = [edit.edit_id for edit in lost]
-        return EditReport(self.state.n_batches, self.n_edits, told, of_layers, superseded, rehearsed, seconds)
+        again = [edit.edit_id for edit in lost]
+        return EditReport(self.state.n_batches, self.n_edits, told, of_layers, superseded, again, seconds)
 
     def _superseded(self, requests: Sequence[EditRequest], besides: int | None = None) -> list[int]:
         """Earlier edits that the requests contradict, to be taken out first; one of them may be known
