@@ -288,8 +288,8 @@ def is_full(now: Moment, hparams: RLSEditHyperParams, gauge: Gauge) -> bool:
     is_empty = all(one.n_edits == 0 for one in now.solutions.values())
     if hparams.memory == "weights" or hparams.solver != "rls" or is_empty:
         return False
-    fills = (gauge.read(one, now.beginnings, layer) or 0.0 for layer, one in now.solutions.items())
-    return max(fills) >= hparams.gate_fill
+    fills = [gauge.read(one, now.beginnings, n, now.unedited) for n, one in now.solutions.items()]
+    return max(fill or 0.0 for fill in fills) >= hparams.gate_fill
 
 
 def behind_gates(edited: Mapping[int, EditedWeight]) -> dict[int, GatedWeight]:

@@ -76,7 +76,7 @@ def layer_reports(change: Change, gauge: Gauge) -> list[LayerReport]:
     for layer, solution in change.solutions.items():
         W_0, before = start.unedited[layer], start.solutions[layer].weight
         step, deviation = (float((solution.weight - W).norm() / W_0.norm()) for W in (before, W_0))
-        fill = gauge.read(solution, start.beginnings, layer)
+        fill = gauge.read(solution, start.beginnings, layer, start.unedited)
         reports.append(LayerReport(layer, step, deviation, solution.drift(), fill))
     return reports
 

@@ -36,21 +36,29 @@ class Gauge:
     """Estimates the fill of the layers of one stream after each batch; draws its probes at the first look."""
 
     def __init__(self) -> None:
-        self._beginnings: Mapping[int, Beginning] | None = None
+        self._stream: object = None
         self._probes: dict[int, Tensor] = {}
 
-    def read(self, solution: LayerSolver, beginnings: Mapping[int, Beginning], layer: int) -> float | None:
+    def read(
+        self,
+        solution: LayerSolver,
+        beginnings: Mapping[int, Beginning],
+        layer: int,
+        stream: object = None,
+    ) -> float | None:
         """Fill of one layer; None for a rule that has no such A_0 (`solves_objective`).
 
         Args:
             solution: its state now.
-            beginnings: of all layers; another mapping is another stream.
+            beginnings: of all layers.
             layer: its number.
+            stream: what another stream has another one of; None for the beginnings.
         """
         if not solution.solves_objective:
             return None
-        if beginnings is not self._beginnings:
-            self._beginnings, self._probes = beginnings, {}
+        stream = beginnings if stream is None else stream
+        if stream is not self._stream:
+            self._stream, self._probes = stream, {}
         if layer not in self._probes:
             self._probes[layer] = _drawn(beginnings[layer], solution.weight)
         X = self._probes[layer]

@@ -9,6 +9,7 @@ import torch
 from easyedit_rls import RLSEditor
 from easyedit_rls.cli.state import main as state
 from easyedit_rls.errors import FillWarning
+from easyedit_rls.solvers import fill
 from easyedit_rls.solvers.batch import Beginning
 from easyedit_rls.solvers.fill import Gauge, exact_fill
 from easyedit_rls.solvers.packed import PackedSymmetric
@@ -137,3 +138,15 @@ def test_no_deviation_exceeds_its_bound(model, tok, family, requests, tmp_path, 
         assert 0 < figures["deviation"] <= figures["deviation_bound"]
     assert state(["show", str(tmp_path)]) == 0
     assert "deviation can exceed" in capsys.readouterr().out
+
+
+def test_the_prior_is_looked_at_once_a_stream(model, tok, family, requests, tmp_path, monkeypatch):
+    """Also where the ledger takes it over behind the first batch: it costs a decomposition."""
+    drawn = []
+    draw = fill._drawn
+    monkeypatch.setattr(fill, "_drawn", lambda *args: drawn.append(1) or draw(*args))
+    hparams = tiny_settings(family)
+    with RLSEditor(model, tok, hparams, state_dir=tmp_path) as editor:
+        for one in requests[:3]:
+            editor.edit([one])
+    assert len(drawn) == len(hparams.layers)
