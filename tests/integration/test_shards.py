@@ -8,6 +8,10 @@ import torch
 
 from easyedit_rls import NumericalError, RLSEditor, load_edited, merge_gates, remove_gates, save_edited
 from easyedit_rls.cli.main import main
+from easyedit_rls.data.requests import EditRequest
+from easyedit_rls.ledger import compact as compaction
+from easyedit_rls.ledger.history import Edit, Entry, History
+from easyedit_rls.ledger.moment import Moment
 from easyedit_rls.ledger.reading import latest
 from easyedit_rls.ledger.snapshot import read_moment
 from easyedit_rls.model.gate import CLOSED, gate_of
@@ -357,3 +361,19 @@ def test_what_has_drifted_is_mended_before_a_shard_is_full(model, tok, requests,
     part = [p[layer] for p in now.history.standing([layer], [1, 2])]
     _, _, W = batch_solution(now.beginnings[layer], part, layer, torch.device("cpu"))
     assert torch.equal(now.shards[0].weights[layer], W.float())
+
+
+def test_compaction_keeps_to_a_shard_what_was_summed_anew_in_it():
+    """Edit 2 is gone, and the entry that summed layer 1 anew; the next shard begins from the prior."""
+
+    def edit(number):
+        return (Edit(number, EditRequest("", f"{number}", "", "x"), 0),)
+
+    entries = (
+        Entry("edit", edit(1)),
+        Entry("edit", edit(2), rebuilt=(1,)),
+        Entry("retract", removed=(2,)),
+        Entry("edit", edit(3), shard=1),
+    )
+    kept = [entry for entry, _ in compaction._standing(Moment(history=History().plus(*entries)))]
+    assert [(entry.edits[0].edit_id, entry.rebuilt) for entry in kept] == [(1, ()), (3, ())]
